@@ -1,0 +1,199 @@
+"""Write a bundle: into a hidden sibling first, then published by one rename.
+
+A build that is killed leaves only the sibling, which holds no manifest under a bundle's name;
+the next build into the same place recognises it by its name, which holds the builder's process
+id, and by its free lock, and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from eptc.errors import OutputError
+from eptc.runtime.manifest import Manifest
+from eptc.runtime.spec import MANIFEST, FileRecord
+
+__all__ = ["Draft", "check_place", "draft", "write_json", "write_manifest"]
+
+
+@dataclasses.dataclass
+class Draft:
+    """A folder that is being written; nothing of it is visible at the output's place.
+
+    Args:
+        path: the folder to write into.
+        out: the place it will be published at.
+        force: whether what lies there may be replaced.
+    """
+
+    path: Path
+    out: Path
+    force: bool
+
+    def publish(self) -> None:
+        """Move the folder to its place in one step.
+
+        Raises:
+            OutputError: the place is taken.
+        """
+        for file in self.path.iterdir():
+            _sync(file)
+        _sync(self.path)
+        check_place(self.out, force=self.force)
+        if self.out.exists() and any(self.out.iterdir()):
+            _exchange(self.path, self.out)
+            shutil.rmtree(self.path, ignore_errors=True)  # now the old content
+        else:
+            self.path.rename(self.out)  # replaces an empty folder
+        _sync(self.out.parent)
+
+
+@contextlib.contextmanager
+def draft(out: Path, *, force: bool) -> Iterator[Draft]:
+    """Yield a folder to write a bundle into; remove it unless it was published.
+
+    Raises:
+        OutputError: the place is taken, cannot be written, or the disk is full.
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow the link it replaces
+    check_place(out, force=force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        path = Path(tempfile.mkdtemp(prefix=f"{_prefix(out)}{os.getpid()}-", dir=out.parent))
+        lock = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path.chmod(0o777 & ~_umask())
+        yield Draft(path, out, force)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+            raise _cannot_write(out, error) from error
+        raise
+    finally:
+        os.close(lock)
+        if path.exists() and path != out:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_place(out: Path, *, force: bool) -> None:
+    """Check that a bundle may be written at a place.
+
+    Raises:
+        OutputError: it is a file, a folder with something in it and no `force`, or a folder
+            that no bundle could be: one with folders inside.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise OutputError(f"the output {out} is not a folder", expected="a new or empty folder")
+    content = sorted(entry.name for entry in out.iterdir())
+    if not content:
+        return
+    if not force:
+        raise OutputError(
+            f"the output folder {out} is not empty: it holds {', '.join(content[:3])}",
+            expected="a new or empty folder",
+            fix="name another folder, or pass --force to replace what is there",
+        )
+    if any(entry.is_dir() for entry in out.iterdir()):
+        raise OutputError(
+            f"the output folder {out} holds folders, so it is no bundle",
+            expected="a bundle, or a folder with plain files only, to replace with --force",
+            fix="name another folder, or remove this one yourself",
+        )
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON with a stable layout: UTF-8, two spaces, a final newline."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a folder whose other files are complete; return it with their hashes."""
+    files = {
+        path.name: FileRecord(_sha256(path), path.stat().st_size)
+        for path in sorted(directory.iterdir())
+        if path.name != MANIFEST
+    }
+    manifest = dataclasses.replace(manifest, files=files)
+    write_json(directory / MANIFEST, manifest.to_json())
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.eptc-"
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove drafts of this place whose builder is gone."""
+    for path in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
+        builder = path.name.removeprefix(_prefix(out)).split("-")[0]
+        if builder.isdecimal() and Path("/proc", builder).exists():
+            continue
+        # A builder in another container has another process table, but the same lock.
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders in one step where the system can, in two renames where it cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
+    if rename is not None:
+        if rename(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0:
+            return
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(old))
+    aside = new.with_name(new.name + "-old")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cannot_write(out: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{out} cannot be written: {error.strerror or error}",
+        expected="a place with enough room that this user may write to",
+        fix="free some space or name another folder with --out; nothing was published",
+    )

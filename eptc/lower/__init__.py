@@ -1,0 +1,15 @@
+"""Lowering: a configuration becomes ONNX graphs, lazy weights are bound and streamed out.
+
+::
+
+    graphs = trace(config)         # no weights: once per architecture and size
+    bind(graphs, weights)          # lazy: nothing is read
+    ...                            # graph passes
+    write(graphs, directory)       # one tensor in memory at a time
+"""
+
+from eptc.lower.bind import bind
+from eptc.lower.trace import expected_parameters, trace
+from eptc.lower.write import write
+
+__all__ = ["bind", "expected_parameters", "trace", "write"]

@@ -1,0 +1,70 @@
+"""Give the graphs their weights, lazily."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from eptc.errors import BaseModelError
+from eptc.lower.weights import bound
+from eptc.tensors import LazyTensor
+
+__all__ = ["bind", "unbound"]
+
+_SHOWN = 3
+
+
+def unbound(graph: ir.Graph) -> list[ir.Value]:
+    """Return the initializers that have no data yet, in order."""
+    return [value for value in graph.initializers.values() if value.const_value is None]
+
+
+def bind(graphs: Mapping[str, ir.Model], weights: Mapping[str, LazyTensor]) -> None:
+    """Bind every unbound initializer to the weight of its name, in place; nothing is read.
+
+    A weight that is not float32 is refused: the graphs compute in float32, and how a weight
+    is cast is the caller's choice (`eptc.tensors.cast`).
+
+    Args:
+        graphs: traced graphs.
+        weights: by canonical parameter name; further names are ignored.
+
+    Raises:
+        BaseModelError: weights are missing, or have another shape or type than the graph's.
+    """
+    values = [value for model in graphs.values() for value in unbound(model.graph)]
+    _check(values, weights)
+    for value in values:
+        value.const_value = bound(weights[str(value.name)], value.name)
+
+
+def _check(values: list[ir.Value], weights: Mapping[str, LazyTensor]) -> None:
+    wanted = {str(value.name): _shape(value) for value in values}
+    if missing := [name for name in wanted if name not in weights]:
+        raise BaseModelError(
+            f"{len(missing)} of {len(wanted)} weights are missing: {_first(missing)}",
+            expected="every parameter of the task model",
+            fix="use the base the checkpoint was trained on, complete",
+        )
+    wrong = [
+        f"{name} is {weights[name].dtype}{list(weights[name].shape)}, not float32{list(shape)}"
+        for name, shape in wanted.items()
+        if weights[name].shape != shape or weights[name].dtype != "float32"
+    ]
+    if wrong:
+        raise BaseModelError(
+            f"{len(wrong)} of {len(wanted)} weights do not fit: {_first(wrong)}",
+            expected="the shapes that the base's configuration describes",
+            fix="use the base the checkpoint was trained on, with its own config.json",
+        )
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(int(n) for n in value.shape)
+
+
+def _first(items: list[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more

@@ -1,0 +1,109 @@
+"""The graphs of T5: an encoder that also makes the cross-attention cache, and one decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import EncoderDecoderCache
+
+from eptc.lower.attention import causal_mask, padding_mask
+from eptc.lower.graph_spec import GraphSpec, Port, ids
+from eptc.lower.kv_cache import cache, flatten
+from eptc.lower.relative_position import use_table
+
+__all__ = ["graphs"]
+
+
+def graphs(model: Any) -> dict[str, GraphSpec]:
+    """Return the graphs `encoder` and `decoder`.
+
+    encoder: ids and mask [batch, sequence] -> last_hidden_state [batch, sequence, d_model] and
+    the keys and values [batch, heads, sequence, d_kv] that every decoder layer attends to.
+    decoder: ids [batch, sequence], the encoder's mask and both caches -> logits and the
+    decoder's own cache; the past may be empty.
+    """
+    for module in model.modules():
+        if hasattr(module, "EncDecAttention"):
+            # transformers adds zeros [1, heads, queries, keys] here, in every layer.
+            module.EncDecAttention.without_position_bias = True
+        if getattr(module, "has_relative_attention_bias", False):
+            use_table(module)
+    return {"encoder": _encoder(model), "decoder": _decoder(model)}
+
+
+def _cache_ports(config: Any, name: str, keys: str, what: str) -> list[list[Port]]:
+    """Return the key and value ports of each decoder layer."""
+    shape = ("batch", config.num_heads, keys, config.d_kv)
+    return [
+        [Port(f"{name}.{layer}.{what}.{part}", shape) for part in ("key", "value")]
+        for layer in range(config.num_decoder_layers)
+    ]
+
+
+def _encoder(model: Any) -> GraphSpec:
+    hidden = Port("last_hidden_state", ("batch", "sequence", model.config.d_model))
+    present = _cache_ports(model.config, "present", "sequence", "encoder")
+    return GraphSpec(
+        _Encoder(model), (ids("input_ids"), ids("attention_mask")), (hidden, *sum(present, []))
+    )
+
+
+def _decoder(model: Any) -> GraphSpec:
+    config = model.config
+    own = _cache_ports(config, "past_key_values", "past_sequence", "decoder")
+    cross = _cache_ports(config, "past_key_values", "encoder_sequence", "encoder")
+    past = [port for pair in zip(own, cross, strict=True) for ports in pair for port in ports]
+    inputs = (ids("input_ids"), ids("encoder_attention_mask", "encoder_sequence"), *past)
+    logits = Port("logits", ("batch", "sequence", config.vocab_size))
+    present = _cache_ports(config, "present", "total_sequence", "decoder")
+    return GraphSpec(_Decoder(model), inputs, (logits, *sum(present, [])))
+
+
+class _Encoder(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        hidden = self.model.encoder(
+            input_ids=input_ids, attention_mask=padding_mask(attention_mask)
+        ).last_hidden_state
+        outputs = [hidden]
+        for block in self.model.decoder.block:
+            attention = block.layer[1].EncDecAttention
+            for linear in (attention.k, attention.v):
+                split = linear(hidden).unflatten(-1, (attention.n_heads, -1))
+                outputs.append(split.transpose(1, 2))
+        return tuple(outputs)
+
+
+class _Decoder(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, encoder_attention_mask: torch.Tensor, *past: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        config = self.model.config
+        own = cache([tensor for i in range(0, len(past), 4) for tensor in past[i : i + 2]])
+        cross = cache([tensor for i in range(2, len(past), 4) for tensor in past[i : i + 2]])
+        both = EncoderDecoderCache(own, cross)
+        for layer in range(config.num_decoder_layers):
+            both.is_updated[layer] = True
+        # The cached keys and values stand for it: only its presence is asked for.
+        hidden = torch.zeros(*encoder_attention_mask.shape, config.d_model)
+        output = self.model.decoder(
+            input_ids=input_ids,
+            attention_mask=causal_mask(input_ids.shape[1], past[0].shape[2]),
+            encoder_hidden_states=hidden,
+            encoder_attention_mask=padding_mask(encoder_attention_mask),
+            past_key_values=both,
+            use_cache=True,
+        ).last_hidden_state
+        if config.scale_decoder_outputs:
+            output = output * (config.d_model**-0.5)
+        return (self.model.lm_head(output), *flatten(own))

@@ -1,0 +1,28 @@
+"""EPT in PyTorch: the reference that engines are compared with, and modules to train.
+
+It shares no code with the compiler's readers, IR and passes: it reads checkpoints and computes
+routes by itself, so that a mistake in either shows as a difference.
+"""
+
+from eptc.nn.base import base_sha256, load_base
+from eptc.nn.config import BaseInfo, EptConfig, GateConfig, ModuleConfig, ScaleConfig
+from eptc.nn.linear import EptLinear
+from eptc.nn.model import EptModel, load_reference
+from eptc.nn.routing import Gates, Route, Router, TaskRouter
+
+__all__ = [
+    "BaseInfo",
+    "EptConfig",
+    "EptLinear",
+    "EptModel",
+    "GateConfig",
+    "Gates",
+    "ModuleConfig",
+    "Route",
+    "Router",
+    "ScaleConfig",
+    "TaskRouter",
+    "base_sha256",
+    "load_base",
+    "load_reference",
+]

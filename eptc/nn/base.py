@@ -1,0 +1,150 @@
+"""Base models: loaded quietly in float32, and known by a hash of their stored tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import nn
+
+from eptc.errors import BaseModelError
+from eptc.nn.stored import name_some
+
+__all__ = ["base_sha256", "is_classifier", "load_base", "read_base", "require"]
+
+
+def load_base(base_dir: str | Path, *, allow_missing: Collection[str] = ()) -> nn.Module:
+    """Return a base model to attach adapters to: float32, eval mode, eager attention.
+
+    Args:
+        base_dir: a Hugging Face model folder with safetensors weights. An encoder-decoder gets
+            its language-model head, a masked language model's type a sequence-classification
+            head, any other a causal one.
+        allow_missing: names of modules the folder need not have weights for; they are random.
+            A classification head always may be missing: each task has its own.
+
+    Raises:
+        BaseModelError: the folder cannot be used, or lacks other weights.
+    """
+    model, missing = read_base(Path(base_dir))
+    allowed = [
+        f"{name}."
+        for name in (*allow_missing, *(("classifier", "score") if is_classifier(model) else ()))
+    ]
+    require(Path(base_dir), [name for name in missing if not name.startswith(tuple(allowed))])
+    return model
+
+
+def read_base(directory: Path) -> tuple[nn.Module, list[str]]:
+    """Return a base model and the names of the parameters its folder has no weights for.
+
+    Raises:
+        BaseModelError: the folder cannot be used.
+    """
+    if not (directory / "config.json").is_file():
+        raise BaseModelError(
+            f"{directory} has no config.json", expected="a Hugging Face model folder"
+        )
+    with _quiet_transformers():
+        try:
+            model, report = _from_pretrained(directory)
+        except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            raise BaseModelError(f"{directory} cannot be loaded: {error}") from error
+    assert isinstance(model, nn.Module)
+    return model.eval(), sorted(report["missing_keys"])
+
+
+def require(directory: Path, missing: Sequence[str]) -> None:
+    """Refuse a base that lacks weights.
+
+    Raises:
+        BaseModelError: something is missing.
+    """
+    if missing:
+        raise BaseModelError(f"{directory} has no weights for {name_some(missing)}")
+
+
+def _from_pretrained(directory: Path) -> tuple[Any, dict[str, Any]]:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    if config.is_encoder_decoder:
+        auto = transformers.AutoModelForSeq2SeqLM
+    elif config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        auto = transformers.AutoModelForSequenceClassification
+    else:
+        auto = transformers.AutoModelForCausalLM
+    model, report = auto.from_pretrained(
+        directory,
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    return model, report
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide progress bars and the load report: this package checks the report itself."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def is_classifier(hf_model: nn.Module) -> bool:
+    """Whether a model is an encoder with a classification head."""
+    return type(hf_model).__name__.endswith("ForSequenceClassification")
+
+
+def base_sha256(base_dir: str | Path) -> str:
+    """Return the SHA-256 of a base's stored tensors, the same for any sharding.
+
+    Over each tensor sorted by name: its name, dtype and shape, a line each, then its bytes.
+
+    Raises:
+        BaseModelError: the folder has no readable safetensors weights.
+    """
+    directory = Path(base_dir)
+    digest = hashlib.sha256()
+    try:
+        with contextlib.ExitStack() as stack:
+            files = {
+                path: stack.enter_context(safetensors.safe_open(path, framework="pt"))
+                for path in _weight_files(directory)
+            }
+            places = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
+            for name in sorted(places):
+                stored = places[name].get_slice(name)
+                shape = ",".join(map(str, stored.get_shape()))
+                digest.update(f"{name}\n{stored.get_dtype()}\n{shape}\n".encode())
+                flat = places[name].get_tensor(name).contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise BaseModelError(f"the weights in {directory} cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return [directory / "model.safetensors"]
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [directory / name for name in sorted(set(names))]

@@ -1,0 +1,232 @@
+"""`EptLinear`: a linear with a routed branch of experts beside its weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from eptc.errors import CheckpointError, TaskError
+from eptc.nn.config import EptConfig
+from eptc.nn.experts import Experts, Factors, PaperExperts, ReleasedExperts
+from eptc.nn.losses import contrastive_loss
+from eptc.nn.routing import Route, TaskRouter
+
+__all__ = ["EptLinear", "TaskContext", "fill_parameter"]
+
+
+@dataclasses.dataclass
+class TaskContext:
+    """What the adapted linears of one model know of the forward they are in.
+
+    Args:
+        task_id: the task; None outside a forward.
+        terms: where a linear leaves its contrastive loss, by path; None where nobody asks.
+    """
+
+    task_id: int | None = None
+    terms: dict[str, Tensor] | None = None
+
+    @property
+    def active(self) -> int:
+        """The task's id.
+
+        Raises:
+            TaskError: no task is active.
+        """
+        if self.task_id is None:
+            raise TaskError(
+                "no task is active",
+                fix='call the model with task="<name>", or inside `with model.task("<name>"):`',
+            )
+        return self.task_id
+
+
+class EptLinear(nn.Module):
+    """y = W0 x + bias + scale * sum over the task's experts of gate * expert(x).
+
+    Args:
+        base: the linear that is adapted; it stays as it is.
+        config: variant, sizes, ranks, gates and scales.
+        path: the linear's full name in its model.
+        context: which task is active; one object for all linears of a model.
+        factors: A and B where they are shared; None: the linear's own.
+        dropout: probability of dropping an element of the branch's input while training.
+    """
+
+    # Dimensions that a file may make larger than this linear needs.
+    _SPARE = {"A": 1, "B": 0, "task_embedding": 0}  # noqa: RUF012  (constant)
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        config: EptConfig,
+        path: str,
+        context: TaskContext,
+        *,
+        factors: Factors | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.config = config
+        self.path = path
+        self.context = context
+        self.experts = _experts(base, config, path, factors)
+        # The router's own temperature and top-k; its bias is the released code's.
+        self.router = TaskRouter(
+            base.in_features,
+            len(config.kernel_sizes),
+            config.top_k,
+            config.gates,
+            bias=config.variant == "released",
+        )
+        self.task_embedding = nn.Parameter(torch.zeros(len(config.tasks), base.in_features))
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = config.scaling_of(path)
+        # Under d/T each expert has a factor of its own: its latent width.
+        self.widths = tuple(
+            math.ceil(min(base.in_features, base.out_features) / size)
+            if config.scale.rule == "d/T"
+            else 1
+            for size in config.kernel_sizes
+        )
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.base.out_features
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base's weight: models read its dtype (T5's feed forward does)."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base's bias."""
+        return cast("nn.Parameter | None", self.base.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., out] for x [..., in] under the active task.
+
+        Raises:
+            TaskError: no task is active.
+        """
+        y = self.base(x)
+        if self.context.terms is not None:
+            loss = contrastive_loss(x, self.task_embedding, self.context.active)
+            self.context.terms[self.path] = loss
+        return cast("Tensor", (y + self.delta(x)).to(y.dtype))
+
+    def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:
+        """Return the branch alone [..., out] for x [..., in].
+
+        In the released code's order: each output times its gate, summed in the order of the
+        experts, then times the scale (specs, forward).
+
+        Args:
+            x: the input, [..., in].
+            task_id: the task; None: the active one.
+
+        Raises:
+            TaskError: no task is given and none is active.
+        """
+        gates, experts = self.router(x, self._embedding(task_id))
+        outputs = self.experts(self.dropout(x), experts)
+        total: Tensor | None = None
+        for expert, output in zip(experts, outputs, strict=True):
+            term = output * (gates[..., expert, None] * self.widths[expert])
+            total = term if total is None else total + term
+        assert total is not None  # a router keeps one expert or more
+        return total * self.scaling
+
+    @torch.no_grad()
+    def dense(self, task_id: int | None = None) -> Tensor:
+        """Return the matrix [out, in] the branch stands for, from the experts' definitions."""
+        route = self.route(task_id)
+        terms = [
+            weight * self.widths[expert] * self.scaling * self.experts.dense(expert)
+            for expert, weight in zip(route.experts, route.weights, strict=True)
+        ]
+        return torch.stack(terms).sum(0)
+
+    def route(self, task_id: int | None = None) -> Route:
+        """Return which experts a task uses (the active one where none is given)."""
+        return self.router.route(self._embedding(task_id))
+
+    def _embedding(self, task_id: int | None) -> Tensor:
+        return self.task_embedding[self.context.active if task_id is None else task_id]
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        """Return the branch's parameters by their names in a native checkpoint."""
+        kernels = {f"kernels.{i}": kernel for i, kernel in enumerate(self.experts.kernels)}
+        parts = {"task_embedding": self.task_embedding, "router.weight": self.router.weight}
+        if self.router.bias is not None:
+            parts["router.bias"] = self.router.bias
+        if self.config.sharing == "per-linear":
+            parts |= {"A": self.experts.factors.A, "B": self.experts.factors.B}
+        return {**parts, **kernels}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set every parameter of the branch from tensors by their native names.
+
+        Raises:
+            CheckpointError: a tensor is missing, has no place, or has another shape.
+        """
+        parts = self.parts()
+        for part in sorted(parts.keys() - tensors.keys()):
+            raise CheckpointError(f"{self.path} has no {part}")
+        for part in sorted(tensors.keys() - parts.keys()):
+            raise CheckpointError(f"{self.path} has no place for {part}")
+        spare = self._SPARE if self.config.variant == "paper" else {"task_embedding": 0}
+        for part, tensor in tensors.items():
+            fill_parameter(parts[part], tensor, f"{self.path}: {part}", spare.get(part))
+
+
+def fill_parameter(
+    parameter: nn.Parameter, tensor: Tensor, what: str, spare: int | None = None
+) -> None:
+    """Give a parameter another value.
+
+    Args:
+        parameter: the parameter.
+        tensor: its value.
+        what: its name in an error.
+        spare: the dimension that may be larger than the parameter's; None: none may.
+
+    Raises:
+        CheckpointError: the tensor's shape does not fit.
+    """
+    wanted = list(parameter.shape)
+    found = list(tensor.shape)
+    fits = len(found) == len(wanted) and all(
+        have == want or (i == spare and have > want)
+        for i, (have, want) in enumerate(zip(found, wanted, strict=False))
+    )
+    if not fits:
+        expected = "x".join(
+            f"{size}{' or more ' if i == spare else ''}" for i, size in enumerate(wanted)
+        )
+        raise CheckpointError(f"{what} has the shape {found}", expected=expected)
+    parameter.data = tensor.to(parameter.dtype).clone()
+
+
+def _experts(base: nn.Linear, config: EptConfig, path: str, factors: Factors | None) -> Experts:
+    sizes, rank = config.kernel_sizes, config.rank_of(path)
+    shape = base.in_features, base.out_features
+    if config.variant == "released":
+        own = Factors(rank, *ReleasedExperts.factor_shape(*shape))
+        return ReleasedExperts(own, sizes, *shape)
+    if factors is None:
+        factors = Factors(rank, *PaperExperts.factor_shape(*shape, sizes))
+    return PaperExperts(factors, sizes, *shape)

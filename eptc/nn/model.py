@@ -1,0 +1,429 @@
+"""`EptModel`: a Hugging Face model whose linears carry EPT branches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eptc.errors import BaseModelError, CheckpointError, OptionError
+from eptc.nn import losses, native, released
+from eptc.nn.base import base_sha256, is_classifier, read_base, require
+from eptc.nn.config import BaseInfo, EptConfig
+from eptc.nn.experts import Factors, PaperExperts
+from eptc.nn.heads import (
+    fill_heads,
+    head_module,
+    install_heads,
+    last_linear_parameters,
+    modules_of,
+)
+from eptc.nn.initialise import initialise, initialise_factors
+from eptc.nn.linear import EptLinear, TaskContext, fill_parameter
+from eptc.nn.stored import Stored, name_some
+from eptc.tasks import Task, resolve
+
+__all__ = ["EptModel", "load_reference"]
+
+
+class EptModel(nn.Module):
+    """A Hugging Face model with an `EptLinear` in the place of every target linear.
+
+    The base's parameters are frozen; the branches' and the heads' are not. An encoder classifier
+    has a head for each task. Use `attach` to train, `load` and its kin to read a checkpoint.
+
+    Args:
+        hf_model: the task model, changed in place.
+        config: what to adapt, and how.
+        dropout: probability of dropping an element of a branch's input while training.
+        head_modules: full names of modules beside the classification head that each task of an
+            encoder classifier has its own copy of.
+        seed: of everything that is drawn at random.
+
+    Attributes:
+        hf: the Hugging Face model; use it inside `with model.task(name):`.
+        config: the configuration, with the base's `model_type`.
+        layers: the adapted linears, by their full names.
+        heads: per-task modules, by the full name of the module they stand for.
+
+    Raises:
+        OptionError: a target names no linear, or an option does not fit the model.
+        BaseModelError: the model cannot be adapted.
+    """
+
+    def __init__(
+        self,
+        hf_model: nn.Module,
+        config: EptConfig,
+        *,
+        dropout: float = 0.0,
+        head_modules: Collection[str] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        model_type = hf_model.config.model_type
+        base = dataclasses.replace(config.base, model_type=model_type)
+        if config.base.model_type not in (None, model_type):
+            raise BaseModelError(
+                f"the base is a {model_type!r}",
+                expected=f"{config.base.model_type!r}, which the checkpoint was trained on",
+            )
+        self.config = dataclasses.replace(config, base=base)
+        self._context = TaskContext()
+        generator = torch.Generator().manual_seed(seed)
+        linears = _targets(hf_model, config)
+        hf_model.requires_grad_(False)
+        self.hf = hf_model
+        self.heads = {}
+        if is_classifier(hf_model):
+            self.heads = install_heads(
+                hf_model,
+                config.tasks,
+                self._context,
+                modules=head_modules,
+                generator=generator,
+            )
+        elif head_modules:
+            raise OptionError(f"{type(hf_model).__name__} has no heads for each task")
+        self.shared = _shared_factors(linears, config)
+        self.layers = {
+            path: EptLinear(
+                linear, config, path, self._context, factors=self.shared, dropout=dropout
+            )
+            for path, linear in linears.items()
+        }
+        for path, layer in self.layers.items():
+            hf_model.set_submodule(path, layer)
+        self._initialise(generator)
+        self._contributing = _contributing(hf_model, self.config, self.layers)
+
+    @classmethod
+    def attach(
+        cls,
+        hf_model: nn.Module,
+        config: EptConfig,
+        *,
+        dropout: float = 0.0,
+        head_modules: Collection[str] = (),
+        seed: int = 0,
+    ) -> EptModel:
+        """Return a model ready to be trained; the arguments and errors are the class's."""
+        return cls(hf_model, config, dropout=dropout, head_modules=head_modules, seed=seed)
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        if self.shared is not None:
+            initialise_factors(self.shared, self.config.variant, generator)
+        for layer in self.layers.values():
+            if self.shared is None:
+                initialise_factors(layer.experts.factors, self.config.variant, generator)
+            initialise(layer, generator)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks, in the order of their ids."""
+        return self.config.tasks
+
+    @contextlib.contextmanager
+    def task(self, task: str | int) -> Iterator[int]:
+        """Make a task the active one, by name, alias or id; yield its id.
+
+        Raises:
+            TaskError: there is no such task.
+        """
+        before = self._context.task_id
+        self._context.task_id = resolve(task, self.tasks)
+        try:
+            yield self._context.task_id
+        finally:
+            self._context.task_id = before
+
+    def forward(
+        self, *, task: str | int | None = None, labels: Tensor | None = None, **inputs: Any
+    ) -> Any:
+        """Return the Hugging Face model's output for a task.
+
+        Where labels are given its `loss` is `task_loss` plus 0.1 times `contrastive_loss`, in
+        training and in eval mode, as the released code does. The attributes `task_loss` and
+        `contrastive_loss` hold the two; None where there is none.
+
+        Args:
+            task: name, alias or id; None: the one of an enclosing `with model.task(name):`.
+            labels: [batch] for an encoder classifier; else [batch, length], -100 is ignored.
+            inputs: what the Hugging Face model takes.
+
+        Raises:
+            TaskError: there is no such task, or none is active.
+        """
+        with contextlib.ExitStack() as stack:
+            if task is not None:
+                stack.enter_context(self.task(task))
+            task_id = self._context.active
+            terms = self._recorded(stack, wanted=self.training or labels is not None)
+            if labels is not None and not self.heads:
+                inputs["labels"] = labels
+            output = self.hf(**inputs, return_dict=True)
+        task_loss = output.get("loss")
+        if labels is not None and self.heads:
+            task_loss = losses.head_loss(self.tasks[task_id], output.logits, labels)
+        kept = {path: terms[path] for path in self._contributing if path in terms}
+        contrastive = losses.combine(self.config, self.hf.config.model_type, kept)
+        loss = task_loss
+        if loss is not None and contrastive is not None:
+            loss = loss + losses.CONTRASTIVE_WEIGHT * contrastive
+        # Made anew rather than assigned to: the loss comes first in the output's own order.
+        output = type(output)(**{**output, "loss": loss})
+        output.task_loss, output.contrastive_loss = task_loss, contrastive
+        return output
+
+    def _recorded(self, stack: contextlib.ExitStack, *, wanted: bool) -> dict[str, Tensor]:
+        """Let the linears record their contrastive losses until the stack is left."""
+        terms: dict[str, Tensor] = {}
+        self._context.terms = terms if wanted else None
+        stack.callback(setattr, self._context, "terms", None)
+        return terms
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        base_dir: str | Path | None = None,
+        base_name: str | None = None,
+    ) -> None:
+        """Write the native checkpoint: `ept_config.json` and `ept_model.safetensors`.
+
+        Args:
+            directory: made where it is missing; a checkpoint in it is replaced.
+            base_dir: the base's folder, whose hash is recorded; None keeps the recorded one.
+            base_name: what users call the base; None keeps the recorded one.
+
+        Raises:
+            BaseModelError: the base's weights cannot be read.
+            OutputError: the folder cannot be written.
+        """
+        base = self.config.base
+        config = dataclasses.replace(
+            self.config,
+            base=BaseInfo(
+                base.model_type,
+                base.name if base_name is None else base_name,
+                base.sha256 if base_dir is None else base_sha256(base_dir),
+            ),
+        )
+        native.write(Path(directory), config, self._tensors())
+        self.config = config
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        if self.shared is not None:
+            tensors |= {"shared.ept.A": self.shared.A, "shared.ept.B": self.shared.B}
+        for path, layer in self.layers.items():
+            tensors |= {f"{path}.ept.{part}": p for part, p in layer.parts().items()}
+        for module, heads in self.heads.items():
+            for task, copied in zip(self.tasks, heads.tasks, strict=True):
+                prefix = f"heads.{task.name}.{module}"
+                tensors |= {f"{prefix}.{name}": p for name, p in copied.named_parameters()}
+        return tensors
+
+    @classmethod
+    def load(cls, directory: str | Path, base_dir: str | Path) -> EptModel:
+        """Return a native checkpoint on its base, in eval mode.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or does not fit the base.
+            BaseModelError: the base cannot be used, or is another than the recorded one.
+        """
+        return cls._restore(native.read(Path(directory)), Path(base_dir))
+
+    @classmethod
+    def load_released(
+        cls,
+        directory: str | Path,
+        base_dir: str | Path,
+        *,
+        top_k: int | None,
+        tasks: Sequence[str | Task] | None,
+        allow_pickle: bool = False,
+    ) -> EptModel:
+        """Return a folder the authors' training script wrote on its base, in eval mode.
+
+        Args:
+            directory: the folder with `adapter_config.json`.
+            base_dir: the base model's folder.
+            top_k: how many experts a task uses; the folder does not say.
+            tasks: tasks in the order of their ids; the folder does not say.
+            allow_pickle: whether `adapter_model.bin` may be read.
+
+        Raises:
+            OptionError: `top_k` or `tasks` is None or does not fit.
+            CheckpointError: the checkpoint is damaged or does not fit the base.
+            BaseModelError: the base cannot be used.
+        """
+        stored = released.read(
+            Path(directory), top_k=top_k, tasks=tasks, allow_pickle=allow_pickle
+        )
+        return cls._restore(stored, Path(base_dir))
+
+    @classmethod
+    def _restore(cls, stored: Stored, base_dir: Path) -> EptModel:
+        wanted = stored.config.base.sha256
+        if wanted is not None and (found := base_sha256(base_dir)) != wanted:
+            raise BaseModelError(
+                f"the weights in {base_dir} have the SHA-256 {found}",
+                expected=f"{wanted}, the base the checkpoint was trained on",
+            )
+        hf_model, missing = read_base(base_dir)
+        modules, needed = _head_needs(hf_model, stored, missing)
+        require(base_dir, [name for name in missing if name not in needed])
+        try:
+            model = cls(hf_model, stored.config, head_modules=modules)
+        except OptionError as error:
+            raise CheckpointError(
+                error.found, expected=error.expected, fix="check that this is the right base"
+            ) from error
+        model._fill(stored, needed)
+        return model.eval()
+
+    def _fill(self, stored: Stored, needed: Collection[str]) -> None:
+        """Set every parameter from a checkpoint; every tensor has exactly one place."""
+        if lost := sorted(self.layers.keys() - stored.layers.keys()):
+            raise CheckpointError(f"the checkpoint has no tensors for {name_some(lost)}")
+        if extra := sorted(stored.layers.keys() - self.layers.keys()):
+            raise CheckpointError(
+                f"the checkpoint has tensors for {name_some(extra)}",
+                expected=f"linears named {', '.join(self.config.targets)}",
+            )
+        for path, layer in self.layers.items():
+            layer.fill(stored.layers[path])
+        if self.shared is not None:
+            if stored.shared.keys() != {"A", "B"}:
+                raise CheckpointError(
+                    f"the shared tensors are {sorted(stored.shared)}", expected="A and B"
+                )
+            fill_parameter(self.shared.A, stored.shared["A"], "shared.ept.A", spare=1)
+            fill_parameter(self.shared.B, stored.shared["B"], "shared.ept.B", spare=0)
+        fill_heads(self.heads, self.tasks, stored.heads, needed)
+
+
+def load_reference(
+    checkpoint: str | Path,
+    base_dir: str | Path,
+    *,
+    top_k: int | None = None,
+    tasks: Sequence[str | Task] | None = None,
+    allow_pickle: bool = False,
+) -> EptModel:
+    """Return a checkpoint of either format on its base, in eval mode.
+
+    Args:
+        checkpoint: a native folder, or one the authors' training script wrote.
+        base_dir: the base model's folder.
+        top_k: how many experts a task uses; needed for an authors' folder.
+        tasks: tasks in the order of their ids; needed for an authors' folder.
+        allow_pickle: whether `adapter_model.bin` may be read.
+
+    Raises:
+        OptionError: `top_k` or `tasks` is missing, or contradicts a native checkpoint.
+        CheckpointError: the folder is no checkpoint, is damaged or does not fit the base.
+        BaseModelError: the base cannot be used, or is another than the recorded one.
+    """
+    directory = Path(checkpoint)
+    formats = [name for name in (native.CONFIG, released.CONFIG) if (directory / name).is_file()]
+    if len(formats) != 1:
+        inner = sorted(path.parent for path in directory.glob(f"checkpoint-*/{released.CONFIG}"))
+        raise CheckpointError(
+            f"{directory} has {' and '.join(formats) or 'no checkpoint'}",
+            expected=f"either {native.CONFIG} or {released.CONFIG}",
+            fix=f"name one of its folders, such as {inner[-1]}" if inner else None,
+        )
+    if formats == [released.CONFIG]:
+        return EptModel.load_released(
+            directory, base_dir, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle
+        )
+    model = EptModel.load(directory, base_dir)
+    _check_given(model.config, top_k, tasks)
+    return model
+
+
+def _check_given(config: EptConfig, top_k: int | None, tasks: Sequence[str | Task] | None) -> None:
+    if top_k is not None and top_k != config.top_k:
+        raise OptionError(f"top_k is {top_k}", expected=f"{config.top_k}, as the checkpoint says")
+    if tasks is None:
+        return
+    given = [task.name if isinstance(task, Task) else task for task in tasks]
+    names = [task.name for task in config.tasks]
+    if given != names:
+        raise OptionError(
+            f"the tasks are {', '.join(given)}",
+            expected=f"{', '.join(names)}, as the checkpoint says",
+        )
+
+
+def _head_needs(
+    hf_model: nn.Module, stored: Stored, missing: Collection[str]
+) -> tuple[list[str], set[str]]:
+    """Return the modules beside the head that tasks have copies of, and what must be given.
+
+    Every task must bring the head's last linear, whose width is its own, and whatever of its
+    modules the base has no weights for.
+    """
+    if not is_classifier(hf_model):
+        if stored.heads:
+            raise CheckpointError(
+                f"the checkpoint has heads for {', '.join(stored.heads)}",
+                expected="none: the base is no encoder classifier",
+            )
+        return [], set()
+    head = head_module(hf_model)
+    given = {name for tensors in stored.heads.values() for name in tensors}
+    modules = modules_of(given, head)
+    copied = tuple(f"{module}." for module in (head, *modules))
+    needed = {name for name in missing if name.startswith(copied)}
+    return modules, needed | last_linear_parameters(hf_model, head)
+
+
+def _targets(hf_model: nn.Module, config: EptConfig) -> dict[str, nn.Linear]:
+    """Return the linears to adapt, by their full names, in the model's order."""
+    found = {path: m for path, m in hf_model.named_modules() if config.matches(path)}
+    for path, module in found.items():
+        if not isinstance(module, nn.Linear):
+            raise OptionError(f"{path} is a {type(module).__name__}", expected="a linear")
+    names = {p.rpartition(".")[2] for p, m in hf_model.named_modules() if type(m) is nn.Linear}
+    for target in config.targets:
+        if not any(path == target or path.endswith(f".{target}") for path in found):
+            close = difflib.get_close_matches(target, sorted(names), n=3, cutoff=0.4)
+            raise OptionError(
+                f"no linear of the base is named {target!r}",
+                expected=f"one of its linears, such as {', '.join(close or sorted(names))}",
+            )
+    if unknown := sorted(config.modules.keys() - found.keys()):
+        raise OptionError(f"modules names {unknown[0]!r}", expected="an adapted linear")
+    return {path: module for path, module in found.items() if isinstance(module, nn.Linear)}
+
+
+def _shared_factors(linears: Mapping[str, nn.Linear], config: EptConfig) -> Factors | None:
+    """Return one A and B with the largest crops any linear needs, None where none is shared."""
+    if config.sharing != "model":
+        return None
+    shapes = [
+        PaperExperts.factor_shape(linear.in_features, linear.out_features, config.kernel_sizes)
+        for linear in linears.values()
+    ]
+    return Factors(config.rank, max(c for c, _ in shapes), max(r for _, r in shapes))
+
+
+def _contributing(
+    hf_model: nn.Module, config: EptConfig, layers: Mapping[str, EptLinear]
+) -> tuple[str, ...]:
+    """Return the linears whose contrastive losses are part of the total."""
+    encoder = None
+    if hf_model.config.is_encoder_decoder:
+        inner = hf_model.get_encoder()
+        encoder = next(path for path, module in hf_model.named_modules() if module is inner)
+    kind = hf_model.config.model_type
+    return tuple(path for path in layers if losses.contributes(config, kind, path, encoder))

@@ -1,0 +1,182 @@
+"""What parity is checked on: real text in several shapes, or seeded tokens marked synthetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eptc.errors import InputError, TaskError
+from eptc.tasks import Task, fill
+
+__all__ = ["Example", "Probe", "builtin_examples", "read_examples", "synthetic", "text_batches"]
+
+Example = Mapping[str, Any]
+Ints = npt.NDArray[np.int64]
+
+_TEXTS = (
+    "A warm, funny and quietly moving film that stays with you for days.",
+    "The plot makes no sense at all, and by the second hour I wanted my money back.",
+    "Fine.",
+    "The committee approved the budget on Tuesday after a debate that lasted four hours.",
+    "Rain is expected in the north this evening, with clear skies returning by Friday morning.",
+    "Who wrote the opera that opens the season?",
+    "The battery died after three days; support never answered, and the replacement (which I "
+    "paid for!) arrived broken as well.",
+    "Turn off the lights in the kitchen.",
+    "Ten of the twelve samples were contaminated, so the team repeated the whole experiment.",
+    "Nobody in the village had ever seen the river so low.",
+    "Zo\u00eb's caf\u00e9 \u2014 na\u00efve, but charming \u2014 costs \u20ac4.50 a cup.",
+    "she said that he said that they would have said something if anyone had asked them",
+    "Congratulations, you have been selected! Click the link below to claim your free prize now.",
+    "The river has not been this low in living memory, according to the people of the village.",
+    "x",
+    "In spite of its modest length the report covers a great deal of ground: it traces how the "
+    "bridge was planned, why the first contractor withdrew, what the engineers found when they "
+    "opened the northern pier, and how a sum that had been set aside for painting ended up paying "
+    "for an entirely new set of bearings, which, as it turned out, were never needed at all.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One batch.
+
+    Args:
+        name: for the report.
+        input_ids: int64 [batch, sequence].
+        attention_mask: int64 [batch, sequence].
+        token_type_ids: int64 [batch, sequence]; None where the model reads none.
+        synthetic: whether the tokens are drawn, not text.
+    """
+
+    name: str
+    input_ids: Ints
+    attention_mask: Ints
+    token_type_ids: Ints | None = None
+    synthetic: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[batch, sequence]."""
+        return self.input_ids.shape
+
+    def feeds(self) -> dict[str, Ints]:
+        """Return the arrays by the names graphs and models know them by."""
+        feeds = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.token_type_ids is not None:
+            feeds["token_type_ids"] = self.token_type_ids
+        return feeds
+
+
+def builtin_examples(task: Task | None) -> list[Example]:
+    """Return examples of a task's fields made of the texts above, each field a different one."""
+    fields = task.fields if task is not None else ("text",)
+    return [
+        {name: _TEXTS[(i + 3 * j) % len(_TEXTS)] for j, name in enumerate(fields)}
+        for i in range(len(_TEXTS))
+    ]
+
+
+def read_examples(path: Path, task: Task | None, *, labelled: bool = False) -> list[Example]:
+    """Return the examples of a JSON lines file.
+
+    Args:
+        path: one JSON object a line, with the task's fields and, maybe, `label`.
+        task: whose fields they must have.
+        labelled: whether each must have a label of the task.
+
+    Raises:
+        InputError: the file cannot be read, is empty, or a line is not such an object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+            if not isinstance(example, dict):
+                raise InputError(f"it is a {type(example).__name__}, not an object")
+            fill(task, example)
+        except (ValueError, InputError) as error:
+            reason = error.found if isinstance(error, TaskError | InputError) else str(error)
+            raise InputError(
+                f"{path}, line {number}: {reason}",
+                expected="a JSON object with the fields "
+                + ", ".join(task.fields if task is not None else ("text",)),
+            ) from error
+        if labelled:
+            _check_label(path, number, example, task)
+        examples.append(example)
+    if not examples:
+        raise InputError(f"{path} has no examples", expected="one JSON object a line")
+    return examples
+
+
+def _check_label(path: Path, number: int, example: Mapping[str, Any], task: Task | None) -> None:
+    label = example.get("label")
+    if task is not None and task.kind == "regression":
+        sound = isinstance(label, int | float) and not isinstance(label, bool)
+        expected = "a number"
+    else:
+        labels = task.labels if task is not None else ()
+        sound = isinstance(label, str) and (not labels or label in labels)
+        expected = f"one of {', '.join(labels)}" if labels else "a string"
+    if not sound:
+        raise InputError(f"{path}, line {number}: the label is {label!r}", expected=expected)
+
+
+def text_batches(examples: Sequence[Example]) -> list[tuple[str, list[Example]]]:
+    """Return named batches in several shapes: one row, a few rows of unequal length, many.
+
+    Rows of unequal length make padding; the shortest and the longest text stand alone.
+    """
+    by_length = sorted(examples, key=lambda example: (len(str(example)), str(example)))
+    batches = [
+        ("shortest text alone", by_length[:1]),
+        ("longest text alone", by_length[-1:]),
+        ("shortest and longest together", [by_length[0], by_length[-1]]),
+    ]
+    batches += [
+        (f"texts {start} to {min(start + 8, len(examples)) - 1}", list(examples[start : start + 8]))
+        for start in range(0, min(len(examples), 32), 8)
+    ]
+    return batches
+
+
+def synthetic(
+    vocab_size: int, limit: int | None, *, token_types: bool, left: bool, seed: int = 0
+) -> list[Probe]:
+    """Return seeded tokens in shapes that text may not give: length 1, odd sizes, near the limit.
+
+    Args:
+        vocab_size: ids are below it.
+        limit: longest sequence the model takes; None where there is no limit.
+        token_types: whether the model reads token_type_ids.
+        left: whether padding stands on the left.
+        seed: of the tokens.
+    """
+    rng = np.random.default_rng(seed)
+    longest = min(limit or 160, 160)
+    probes = []
+    for batch, length in ((1, 1), (3, 1), (1, 2), (2, 17), (4, 33), (1, longest)):
+        length = min(length, longest)
+        ids = rng.integers(0, vocab_size, (batch, length), dtype=np.int64)
+        mask = np.ones((batch, length), np.int64)
+        for row in range(1, batch):
+            gap = int(rng.integers(0, length))
+            mask[row, :gap] = 0  # at least one token stays
+            if not left:
+                mask[row] = mask[row, ::-1]
+        types = np.zeros_like(ids) if token_types else None
+        probes.append(Probe(f"seeded tokens {batch}x{length}", ids, mask, types, synthetic=True))
+    return probes

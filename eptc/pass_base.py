@@ -1,0 +1,58 @@
+"""What every pass is: a frozen dataclass with a name, a contract, options as fields, one method."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import onnx_ir
+
+from eptc.ir import AdaptedModel
+
+__all__ = ["AdapterPass", "Contract", "GraphPass"]
+
+Contract = Literal["exact", "lossy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterPass(abc.ABC):
+    """A named rewrite of an adapted model, before it is lowered; nothing is changed in place.
+
+    Options are the dataclass fields, so two passes with the same options are equal and print
+    alike. The pipeline validates the model after every pass and checks its contract.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+
+    @abc.abstractmethod
+    def rewrite(self, model: AdaptedModel) -> AdaptedModel:
+        """Return the rewritten model; `model` itself where there is nothing to do."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the pass's options as JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphPass(onnx_ir.passes.InPlacePass):
+    """A named rewrite of one ONNX graph, in place.
+
+    The graph is valid before and after (the pipeline checks both), and its interface is kept.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+
+    @abc.abstractmethod
+    def rewrite(self, model: onnx_ir.Model) -> int:
+        """Rewrite `model` in place and return how many sites changed (0 means untouched)."""
+
+    def call(self, model: onnx_ir.Model) -> onnx_ir.passes.PassResult:
+        """Run `rewrite` as the onnx_ir pass protocol asks."""
+        return onnx_ir.passes.PassResult(model, modified=self.rewrite(model) > 0)
+
+    def options(self) -> dict[str, Any]:
+        """Return the pass's options as JSON values."""
+        return dataclasses.asdict(self)

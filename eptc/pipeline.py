@@ -1,0 +1,272 @@
+"""Run passes one after another: validate after each, check its contract, record what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+
+from eptc.errors import EptcError, InternalError, ParityError
+from eptc.ir import AdaptedModel, Float64
+from eptc.pass_base import AdapterPass, GraphPass
+from eptc.passes.drop_dead_experts import DropDeadExperts
+from eptc.passes.fold_pyramid import FoldPyramid
+from eptc.passes.fold_transposes import FoldTransposes
+from eptc.passes.specialize_router import SpecializeRouter
+from eptc.passes.stable_names import StableNames
+
+__all__ = ["PassRecord", "adapter_passes", "graph_passes", "run_adapter_passes", "run_graph_passes"]
+
+
+def adapter_passes(task_id: int) -> list[AdapterPass]:
+    """Return the default passes over the adapter IR, in order."""
+    return [
+        SpecializeRouter(task_id),  # first: nothing can be folded while a gate reads the task
+        DropDeadExperts(),  # before folding: N - top_k of N experts are never computed
+        FoldPyramid(),  # last: afterwards the model is a plain Hugging Face model
+    ]
+
+
+def graph_passes() -> list[GraphPass]:
+    """Return the default passes over each ONNX graph, in order."""
+    return [
+        FoldTransposes(),  # weights are bound by now: transposing one is a matter of how it is read
+        StableNames(),  # last: nothing after it may add a node or a name
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """What one pass did.
+
+    Args:
+        name: the pass.
+        options: its options as JSON values.
+        contract: what it promises about the numbers.
+        changed: whether anything changed.
+        before: sizes before it (what is counted depends on the stage).
+        after: sizes after it.
+        error: largest deviation it caused, as a fraction of its bound; None where the contract
+            was not measured.
+        seconds: how long it took, checks not counted.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    contract: str
+    changed: bool
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    error: float | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON values, without the clock: the same on every run."""
+        data = dataclasses.asdict(self)
+        del data["seconds"]
+        if self.error is not None:
+            # Two digits: the others depend on the processor.
+            data["error"] = float(f"{self.error:.1e}")
+        return data
+
+
+AfterAdapterPass = Callable[[PassRecord, AdaptedModel], None]
+
+
+def run_adapter_passes(
+    model: AdaptedModel,
+    passes: Iterable[AdapterPass],
+    *,
+    task_id: int,
+    measure: bool = True,
+    after: AfterAdapterPass | None = None,
+) -> tuple[AdaptedModel, list[PassRecord]]:
+    """Run passes over the adapter IR.
+
+    Args:
+        model: the model to start from.
+        passes: what to run, in order.
+        task_id: the task for which the model before and after each pass is compared.
+        measure: whether contracts are checked on probes, every adapted linear.
+        after: called with each record and the model the pass made.
+
+    Raises:
+        InternalError: a pass broke a rule of the IR; it is named.
+        ParityError: a pass broke its contract; it and the first linear are named.
+    """
+    model.validate()
+    records = []
+    for step in passes:
+        start = time.perf_counter()
+        rewritten = _guarded(step.name, lambda step=step, model=model: step.rewrite(model))
+        seconds = time.perf_counter() - start
+        _guarded(step.name, rewritten.validate)
+        error = _measure(step, model, rewritten, task_id) if measure else None
+        records.append(
+            PassRecord(
+                step.name, step.options(), step.contract, rewritten is not model,
+                _adapter_sizes(model), _adapter_sizes(rewritten), error, seconds,
+            )
+        )  # fmt: skip
+        model = rewritten
+        if after is not None:
+            after(records[-1], model)
+    return model, records
+
+
+def run_graph_passes(
+    graphs: Mapping[str, onnx_ir.Model], passes: Sequence[GraphPass]
+) -> list[PassRecord]:
+    """Run passes over every graph in place.
+
+    Raises:
+        InternalError: a pass made a graph invalid or changed its interface; both are named.
+    """
+    records = []
+    for step in passes:
+        before, start = _graph_sizes(graphs), time.perf_counter()
+        changed = False
+        for key, graph in graphs.items():
+            interface = _interface(graph)
+            changed |= _guarded(f"{step.name} on {key}", lambda g=graph: step(g)).modified
+            if step.name != StableNames.name and _interface(graph) != interface:
+                raise InternalError(f"the pass {step.name} changed the interface of {key}")
+            _guarded(f"{step.name} on {key}", lambda g=graph: check_graph(g))
+        seconds = time.perf_counter() - start
+        records.append(
+            PassRecord(
+                step.name, step.options(), step.contract, changed, before, _graph_sizes(graphs),
+                None, seconds,
+            )
+        )  # fmt: skip
+    return records
+
+
+def _guarded(name: str, action: Callable[[], Any]) -> Any:
+    """Run an action; an unexpected error names the pass."""
+    try:
+        return action()
+    except EptcError as error:
+        if isinstance(error, InternalError):
+            raise InternalError(f"the pass {name} broke the model: {error.found}") from error
+        raise
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        raise InternalError(f"the pass {name} failed: {type(error).__name__}: {error}") from error
+
+
+def layer_output(
+    model: AdaptedModel, path: str, x: Float64, task_id: int
+) -> tuple[Float64, Float64, Float64]:
+    """Return what an adapted linear adds up to, in float64, without its bias.
+
+    Args:
+        model: the model.
+        path: the linear.
+        x: [rows, in].
+        task_id: the task, used while the model is not specialised.
+
+    Returns:
+        y [rows, out]; the part its branches contribute; and sum |w| |x| over everything that was
+        summed, the scale of rounding.
+    """
+    adapter = model.adapters[path]
+    weight = model.weights[adapter.parameter].numpy().astype(np.float64)
+    y, scale = x @ weight.T, np.abs(x) @ np.abs(weight.T)
+    branches = np.zeros_like(y)
+    fixed = task_id if model.task_id is None else model.task_id
+    for factor, branch in zip(adapter.factors(fixed), adapter.branches, strict=True):
+        if factor != 0.0:
+            branches += factor * branch.delta.apply(x)
+    return y + branches, branches, scale + np.abs(branches)
+
+
+def probe_rows(path_index: int, width: int, rows: int = 4) -> Float64:
+    """Return seeded standard normal rows [rows, width] that exercise every column of a linear."""
+    return np.random.default_rng([path_index, width]).standard_normal((rows, width))
+
+
+def _measure(
+    step: AdapterPass, before: AdaptedModel, after: AdaptedModel, task_id: int
+) -> float | None:
+    """Return the largest deviation over all linears as a fraction of its bound.
+
+    The bound of an `exact` pass: a weight it computed anew was rounded once to float32, so each
+    of its products may move by 2**-24 of itself; everything else is float64 and may move by
+    2**-40 of the terms that are summed.
+    """
+    if after is before:
+        return 0.0
+    worst = 0.0
+    for index, path in enumerate(sorted(before.adapters)):
+        parameter = before.adapters[path].parameter
+        x = probe_rows(index, before.weights[parameter].shape[1])
+        old, _, old_scale = layer_output(before, path, x, task_id)
+        new, _, new_scale = layer_output(after, path, x, task_id)
+        rounded = after.weights[parameter] is not before.weights[parameter]
+        bound = 2.0**-40 * (old_scale + new_scale) + (2.0**-24 * new_scale if rounded else 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.abs(new - old) / bound
+        error = float(np.nan_to_num(np.max(ratio), nan=np.inf))
+        if step.contract == "exact" and not error <= 1.0:
+            raise ParityError(
+                f"the pass {step.name} is exact, but moved the output of {path} by "
+                f"{np.abs(new - old).max():.3g}, {error:.3g} times what rounding can do",
+                fix="this is a bug in the pass: report it with the checkpoint's shapes",
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _adapter_sizes(model: AdaptedModel) -> dict[str, int]:
+    branches = [branch for adapter in model.adapters.values() for branch in adapter.branches]
+    tensors = {id(t): t.nbytes for branch in branches for t in branch.delta.tensors}
+    return {"branches": len(branches), "adapter_bytes": sum(tensors.values())}
+
+
+def _graph_sizes(graphs: Mapping[str, onnx_ir.Model]) -> dict[str, int]:
+    weights = {}
+    for graph in graphs.values():
+        for value in graph.graph.initializers.values():
+            if value.const_value is not None:
+                weights[value.name] = value.const_value.nbytes
+    return {
+        "nodes": sum(len(graph.graph) for graph in graphs.values()),
+        "weight_bytes": sum(weights.values()),
+    }
+
+
+def _interface(graph: onnx_ir.Model) -> tuple[Any, ...]:
+    return tuple(
+        (value.name, str(value.dtype), str(value.shape))
+        for side in (graph.graph.inputs, graph.graph.outputs)
+        for value in side
+    )
+
+
+def check_graph(model: onnx_ir.Model) -> None:
+    """Check a graph with onnx.checker and full shape inference, its weights left unread.
+
+    Raises:
+        InternalError: the graph is not valid.
+    """
+    light = onnx_ir.Model(model.graph.clone(), ir_version=model.ir_version)
+    large = [v for v in light.graph.initializers.values() if _is_large(v)]
+    for value in large:
+        del light.graph.initializers[value.name]
+        tensor = value.const_value
+        value.const_value = None
+        value.shape, value.dtype = tensor.shape, tensor.dtype
+        light.graph.inputs.append(value)
+    try:
+        onnx.checker.check_model(onnx_ir.to_proto(light), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise InternalError(f"the graph is not valid ONNX: {error}") from error
+
+
+def _is_large(value: onnx_ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.nbytes > 1024

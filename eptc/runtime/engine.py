@@ -1,0 +1,301 @@
+"""The engine: a bundle, loaded, that answers texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from eptc.errors import InputError, OptionError, TaskError
+from eptc.runtime.decoding import decode_decoder_only, decode_encoder_decoder, refuse_nan
+from eptc.runtime.feeds import checked
+from eptc.runtime.inputs import Example, prepare
+from eptc.runtime.labels import label_index
+from eptc.runtime.loading import default_threads, open_graphs
+from eptc.runtime.manifest import Manifest, bundle_file, load_manifest
+from eptc.runtime.providers import Provider, choose
+from eptc.runtime.results import Classification, Generation, classified
+from eptc.runtime.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import TracebackType
+
+    from eptc.runtime.graph import Graph, NumpyArray
+    from eptc.tasks import Task
+
+__all__ = ["Engine"]
+
+_Answer = TypeVar("_Answer")
+
+
+class Engine:
+    """A loaded bundle. Make one with `Engine.load`; threads may share it.
+
+    Use it as a context manager, or call `close` to free its memory before it is collected.
+
+    Args:
+        directory: the bundle's folder.
+        manifest: its manifest.
+        graphs: an open graph per role.
+        tokenizer: None where the bundle has none; `run` still works then.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        graphs: Mapping[str, Graph],
+        tokenizer: TextTokenizer | None,
+    ) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._graphs = dict(graphs)
+        self._tokenizer = tokenizer
+        self._closed = False
+        first, *others = self._graphs.values()
+        self._providers = tuple(
+            name for name in first.providers if all(name in graph.providers for graph in others)
+        )
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        providers: Sequence[Provider] | None = None,
+        threads: int | None = None,
+    ) -> Self:
+        """Load a bundle.
+
+        Args:
+            directory: the bundle's folder.
+            providers: execution providers in order of preference, `cpu`, `cuda`, `tensorrt` or
+                ONNX Runtime's names, each alone or with its options. None: the best that start
+                here, TensorRT before CUDA before CPU; `engine.providers` says which did.
+            threads: CPU threads one operator may use. None: the CPUs this process may use.
+
+        Raises:
+            BundleError: not a bundle, damaged, or newer than this version.
+            OptionError: a provider that does not start, or a wrong number of threads.
+        """
+        folder = Path(directory)
+        count = default_threads() if threads is None else _positive("threads", threads)
+        manifest = load_manifest(folder)
+        tokenizer = None
+        if manifest.tokenizer is not None:
+            path = bundle_file(folder, manifest.tokenizer.file)
+            tokenizer = TextTokenizer(path, manifest.tokenizer)
+        requests = choose(providers)
+        graphs = open_graphs(folder, manifest, requests, count, strict=providers is not None)
+        return cls(folder, manifest, graphs, tokenizer)
+
+    @property
+    def task(self) -> Task | None:
+        """The task the engine was compiled for."""
+        return self.manifest.task
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers that really started, in order."""
+        return self._providers
+
+    def classify(
+        self, texts: Iterable[Example], *, truncate: bool = False, batch_size: int = 32
+    ) -> list[Classification]:
+        """Return each text's class.
+
+        A text-to-text engine writes its answer first, which is then matched to a label.
+
+        Args:
+            texts: a list; each a string, a pair, or a dict by the task's field names.
+            truncate: cut texts that are too long, as training did, instead of refusing them.
+            batch_size: texts run at once; texts of like length are put together.
+
+        Raises:
+            InputError: something that is not such a text, or too long.
+            TaskError: the task has no labels.
+        """
+        if self.manifest.kind != "encoder-classifier":
+            return self._classify_written(texts, truncate, batch_size)
+
+        def answer(rows: list[Any]) -> list[Classification]:
+            logits = self._graph("model").run(self._classifier_feeds(rows))["logits"]
+            return [classified(row, self.task) for row in refuse_nan(logits)]
+
+        return self._batched(texts, truncate, batch_size, answer)
+
+    def generate(
+        self,
+        texts: Iterable[Example],
+        max_new_tokens: int | None = None,
+        *,
+        truncate: bool = False,
+        batch_size: int = 16,
+    ) -> list[Generation]:
+        """Return what the engine writes for each text, choosing the likeliest token each time.
+
+        Args:
+            texts: a list; each a string, a pair, or a dict by the task's field names.
+            max_new_tokens: tokens written at most. None: the manifest's.
+            truncate: cut texts that are too long, as training did, instead of refusing them.
+            batch_size: texts run at once; texts of like length are put together.
+
+        Raises:
+            InputError: something that is not such a text, or too long.
+            TaskError: the engine classifies and writes nothing.
+        """
+        settings = self.manifest.generation
+        if settings is None:
+            raise TaskError(
+                "this engine is a classifier: it writes no text", fix="call classify instead"
+            )
+        limit = settings.max_new_tokens
+        if max_new_tokens is not None:
+            limit = _positive("max_new_tokens", max_new_tokens)
+        tokenizer = self._text_tokenizer()
+
+        def answer(rows: list[Any]) -> list[Generation]:
+            answers = self._decode(tokenizer.pad(rows), limit)
+            return [
+                Generation(tokenizer.decode(ids), tuple(ids), ids[-1] in settings.eos_token_id)
+                for ids in answers
+            ]
+
+        return self._batched(texts, truncate, batch_size, answer)
+
+    def tokenize(
+        self, texts: Iterable[Example], *, truncate: bool = False
+    ) -> dict[str, NumpyArray]:
+        """Return input_ids, attention_mask[, token_type_ids], int64 [batch, longest text].
+
+        Raises:
+            InputError: no text, something that is not one, or too long.
+        """
+        tokenizer = self._text_tokenizer()
+        prepared = prepare(texts, self.task)
+        if not prepared:
+            raise InputError("there are no texts", expected="at least one")
+        return tokenizer.pad(tokenizer.encode(prepared, truncate=truncate))
+
+    def run(self, feeds: Mapping[str, Any], graph: str | None = None) -> dict[str, NumpyArray]:
+        """Run one graph on arrays.
+
+        Args:
+            feeds: an array per input, names and shapes as in `manifest.graphs`.
+            graph: which one (`encoder`, `decoder`); None where there is only one.
+
+        Returns:
+            Every output by name.
+
+        Raises:
+            InputError: no such graph, or feeds that do not fit it; the batch may not be empty.
+        """
+        if graph is None and len(self.manifest.graphs) > 1:
+            raise InputError(
+                "the engine has several graphs", expected=", ".join(self.manifest.graphs)
+            )
+        name = graph if graph is not None else next(iter(self.manifest.graphs))
+        if name not in self.manifest.graphs:
+            raise InputError(
+                f"there is no graph {name!r}", expected=", ".join(self.manifest.graphs)
+            )
+        opened = self._graph(name)
+        return opened.run(checked(feeds, name, opened.spec, self.manifest.vocab_size))
+
+    def close(self) -> None:
+        """Free the sessions; the engine answers nothing afterwards. Calls under way finish."""
+        self._closed = True
+        self._graphs = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        task = self.task.name if self.task is not None else None
+        state = "closed" if self._closed else f"on {', '.join(self.providers)}"
+        return (
+            f"<Engine {self.manifest.kind} task={task!r} {self.manifest.precision} {state}: "
+            f"{self.directory}>"
+        )
+
+    def _classify_written(
+        self, texts: Iterable[Example], truncate: bool, batch_size: int
+    ) -> list[Classification]:
+        labels = self.task.labels if self.task is not None else ()
+        if not labels:
+            name = f"task {self.task.name!r}" if self.task is not None else "this engine"
+            raise TaskError(f"{name} has no labels to choose from", fix="call generate instead")
+        written = self.generate(texts, truncate=truncate, batch_size=batch_size)
+        found = [label_index(answer.text, labels) for answer in written]
+        return [
+            Classification(labels[i] if i is not None else None, i, text=answer.text)
+            for i, answer in zip(found, written, strict=True)
+        ]
+
+    def _batched(
+        self,
+        texts: Iterable[Example],
+        truncate: bool,
+        batch_size: int,
+        answer: Callable[[list[Any]], list[_Answer]],
+    ) -> list[_Answer]:
+        """Answer texts in batches of like length, which need little padding, in given order."""
+        size = _positive("batch_size", batch_size)
+        tokenizer = self._text_tokenizer()
+        prepared = prepare(texts, self.task)
+        if not prepared:
+            return []
+        encodings = tokenizer.encode(prepared, truncate=truncate)
+        order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
+        answers: dict[int, _Answer] = {}
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            answers.update(zip(rows, answer([encodings[i] for i in rows]), strict=True))
+        return [answers[i] for i in range(len(order))]
+
+    def _decode(self, feeds: dict[str, NumpyArray], limit: int) -> list[list[int]]:
+        settings = self.manifest.generation
+        assert settings is not None
+        if self.manifest.kind == "encoder-decoder":
+            encoder, decoder = self._graph("encoder"), self._graph("decoder")
+            return decode_encoder_decoder(encoder, decoder, feeds, settings, limit)
+        longest = feeds["input_ids"].shape[1]
+        if settings.max_positions is not None and longest + limit > settings.max_positions:
+            raise InputError(
+                f"a prompt of {longest} tokens and {limit} new ones do not fit the model",
+                expected=f"{settings.max_positions} together",
+                fix="give a smaller max_new_tokens or shorter texts",
+            )
+        return decode_decoder_only(self._graph("model"), feeds, settings, limit)
+
+    def _classifier_feeds(self, rows: list[Any]) -> dict[str, NumpyArray]:
+        graph = self._graph("model")
+        feeds = self._text_tokenizer().pad(rows)
+        return checked(feeds, graph.name, graph.spec, self.manifest.vocab_size)
+
+    def _graph(self, name: str) -> Graph:
+        # One read of the dict: another thread may be closing the engine.
+        graph = self._graphs.get(name)
+        if graph is None:
+            raise InputError("the engine is closed", fix="load it again")
+        return graph
+
+    def _text_tokenizer(self) -> TextTokenizer:
+        if self._closed:
+            raise InputError("the engine is closed", fix="load it again")
+        if self._tokenizer is None:
+            raise InputError("the bundle has no tokenizer", fix="give token ids to run")
+        return self._tokenizer
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name} is {value!r}", expected="an integer, 1 or more")
+    return value

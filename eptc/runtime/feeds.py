@@ -1,0 +1,119 @@
+"""Checking arrays against a graph's declared inputs before they reach ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eptc.errors import InputError
+
+if TYPE_CHECKING:
+    from eptc.runtime.graph import NumpyArray
+    from eptc.runtime.spec import GraphSpec, TensorSpec
+
+__all__ = ["checked"]
+
+_MAY_BE_EMPTY = "past_sequence"
+
+
+def checked(
+    feeds: Mapping[str, Any], name: str, spec: GraphSpec, vocab_size: int | None
+) -> dict[str, NumpyArray]:
+    """Return the feeds as arrays of the declared types; only exact casts are made.
+
+    Args:
+        feeds: an array, or nested lists, per input.
+        name: the graph's name, for messages.
+        spec: its declared interface.
+        vocab_size: token ids must be below it; None where unknown.
+
+    Raises:
+        InputError: names, types, ranks or sizes that do not fit, an empty batch, a negative
+            integer (Gather would count it from the end), a token outside the vocabulary.
+    """
+    declared = [tensor.name for tensor in spec.inputs]
+    if not isinstance(feeds, Mapping):
+        raise InputError(
+            f"the feeds are a {type(feeds).__name__}", expected="a dict of arrays by input name"
+        )
+    wrong = [key for key in feeds if key not in declared]
+    missing = [key for key in declared if key not in feeds]
+    if wrong or missing:
+        found = f"no input {missing[0]!r}" if missing else f"the unknown input {wrong[0]!r}"
+        raise InputError(f"graph {name!r} got {found}", expected=", ".join(declared))
+    sizes: dict[str, tuple[int, str]] = {}
+    arrays = {}
+    for tensor in spec.inputs:
+        array = _cast(feeds[tensor.name], tensor)
+        _check_shape(array, tensor, sizes)
+        _check_values(array, tensor, vocab_size)
+        arrays[tensor.name] = array
+    _check_total(sizes)
+    return arrays
+
+
+def _cast(value: Any, tensor: TensorSpec) -> NumpyArray:
+    try:
+        array = np.asarray(value, order="C")
+    except ValueError as error:
+        raise InputError(f"{tensor.name!r} is not an array: {error}") from error
+    if tensor.dtype == "bfloat16":
+        raise InputError(
+            f"{tensor.name!r} is bfloat16, which numpy does not have",
+            fix="use generate or classify, which keep such values inside ONNX Runtime",
+        )
+    wanted = np.dtype(tensor.dtype)
+    if array.dtype == wanted:
+        return array
+    if np.can_cast(array.dtype, wanted, "safe"):
+        return array.astype(wanted)
+    if array.dtype.kind in "iu" and wanted.kind == "i":
+        cast = array.astype(wanted)
+        if np.array_equal(cast, array):
+            return cast
+    raise InputError(
+        f"{tensor.name!r} has dtype {array.dtype}",
+        expected=f"{wanted}, or a type that converts to it exactly",
+    )
+
+
+def _check_shape(array: NumpyArray, tensor: TensorSpec, sizes: dict[str, tuple[int, str]]) -> None:
+    shape = f"{tensor.name!r} has shape {list(array.shape)}"
+    expected = f"[{', '.join(map(str, tensor.shape))}]"
+    if array.ndim != len(tensor.shape):
+        raise InputError(shape, expected=expected)
+    for size, dim in zip(array.shape, tensor.shape, strict=True):
+        if isinstance(dim, int):
+            if size != dim:
+                raise InputError(shape, expected=expected)
+            continue
+        if size == 0 and dim != _MAY_BE_EMPTY:
+            raise InputError(f"{shape}: {dim} is empty", expected=expected)
+        known, first = sizes.setdefault(dim, (size, tensor.name))
+        if size != known:
+            raise InputError(
+                f"{shape}: {dim} is {size}", expected=f"{known}, as in {first!r} ({expected})"
+            )
+
+
+def _check_values(array: NumpyArray, tensor: TensorSpec, vocab_size: int | None) -> None:
+    if array.dtype.kind != "i" or array.size == 0:
+        return
+    if array.min() < 0:
+        raise InputError(f"{tensor.name!r} has the negative value {array.min()}")
+    if tensor.name == "input_ids" and vocab_size is not None and array.max() >= vocab_size:
+        raise InputError(
+            f"'input_ids' has the token {array.max()}", expected=f"ids below {vocab_size}"
+        )
+
+
+def _check_total(sizes: Mapping[str, tuple[int, str]]) -> None:
+    """A decoder's mask covers what is cached and what is new."""
+    if not {"total_sequence", "past_sequence", "sequence"} <= set(sizes):
+        return
+    total, name = sizes["total_sequence"]
+    past, new = sizes["past_sequence"][0], sizes["sequence"][0]
+    if total != past + new:
+        raise InputError(f"{name!r} covers {total} tokens", expected=f"{past} cached + {new} new")

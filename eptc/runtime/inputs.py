@@ -1,0 +1,56 @@
+"""From what a caller gives to the strings the tokenizer gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from eptc.errors import InputError, TaskError
+from eptc.tasks import Task, fill
+
+__all__ = ["Example", "prepare"]
+
+Example = str | Sequence[str] | Mapping[str, str]
+
+
+def prepare(texts: Iterable[Example], task: Task | None) -> list[tuple[str, ...]]:
+    """Return one text or text pair per example, the task's prompt applied.
+
+    Args:
+        texts: a list of examples; each a string, a pair, or a dict by the task's field names.
+        task: None for plain text.
+
+    Raises:
+        InputError: not a list, or an example that is none of these; it is named by position.
+    """
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(
+            f"the texts are {_short(texts)}",
+            expected="a list of texts",
+            fix="for one text, give a list of one: [text]",
+        )
+    return [_one(i, example, task) for i, example in enumerate(texts)]
+
+
+def _one(position: int, example: object, task: Task | None) -> tuple[str, ...]:
+    if not isinstance(example, str | tuple | list | Mapping):
+        raise InputError(
+            f"text {position} is {_short(example)}",
+            expected="a string, a pair of strings, or a dict by the task's field names",
+        )
+    try:
+        filled = fill(task, example)
+    except TaskError as error:
+        raise TaskError(
+            f"text {position}: {error.found}", expected=error.expected, fix=error.fix
+        ) from error
+    for text in filled:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"text {position} is not valid Unicode: {error.reason}") from error
+    return filled
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -1,0 +1,122 @@
+"""The tokenizer of a bundle: text to padded int64 ids, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eptc.errors import BundleError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import tokenizers
+
+    from eptc.runtime.graph import NumpyArray
+    from eptc.runtime.spec import TokenizerSpec
+
+__all__ = ["TextTokenizer", "TextTooLongError"]
+
+
+class TextTooLongError(InputError):
+    """A text has more tokens than the engine takes.
+
+    Args:
+        position: which of the texts, from 0.
+        length: its tokens, special tokens included.
+        limit: how many the engine takes.
+    """
+
+    def __init__(self, position: int, length: int, limit: int) -> None:
+        super().__init__(
+            f"text {position} has {length} tokens",
+            expected=f"{limit} at most, special tokens included",
+            fix="shorten it, or pass truncate=True to cut it as training did",
+        )
+        self.position = position
+        self.length = length
+        self.limit = limit
+
+
+class TextTokenizer:
+    """Encodes and decodes; nothing of it changes after it is made, so threads may share it.
+
+    `tokenizers` keeps padding and truncation in the tokenizer itself. There are therefore two
+    of them, one that cuts and one that does not, and padding is done here.
+
+    Args:
+        path: a `tokenizers` file.
+        spec: what the manifest says of it.
+
+    Raises:
+        BundleError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path, spec: TokenizerSpec) -> None:
+        self.spec = spec
+        self._plain = _read(path)
+        self._cutting = self._plain
+        if spec.max_length is not None:
+            self._cutting = _read(path)
+            self._cutting.enable_truncation(
+                spec.max_length, strategy="longest_first", direction=spec.truncation_side
+            )
+
+    def encode(
+        self, texts: Sequence[tuple[str, ...]], *, truncate: bool = False
+    ) -> list[tokenizers.Encoding]:
+        """Return one encoding per text or pair, not padded.
+
+        Raises:
+            TextTooLongError: a text above `max_length`, unless `truncate`.
+            InputError: a text without a single token.
+        """
+        tokenizer = self._cutting if truncate else self._plain
+        batch = [text[0] if len(text) == 1 else text for text in texts]
+        encodings = tokenizer.encode_batch(batch)
+        limit = self.spec.max_length
+        for position, encoding in enumerate(encodings):
+            length = len(encoding.ids)
+            if length == 0:
+                raise InputError(f"text {position} has no tokens: {texts[position][0]!r}")
+            if limit is not None and length > limit:
+                raise TextTooLongError(position, length, limit)
+        return encodings
+
+    def pad(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, NumpyArray]:
+        """Return input_ids, attention_mask and, where the engine reads them, token_type_ids.
+
+        All int64 [batch, longest], padded on the manifest's side.
+        """
+        shape = (len(encodings), max(len(encoding.ids) for encoding in encodings))
+        ids = np.full(shape, self.spec.pad_token_id, np.int64)
+        mask = np.zeros(shape, np.int64)
+        types = np.zeros(shape, np.int64)
+        for row, encoding in enumerate(encodings):
+            length = len(encoding.ids)
+            left = self.spec.padding_side == "left"
+            place = slice(shape[1] - length, None) if left else slice(0, length)
+            ids[row, place] = encoding.ids
+            mask[row, place] = 1
+            types[row, place] = encoding.type_ids
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        return feeds | {"token_type_ids": types} if self.spec.return_token_type_ids else feeds
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids without special tokens."""
+        return str(self._plain.decode(list(ids), skip_special_tokens=True))
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers has no exception of its own
+        raise BundleError(f"{path} is not a tokenizers file: {error}") from error
+    # The file keeps the settings of the call before it was saved.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

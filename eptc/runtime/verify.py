@@ -1,0 +1,134 @@
+"""Checking a bundle as it lies on disk, without a reference: hashes, graphs, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any, Final
+
+from eptc.errors import BundleError, OptionError
+from eptc.runtime.graph import open_session, signature
+from eptc.runtime.loading import default_threads
+from eptc.runtime.manifest import Manifest, bundle_file, read_manifest
+from eptc.runtime.providers import CPU
+from eptc.runtime.spec import MANIFEST, FileRecord
+from eptc.runtime.tokenizer import TextTokenizer
+
+__all__ = ["VerifyReport", "verify"]
+
+_CHUNK: Final = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Args:
+        manifest: the bundle's manifest.
+        files: each listed file, and what is wrong with it or None.
+        graphs: each graph, and why it does not load or None.
+        problems: everything that is wrong, one sentence each; empty for a sound bundle.
+        warnings: what is odd but harms nothing: unlisted files, no parity check.
+    """
+
+    manifest: Manifest
+    files: dict[str, str | None]
+    graphs: dict[str, str | None]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def raise_for_problems(self) -> None:
+        """Raise BundleError with the first problem and how many there are."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            raise BundleError(
+                self.problems[0] + more, fix="copy the bundle again, or build it again"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "ok": self.ok,
+            "files": dict(self.files),
+            "graphs": dict(self.graphs),
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+        }
+
+
+def verify(directory: str | Path) -> VerifyReport:
+    """Check every file's size and SHA-256, and that graphs and tokenizer load.
+
+    Files are read in pieces. Graphs are loaded on the CPU, unoptimised, and only where every
+    listed file is as it was written. A file the manifest does not list is a warning: nothing
+    reads it.
+
+    Raises:
+        BundleError: there is no manifest to check against, or it is damaged or newer.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    files = {name: _file(folder, name, record) for name, record in manifest.files.items()}
+    problems = [f"{name}: {reason}" for name, reason in files.items() if reason is not None]
+    graphs: dict[str, str | None] = {}
+    for name in manifest.graphs:
+        graphs[name] = _graph(folder, manifest, name) if not problems else "not loaded"
+    if not problems:
+        problems += [f"graph {name!r}: {why}" for name, why in graphs.items() if why is not None]
+        problems += _tokenizer(folder, manifest)
+    return VerifyReport(manifest, files, graphs, tuple(problems), _warnings(folder, manifest))
+
+
+def _file(folder: Path, name: str, record: FileRecord) -> str | None:
+    try:
+        path = bundle_file(folder, name)
+        size = path.stat().st_size
+        if size != record.size:
+            return f"has {size} bytes instead of {record.size}"
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    except BundleError as error:
+        return error.found
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if digest.hexdigest() != record.sha256:
+        return f"has SHA-256 {digest.hexdigest()} instead of {record.sha256}"
+    return None
+
+
+def _graph(folder: Path, manifest: Manifest, name: str) -> str | None:
+    spec = manifest.graphs[name]
+    try:
+        session = open_session(
+            bundle_file(folder, spec.file), [(CPU, {})], default_threads(), optimize=False
+        )
+    except (BundleError, OptionError) as error:
+        return error.found
+    return signature(session, spec)
+
+
+def _tokenizer(folder: Path, manifest: Manifest) -> list[str]:
+    if manifest.tokenizer is None:
+        return []
+    try:
+        TextTokenizer(bundle_file(folder, manifest.tokenizer.file), manifest.tokenizer)
+    except BundleError as error:
+        return [error.found]
+    return []
+
+
+def _warnings(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+    known = {MANIFEST, *manifest.files}
+    extra = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    found = [f"{name} is not listed in the manifest" for name in extra]
+    if manifest.parity.get("verified") is not True:
+        found.append("the engine was not compared with its reference when it was built")
+    return tuple(found)

@@ -1,0 +1,135 @@
+"""The tokenizer of a build: whose it is, its files made equal on every machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eptc.bundle import write_json
+from eptc.errors import BaseModelError
+from eptc.runtime.spec import TokenizerSpec
+from eptc.tasks import Task
+
+__all__ = ["TrainingTokenizer", "find_tokenizer"]
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.txt",
+          "vocab.json")  # fmt: skip
+# Keys of tokenizer_config.json that depend on where and how the tokenizer was loaded.
+_UNSTABLE = ("name_or_path", "local_files_only", "is_local", "_commit_hash", "tokenizer_file",
+             "vocab_file", "merges_file", "padding", "truncation")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingTokenizer:
+    """The tokenizer the adapters were trained with, as transformers loads it.
+
+    Args:
+        folder: where its files are.
+        source: `checkpoint` where the checkpoint has one of its own, else `base`.
+    """
+
+    folder: Path
+    source: str
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer as transformers makes it.
+
+        Raises:
+            BaseModelError: transformers cannot load it, or it has no fast form.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of old tokenizer files; nothing a caller can act on
+                tokenizer = AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            raise BaseModelError(
+                f"the tokenizer in {self.folder} cannot be loaded: {error}",
+                fix="copy the tokenizer's files again",
+            ) from error
+        if not getattr(tokenizer, "is_fast", False):
+            raise BaseModelError(
+                f"the tokenizer in {self.folder} ({type(tokenizer).__name__}) has no fast form",
+                expected="one that the tokenizers library can run",
+                fix="save it with transformers as tokenizer.json first",
+            )
+        return tokenizer
+
+    def write(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, free of the state of the last call."""
+        data = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        data["padding"] = data["truncation"] = None
+        write_json(directory / "tokenizer.json", data)
+        path = self.folder / "tokenizer_config.json"
+        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        config = {key: config[key] for key in sorted(config) if key not in _UNSTABLE}
+        write_json(directory / "tokenizer_config.json", config)
+
+    def spec(
+        self, config: Mapping[str, Any], task: Task | None, *, kind: str, token_types: bool
+    ) -> TokenizerSpec:
+        """Return how the runtime pads and cuts, as training did.
+
+        Args:
+            config: the base's configuration.
+            task: the task, for its truncation length.
+            kind: of engine; what continues its text is padded on the left.
+            token_types: whether the engine reads token_type_ids.
+        """
+        limits = [task.max_length if task is not None else None, max_positions(config)]
+        known = [limit for limit in limits if limit is not None]
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = pad_token_id(config)
+        return TokenizerSpec(
+            file="tokenizer.json",
+            source=self.source,
+            padding_side="left" if kind == "decoder-only" else "right",
+            pad_token_id=int(pad),
+            pad_token=self.tokenizer.pad_token,
+            max_length=min(known) if known else None,
+            return_token_type_ids=token_types,
+            truncation_side=self.tokenizer.truncation_side,
+        )
+
+
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """Return how many positions a model has; None where they are relative (T5).
+
+    RoBERTa counts positions from padding_idx + 1 on, so the first ones are never used.
+    """
+    positions = config.get("max_position_embeddings")
+    if positions is None or config.get("model_type") == "t5":
+        return None
+    if config.get("model_type") == "roberta":
+        return int(positions) - int(config.get("pad_token_id", 1)) - 1
+    return int(positions)
+
+
+def pad_token_id(config: Mapping[str, Any]) -> int:
+    """Return the id that fills a batch: the model's own, else its first end token, else 0.
+
+    Padding is masked; any id of the vocabulary gives the same answers.
+    """
+    for key in ("pad_token_id", "eos_token_id"):
+        value = config.get(key)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, int) and value >= 0:
+            return value
+    return 0
+
+
+def find_tokenizer(checkpoint: Path, base: Path) -> TrainingTokenizer | None:
+    """Return the checkpoint's tokenizer if it has one, else the base's, else None."""
+    for folder, source in ((checkpoint, "checkpoint"), (base, "base")):
+        if any((folder / name).is_file() for name in _FILES):
+            return TrainingTokenizer(folder, source)
+    return None

@@ -1,0 +1,59 @@
+"""Fold constant branches into the weight of their linear."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import numpy as np
+
+from eptc.ir import AdaptedModel, Adapter, Constant
+from eptc.pass_base import AdapterPass, Contract
+from eptc.tensors import Array, ComputedTensor, LazyTensor, cast
+
+__all__ = ["FoldPyramid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldPyramid(AdapterPass):
+    """Fold constant branches into the weight of their linear.
+
+    Before: y = W0 x + sum_i scale_i * c_i * D_i x    W0, D_i [out, in]
+    After:  y = W x                                   W = W0 + sum_i scale_i * c_i * D_i
+
+    Exact up to rounding: the sum is formed in float64 and rounded once, to `dtype`. Lazy: a
+    folded weight is computed when it is written, one at a time, and never kept. An adapter with
+    a branch whose gate is not constant is left alone.
+
+    Args:
+        dtype: type of the folded weights.
+    """
+
+    name: ClassVar[str] = "fold-pyramid"
+    contract: ClassVar[Contract] = "exact"
+    dtype: str = "float32"
+
+    def rewrite(self, model: AdaptedModel) -> AdaptedModel:
+        """Return the model with every constant branch in its weight; itself where none is left."""
+        folded = {path: a for path, a in model.adapters.items() if _foldable(a)}
+        if not folded:
+            return model
+        weights = dict(model.weights)
+        for adapter in folded.values():
+            base = weights[adapter.parameter]
+            weights[adapter.parameter] = ComputedTensor(
+                base.name, self.dtype, base.shape, functools.partial(self._fold, base, adapter)
+            )
+        emptied = {path: dataclasses.replace(a, branches=()) for path, a in folded.items()}
+        return model.replace(weights=weights, adapters={**model.adapters, **emptied})
+
+    def _fold(self, base: LazyTensor, adapter: Adapter) -> Array:
+        weight = base.numpy().astype(np.float64)
+        return cast(weight + adapter.delta(None), self.dtype)
+
+
+def _foldable(adapter: Adapter) -> bool:
+    return bool(adapter.branches) and all(
+        isinstance(branch.gate, Constant) for branch in adapter.branches
+    )
