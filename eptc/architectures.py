@@ -153,9 +153,7 @@ def head_is_tied(config: Any) -> bool:
     return bool(setting(config, "tie_word_embeddings", False))
 
 
-def canonical_name(
-    stored_name: str, config: Any, *, tied_head: bool | None = None
-) -> str | None:
+def canonical_name(stored_name: str, config: Any, *, tied_head: bool | None = None) -> str | None:
     """Map a stored parameter name to the one the task class uses.
 
     Args:

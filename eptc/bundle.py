@@ -121,11 +121,13 @@ def check_place(out: Path, *, force: bool) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON with a stable layout: UTF-8, two spaces, a final newline."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    path.write_text(
+        json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
+    )
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest of a folder whose other files are complete; return it with their hashes."""
+    """Write the manifest of a folder whose files are complete; return it with their hashes."""
     files = {
         path.name: FileRecord(_sha256(path), path.stat().st_size)
         for path in sorted(directory.iterdir())

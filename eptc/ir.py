@@ -60,6 +60,10 @@ def _product(u: Float64, v: Float64) -> Float64:
     return total
 
 
+def _kron(a: Float64, b: Float64) -> Float64:
+    return np.asarray(np.kron(a, b), np.float64)
+
+
 class Delta(abc.ABC):
     """A structured operator [out_features, in_features] that a branch adds to its linear."""
 
@@ -94,7 +98,7 @@ class Delta(abc.ABC):
 class CellScaledLowRank(Delta):
     """The released code's expert: a cropped low rank whose output cells are scaled one by one.
 
-    With s the kernel size, a = max(1, in // s), c = max(1, out // s) (specs: released, closed form):
+    With s the kernel size, a = max(1, in // s) and c = max(1, out // s):
 
         D[o, i] = K[o // s, o % s] * sum_r B[o // s, r] A[r, i]    for i < a, o < min(out, c s)
 
@@ -193,14 +197,14 @@ class Kronecker(Delta):
     def factors(self) -> tuple[Float64, Float64]:
         """Return kron(B, K) [out, r s] and kron(A, I) [r s, in], cropped."""
         b, a, kernel = self._crops()
-        u = np.kron(b, kernel)[: self.out_features]
-        v = np.kron(a, np.eye(self.size))[:, : self.in_features]
+        u = _kron(b, kernel)[: self.out_features]
+        v = _kron(a, np.eye(self.size))[:, : self.in_features]
         return u, v
 
     def dense(self) -> Float64:
         """Return D [out, in] straight from its definition."""
         b, a, kernel = self._crops()
-        return np.kron(_product(b, a), kernel)[: self.out_features, : self.in_features]
+        return _kron(_product(b, a), kernel)[: self.out_features, : self.in_features]
 
     @property
     def rank_bound(self) -> int:
@@ -268,7 +272,7 @@ class TaskRouter:
         return _softmax(logits)
 
     def route(self, task_id: int) -> Route:
-        """Return the experts and weights of a task; of equal probabilities the lower index wins."""
+        """Return a task's experts and weights; of equal probabilities the lower index wins."""
         p = self.probabilities(task_id)
         k = min(max(self.top_k, 1), self.num_experts)
         order = sorted(range(len(p)), key=lambda e: (-p[e], e))
@@ -366,7 +370,9 @@ class Adapter:
         weights: Mapping[int, float] = {}
         if (router := self.router) is not None:
             if task_id is None:
-                raise InternalError(f"the routed adapter at {self.target} was asked without a task")
+                raise InternalError(
+                    f"the routed adapter at {self.target} was asked without a task"
+                )
             route = router.route(task_id)
             weights = dict(zip(route.experts, route.weights, strict=True))
         return tuple(

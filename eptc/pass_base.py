@@ -1,4 +1,4 @@
-"""What every pass is: a frozen dataclass with a name, a contract, options as fields, one method."""
+"""What every pass is: a frozen dataclass with a name, a contract, options and one method."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import onnx
@@ -20,7 +20,13 @@ from eptc.passes.fold_transposes import FoldTransposes
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
 
-__all__ = ["PassRecord", "adapter_passes", "graph_passes", "run_adapter_passes", "run_graph_passes"]
+__all__ = [
+    "PassRecord",
+    "adapter_passes",
+    "graph_passes",
+    "run_adapter_passes",
+    "run_graph_passes",
+]
 
 
 def adapter_passes(task_id: int) -> list[AdapterPass]:
@@ -35,7 +41,7 @@ def adapter_passes(task_id: int) -> list[AdapterPass]:
 def graph_passes() -> list[GraphPass]:
     """Return the default passes over each ONNX graph, in order."""
     return [
-        FoldTransposes(),  # weights are bound by now: transposing one is a matter of how it is read
+        FoldTransposes(),  # weights are bound by now: a transpose is a matter of how one is read
         StableNames(),  # last: nothing after it may add a node or a name
     ]
 
@@ -75,6 +81,11 @@ class PassRecord:
         return data
 
 
+# Constants up to this many bytes stay in a graph that is checked: shape inference reads them.
+_SMALL = 1024
+
+P = ParamSpec("P")
+R = TypeVar("R")
 AfterAdapterPass = Callable[[PassRecord, AdaptedModel], None]
 
 
@@ -103,7 +114,7 @@ def run_adapter_passes(
     records = []
     for step in passes:
         start = time.perf_counter()
-        rewritten = _guarded(step.name, lambda step=step, model=model: step.rewrite(model))
+        rewritten = _guarded(step.name, step.rewrite, model)
         seconds = time.perf_counter() - start
         _guarded(step.name, rewritten.validate)
         error = _measure(step, model, rewritten, task_id) if measure else None
@@ -133,10 +144,10 @@ def run_graph_passes(
         changed = False
         for key, graph in graphs.items():
             interface = _interface(graph)
-            changed |= _guarded(f"{step.name} on {key}", lambda g=graph: step(g)).modified
+            changed |= _guarded(f"{step.name} on {key}", step, graph).modified
             if step.name != StableNames.name and _interface(graph) != interface:
                 raise InternalError(f"the pass {step.name} changed the interface of {key}")
-            _guarded(f"{step.name} on {key}", lambda g=graph: check_graph(g))
+            _guarded(f"{step.name} on {key}", check_graph, graph)
         seconds = time.perf_counter() - start
         records.append(
             PassRecord(
@@ -147,10 +158,10 @@ def run_graph_passes(
     return records
 
 
-def _guarded(name: str, action: Callable[[], Any]) -> Any:
+def _guarded(name: str, action: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Run an action; an unexpected error names the pass."""
     try:
-        return action()
+        return action(*args, **kwargs)
     except EptcError as error:
         if isinstance(error, InternalError):
             raise InternalError(f"the pass {name} broke the model: {error.found}") from error
@@ -255,18 +266,15 @@ def check_graph(model: onnx_ir.Model) -> None:
         InternalError: the graph is not valid.
     """
     light = onnx_ir.Model(model.graph.clone(), ir_version=model.ir_version)
-    large = [v for v in light.graph.initializers.values() if _is_large(v)]
-    for value in large:
-        del light.graph.initializers[value.name]
+    for name, value in list(light.graph.initializers.items()):
         tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _SMALL:
+            continue
+        del light.graph.initializers[name]
         value.const_value = None
-        value.shape, value.dtype = tensor.shape, tensor.dtype
+        value.shape, value.dtype = onnx_ir.Shape([int(n) for n in tensor.shape]), tensor.dtype
         light.graph.inputs.append(value)
     try:
         onnx.checker.check_model(onnx_ir.to_proto(light), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InternalError(f"the graph is not valid ONNX: {error}") from error
-
-
-def _is_large(value: onnx_ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.nbytes > 1024

@@ -119,9 +119,13 @@ class Task:
                 continue
             value = values[key]
             if not isinstance(value, Sequence) or isinstance(value, str):
-                raise TaskError(f"{key!r} of task {data['name']!r} is {value!r}", expected="a list")
+                raise TaskError(
+                    f"{key!r} of task {data['name']!r} is {value!r}", expected="a list"
+                )
             if not all(isinstance(item, str) for item in value):
-                raise TaskError(f"{key!r} of task {data['name']!r} is {value!r}", expected="strings")
+                raise TaskError(
+                    f"{key!r} of task {data['name']!r} is {value!r}", expected="strings"
+                )
             values[key] = tuple(value)
         for key in ("prompt", "metric"):
             if not isinstance(values.get(key, ""), str):

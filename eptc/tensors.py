@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -23,6 +23,7 @@ __all__ = [
     "LazyTensor",
     "SafetensorsFile",
     "StoredTensor",
+    "as_dtype",
     "cast",
     "content_hash",
     "numpy_dtype",
@@ -192,7 +193,7 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
 
-    def __iter__(self) -> Iterable[str]:  # type: ignore[override]  # a dict's iterator is one
+    def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
     def __len__(self) -> int:
@@ -257,6 +258,13 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
             position += tensor.nbytes
         if position != size:
             raise self._bad(f"it has {size} bytes, its header describes {position}: truncated?")
+
+
+def as_dtype(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    """Return the tensor rounded to another type when it is read; itself where it has that type."""
+    if tensor.dtype == dtype:
+        return tensor
+    return ComputedTensor(tensor.name, dtype, tensor.shape, lambda: cast(tensor.numpy(), dtype))
 
 
 def content_hash(tensors: Iterable[LazyTensor]) -> str:

@@ -17,8 +17,8 @@ from eptc.tasks import Task
 
 __all__ = ["TrainingTokenizer", "find_tokenizer"]
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.txt",
-          "vocab.json")  # fmt: skip
+_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model",
+          "vocab.txt", "vocab.json")  # fmt: skip
 # Keys of tokenizer_config.json that depend on where and how the tokenizer was loaded.
 _UNSTABLE = ("name_or_path", "local_files_only", "is_local", "_commit_hash", "tokenizer_file",
              "vocab_file", "merges_file", "padding", "truncation")  # fmt: skip
@@ -47,7 +47,9 @@ class TrainingTokenizer:
 
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of old tokenizer files; nothing a caller can act on
+                warnings.simplefilter(
+                    "ignore"
+                )  # of old tokenizer files; nothing a caller can act on
                 tokenizer = AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise BaseModelError(
@@ -133,3 +135,31 @@ def find_tokenizer(checkpoint: Path, base: Path) -> TrainingTokenizer | None:
         if any((folder / name).is_file() for name in _FILES):
             return TrainingTokenizer(folder, source)
     return None
+
+
+def generation_config(base: Path) -> dict[str, Any]:
+    """Return the base's generation configuration without what depends on its writer."""
+    path = base / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise BaseModelError(f"{path} holds a {type(data).__name__}", expected="a JSON object")
+    return {k: v for k, v in data.items() if not k.startswith("_") and k != "transformers_version"}
+
+
+def answer_length(task: Task, tokenizer: TrainingTokenizer | None, variant: str) -> int:
+    """Return how many tokens an answer may have where the caller does not say.
+
+    The released code evaluates with 10. Otherwise the longest label and its end token, 64 where
+    there are no labels.
+    """
+    if variant == "released":
+        return 10
+    if not task.labels or tokenizer is None:
+        return 64
+    encode = functools.partial(tokenizer.tokenizer.encode, add_special_tokens=False)
+    return 1 + max(len(encode(label)) for label in task.labels)

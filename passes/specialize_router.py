@@ -68,5 +68,4 @@ def _labels(task: Task) -> dict[str, object]:
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
-        "num_labels": len(names),
     }

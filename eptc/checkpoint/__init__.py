@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eptc.checkpoint.base import BaseModel, read_base
@@ -52,11 +52,11 @@ class Checkpoint:
         Raises:
             CheckpointError: another base, or numbers in it that are not finite.
         """
-        wanted = self.contents.base_sha256
-        if wanted is not None and wanted != self.base.sha256:
+        wanted, found = self.contents.base_sha256, self.base.sha256
+        if wanted is not None and wanted != found:
             raise CheckpointError(
                 f"{self.path} was trained on another base model than {self.base.path}: the "
-                f"weights' SHA-256 is {self.base.sha256[:16]}...",
+                f"weights' SHA-256 is {found[:16]}...",
                 expected=f"{wanted[:16]}... ({self.contents.config['base'].get('name')})",
                 fix="give that model with --base; if you know that this one is right, set "
                 f"base.sha256 in {NATIVE_CONFIG} to null",
@@ -93,6 +93,7 @@ def read(
     top_k: int | None = None,
     tasks: Sequence[str] | None = None,
     task_spec: Path | None = None,
+    specs: Mapping[str, Task] | None = None,
     allow_pickle: bool = False,
 ) -> Checkpoint:
     """Read a checkpoint of either format and its base; no large tensor is read.
@@ -103,6 +104,7 @@ def read(
         top_k: experts a task uses, where the folder does not say.
         tasks: task names in the order of their ids, where the folder does not say.
         task_spec: a JSON file that describes tasks by prompt and labels.
+        specs: such descriptions by name, where there is no file.
         allow_pickle: whether a `.bin` file may be read, weights only.
 
     Raises:
@@ -125,7 +127,7 @@ def read(
     if kind == "native":
         contents = read_native(path, model, top_k=top_k, tasks=names)
     else:
-        specs = read_task_spec(task_spec) if task_spec is not None else {}
+        specs = read_task_spec(task_spec) if task_spec is not None else specs or {}
         contents = read_released(
             path, model, top_k=top_k, tasks=names, task_specs=specs, allow_pickle=allow_pickle
         )
@@ -135,11 +137,17 @@ def read(
 def _base_name(path: Path, kind: str) -> str:
     """What the checkpoint itself calls its base, as far as it can be read."""
     try:
-        config = json.loads((path / (NATIVE_CONFIG if kind == "native" else RELEASED_CONFIG)).read_text())
-        name = config["base"].get("name") if kind == "native" else config["base_model_name_or_path"]
+        config = json.loads(
+            (path / (NATIVE_CONFIG if kind == "native" else RELEASED_CONFIG)).read_text()
+        )
+        name = (
+            config["base"].get("name") if kind == "native" else config["base_model_name_or_path"]
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         name = None
-    return f"the model that the checkpoint calls {name!r}" if name else "the model it was trained on"
+    return (
+        f"the model that the checkpoint calls {name!r}" if name else "the model it was trained on"
+    )
 
 
 def read_task_spec(path: Path) -> dict[str, Task]:

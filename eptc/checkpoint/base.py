@@ -53,7 +53,6 @@ class BaseModel:
         """
         return content_hash(Finite(tensor, self.path) for tensor in self.stored.values())
 
-
     @functools.cached_property
     def linears(self) -> Mapping[str, tuple[int, int]]:
         """[out, in] of every module whose weight is a matrix, by the module's path."""
@@ -100,7 +99,9 @@ def read_json(path: Path, error: type[CheckpointError] | type[BaseModelError]) -
     except FileNotFoundError as cause:
         raise error(f"{path.parent} has no {path.name}") from cause
     except (OSError, ValueError) as cause:
-        raise error(f"{path} cannot be read as JSON: {cause}", fix="copy the file again") from cause
+        raise error(
+            f"{path} cannot be read as JSON: {cause}", fix="copy the file again"
+        ) from cause
     if not isinstance(data, dict):
         raise error(f"{path} holds a {type(data).__name__}", expected="a JSON object")
     return data
@@ -139,10 +140,10 @@ def read_base(path: Path) -> BaseModel:
                 f"{path} stores {canonical} twice in different shapes: "
                 f"{list(weights[canonical].shape)} and {list(tensor.shape)} ({name})"
             )
-    for name, tensor in weights.items():
-        if tensor.dtype not in _FLOATS:
+    for name, weight in weights.items():
+        if weight.dtype not in _FLOATS:
             raise BaseModelError(
-                f"{name} in {path} has the type {tensor.dtype}",
+                f"{name} in {path} has the type {weight.dtype}",
                 expected="a model that is not quantised: float32, float16 or bfloat16 weights",
             )
     return BaseModel(path, config, family, stored, weights, tuple(sorted(unused)))
@@ -165,7 +166,7 @@ def _refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _refuse_outside(path: Path, config: Mapping[str, Any]) -> None:
-    """transformers reads these keys as file names, relative to wherever they point."""
+    """Transformers reads these keys as file names, relative to wherever they point."""
     files: dict[str, Any] = {"transformers_weights": config.get("transformers_weights")}
     tokenizer = path / "tokenizer_config.json"
     if tokenizer.is_file():

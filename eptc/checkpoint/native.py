@@ -185,9 +185,7 @@ def _check_modules(
             raise CheckpointError(
                 f"{path} adapts {module}, which none of its targets names", expected=str(targets)
             )
-    matched = [
-        m for m in base.linears for t in targets if m == t or m.endswith(f".{t}")
-    ]
+    matched = [m for m in base.linears for t in targets if m == t or m.endswith(f".{t}")]
     if missing := sorted(set(matched) - set(modules)):
         raise CheckpointError(
             f"{path} has no tensors for {len(missing)} linears its targets name: "
@@ -195,14 +193,16 @@ def _check_modules(
             fix="save the whole checkpoint again, or narrow `targets` to what was trained",
         )
     if unknown := sorted(set(config.get("modules", {})) - set(modules)):
-        raise CheckpointError(f"{path / CONFIG}: `modules` names {unknown[0]}, which has no tensors")
+        raise CheckpointError(
+            f"{path / CONFIG}: `modules` names {unknown[0]}, which has no tensors"
+        )
     shapes = {}
     for module in modules:
         router = source.finite.get(f"{module}.ept.router.weight")
         if router is not None and len(router.shape) == 2 and module in base.linears:
             shapes[module] = (base.linears[module][0], router.shape[1])
         else:
-            shapes[module] = (0, 0) if module not in base.linears else base.linears[module]
+            shapes[module] = base.linears.get(module, (0, 0))
     check_fit(path, base, shapes)
 
 
@@ -268,13 +268,13 @@ def _adapter(
         kernel = take(f"{module}.ept.kernels.{e}", shape)
         family = CellScaledLowRank if released else Kronecker
         delta: Delta = family(a, b, kernel, out, columns)
-        branches.append(Branch(delta, PerTask(router, e), _scale(config, own, rank, out, columns, s)))
+        branches.append(
+            Branch(delta, PerTask(router, e), _scale(config, own, rank, out, columns, s))
+        )
     return Adapter(module, tuple(branches))
 
 
-def _embedding(
-    config: Mapping[str, Any], source: Source, module: str, columns: int
-) -> LazyTensor:
+def _embedding(config: Mapping[str, Any], source: Source, module: str, columns: int) -> LazyTensor:
     embedding = source.take(f"{module}.ept.task_embedding", (None, columns))
     if embedding.shape[0] < len(config["tasks"]):
         raise CheckpointError(

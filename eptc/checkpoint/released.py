@@ -158,9 +158,12 @@ def _scaling(path: Path, config: Mapping[str, Any]) -> _Scaling:
     if config.get("bias", "none") != "none":
         raise CheckpointError(f"{path / CONFIG} has bias = {config['bias']!r}", expected="'none'")
     try:
-        patterns = [dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")]
         scaling = _Scaling(
-            int(config["r"]), float(config["lora_alpha"]), *patterns, bool(config.get("use_rslora"))
+            int(config["r"]),
+            float(config["lora_alpha"]),
+            dict(config.get("rank_pattern") or {}),
+            dict(config.get("alpha_pattern") or {}),
+            bool(config.get("use_rslora")),
         )
         ranks = [scaling.r, *map(int, scaling.rank_pattern.values())]
         alphas = [scaling.alpha, *map(float, scaling.alpha_pattern.values())]
@@ -197,7 +200,7 @@ def _read_pickle(path: Path) -> dict[str, LazyTensor]:
         ) from error
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  # torch raises whatever its unpickler meets
+    except Exception as error:  # torch raises whatever its unpickler meets
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(
             f"{path} cannot be read as weights only: {reason}", fix="copy the file again"
@@ -210,9 +213,7 @@ def _read_pickle(path: Path) -> dict[str, LazyTensor]:
     return {str(name): ArrayTensor(str(name), t.numpy()) for name, t in data.items()}
 
 
-def _group(
-    path: Path, tensors: Mapping[str, LazyTensor]
-) -> dict[str, dict[str, LazyTensor]]:
+def _group(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:
     """Return module path -> part -> tensor; every part of every module, nothing else."""
     modules: dict[str, dict[str, LazyTensor]] = {}
     extra = []

@@ -21,15 +21,20 @@ def traced_attention(model: torch.nn.Module) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
     try:
         for module in model.modules():
-            if hasattr(module, "config"):
-                module.config._attn_implementation = _NAME
+            config: Any = getattr(module, "config", None)
+            if config is not None:
+                config._attn_implementation = _NAME
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[_NAME]
 
 
 def padding_mask(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return what to add to the scores [batch, 1, 1, keys]: 0 where the mask [batch, keys] is 1."""
+    """Return what to add to the scores [batch, 1, 1, keys]: 0 where the mask is 1.
+
+    Args:
+        attention_mask: 1 where a key is seen, else 0 [batch, keys].
+    """
     return torch.where(_visible(attention_mask), 0.0, _MASKED)
 
 

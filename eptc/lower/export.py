@@ -18,6 +18,9 @@ from eptc.lower.simplify import simplify
 
 __all__ = ["export"]
 
+# onnx_ir says of each weight that it has no data yet, which is how it is meant.
+_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
 
 def export(
     spec: GraphSpec, mode: FakeTensorMode, parameters: Mapping[str, str], opset: int
@@ -45,7 +48,8 @@ def export(
     model: ir.Model = onnx_program.model
     _name_interface(model.graph, spec)
     _unbind(model.graph, parameters)
-    simplify(model)
+    with _quiet():
+        simplify(model)
     name_by_module(model.graph)
     _strip(model)
     return model
@@ -120,7 +124,7 @@ def _strip(model: ir.Model) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what the exporters say about their own internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -41,9 +41,7 @@ def expected_parameters(
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def trace(
-    config: Any, *, opset: int = 20, tied_head: bool | None = None
-) -> dict[str, ir.Model]:
+def trace(config: Any, *, opset: int = 20, tied_head: bool | None = None) -> dict[str, ir.Model]:
     """Trace the task model of a configuration; no weight is needed, none is allocated.
 
     Args:

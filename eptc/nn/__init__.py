@@ -5,10 +5,12 @@ routes by itself, so that a mistake in either shows as a difference.
 """
 
 from eptc.nn.base import base_sha256, load_base
-from eptc.nn.config import BaseInfo, EptConfig, GateConfig, ModuleConfig, ScaleConfig
+from eptc.nn.config import EptConfig
 from eptc.nn.linear import EptLinear
-from eptc.nn.model import EptModel, load_reference
+from eptc.nn.model import EptModel
+from eptc.nn.reference import load_reference
 from eptc.nn.routing import Gates, Route, Router, TaskRouter
+from eptc.nn.rules import BaseInfo, GateConfig, ModuleConfig, ScaleConfig
 
 __all__ = [
     "BaseInfo",

@@ -7,19 +7,21 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
-from torch import nn
 
 from eptc.errors import BaseModelError
 from eptc.nn.stored import name_some
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["base_sha256", "is_classifier", "load_base", "read_base", "require"]
 
 
-def load_base(base_dir: str | Path, *, allow_missing: Collection[str] = ()) -> nn.Module:
+def load_base(base_dir: str | Path, *, allow_missing: Collection[str] = ()) -> PreTrainedModel:
     """Return a base model to attach adapters to: float32, eval mode, eager attention.
 
     Args:
@@ -33,15 +35,13 @@ def load_base(base_dir: str | Path, *, allow_missing: Collection[str] = ()) -> n
         BaseModelError: the folder cannot be used, or lacks other weights.
     """
     model, missing = read_base(Path(base_dir))
-    allowed = [
-        f"{name}."
-        for name in (*allow_missing, *(("classifier", "score") if is_classifier(model) else ()))
-    ]
-    require(Path(base_dir), [name for name in missing if not name.startswith(tuple(allowed))])
+    heads = ("classifier", "score") if is_classifier(model) else ()
+    allowed = tuple(f"{name}." for name in (*heads, *allow_missing))
+    require(Path(base_dir), [name for name in missing if not name.startswith(allowed)])
     return model
 
 
-def read_base(directory: Path) -> tuple[nn.Module, list[str]]:
+def read_base(directory: Path) -> tuple[PreTrainedModel, list[str]]:
     """Return a base model and the names of the parameters its folder has no weights for.
 
     Raises:
@@ -51,12 +51,12 @@ def read_base(directory: Path) -> tuple[nn.Module, list[str]]:
         raise BaseModelError(
             f"{directory} has no config.json", expected="a Hugging Face model folder"
         )
-    with _quiet_transformers():
+    with _quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the folder lacks is drawn: the same each time
         try:
             model, report = _from_pretrained(directory)
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             raise BaseModelError(f"{directory} cannot be loaded: {error}") from error
-    assert isinstance(model, nn.Module)
     return model.eval(), sorted(report["missing_keys"])
 
 
@@ -109,7 +109,7 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def is_classifier(hf_model: nn.Module) -> bool:
+def is_classifier(hf_model: PreTrainedModel) -> bool:
     """Whether a model is an encoder with a classification head."""
     return type(hf_model).__name__.endswith("ForSequenceClassification")
 
@@ -137,7 +137,7 @@ def base_sha256(base_dir: str | Path) -> str:
                 digest.update(f"{name}\n{stored.get_dtype()}\n{shape}\n".encode())
                 flat = places[name].get_tensor(name).contiguous().reshape(-1)
                 digest.update(flat.view(torch.uint8).numpy())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise BaseModelError(f"the weights in {directory} cannot be read: {error}") from error
     return digest.hexdigest()
 

@@ -6,125 +6,28 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from eptc.errors import CheckpointError, OptionError
+from eptc.nn.rules import (
+    ANY_BASE,
+    DEFAULT_SCALE,
+    RELEASED_GATE,
+    BaseInfo,
+    GateConfig,
+    ModuleConfig,
+    ScaleConfig,
+    Sharing,
+    Variant,
+    choice,
+    count,
+    strings,
+)
 from eptc.tasks import Task
 
-__all__ = ["BaseInfo", "EptConfig", "GateConfig", "ModuleConfig", "ScaleConfig"]
+__all__ = ["EptConfig"]
 
 SCHEMA_VERSION = 1
-
-Variant = Literal["released", "paper"]
-Sharing = Literal["per-linear", "model"]
-Normalization = Literal["softmax", "sum", "none"]
-ScaleRule = Literal["alpha/r", "alpha/sqrt(r)", "d/T"]
-
-
-def _choice(value: object, choices: Sequence[str], what: str) -> None:
-    if value not in choices:
-        raise OptionError(f"{what} is {value!r}", expected=" or ".join(map(repr, choices)))
-
-
-def _count(value: object, what: str, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{what} is {value!r}", expected=f"an integer of {least} or more")
-
-
-def _positive(value: object, what: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[operator,arg-type]
-        raise OptionError(f"{what} is {value!r}", expected="a finite number above 0")
-
-
-def _strings(value: object, what: str) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(v, str) and v for v in value):
-        raise OptionError(f"{what} is {value!r}", expected="a tuple of names")
-    if len(set(value)) != len(value):
-        raise OptionError(f"{what} names something twice: {', '.join(value)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseInfo:
-    """Which base model a checkpoint belongs to.
-
-    Args:
-        model_type: the base's `model_type`; None until a model is attached.
-        name: what its users call it.
-        sha256: SHA-256 of its stored tensors (`base_sha256`); None where it was not recorded.
-    """
-
-    model_type: str | None = None
-    name: str = ""
-    sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("model_type", "sha256"):
-            if not isinstance(getattr(self, key), str | None):
-                raise OptionError(f"base.{key} is {getattr(self, key)!r}", expected="a string")
-        if not isinstance(self.name, str):
-            raise OptionError(f"base.name is {self.name!r}", expected="a string")
-
-
-@dataclasses.dataclass(frozen=True)
-class GateConfig:
-    """How an expert's gate follows from the router's logits.
-
-    Args:
-        router_input: what the router reads; `task` is the task embedding alone.
-        temperature: divides the logits (no unit).
-        normalization: of the kept probabilities: `softmax` of them (released code), division by
-            their `sum` (paper), or `none`.
-    """
-
-    router_input: Literal["task"] = "task"
-    temperature: float = 0.05
-    normalization: Normalization = "sum"
-
-    def __post_init__(self) -> None:
-        _choice(self.router_input, ("task",), "gate.router_input")
-        _positive(self.temperature, "gate.temperature")
-        _choice(self.normalization, get_args(Normalization), "gate.normalization")
-
-
-RELEASED_GATE = GateConfig("task", 1.0, "softmax")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaleConfig:
-    """The factor of every expert.
-
-    Args:
-        rule: `alpha/r`, `alpha/sqrt(r)`, or the paper's `d/T`: an expert's latent width
-            ceil(min(out, in) / s) over a fixed denominator.
-        alpha: of the first two rules.
-        denominator: of `d/T`.
-    """
-
-    rule: ScaleRule = "alpha/r"
-    alpha: float | None = None
-    denominator: float | None = None
-
-    def __post_init__(self) -> None:
-        _choice(self.rule, get_args(ScaleRule), "scale.rule")
-        used, unused = ("denominator", "alpha") if self.rule == "d/T" else ("alpha", "denominator")
-        if getattr(self, unused) is not None:
-            raise OptionError(f"scale.{unused} is given, and the rule {self.rule!r} has none")
-        _positive(getattr(self, used), f"scale.{used}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModuleConfig:
-    """What differs from the defaults in one linear; None keeps the default."""
-
-    rank: int | None = None
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.rank is not None:
-            _count(self.rank, "a module's rank")
-        if self.alpha is not None:
-            _positive(self.alpha, "a module's alpha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,23 +58,23 @@ class EptConfig:
     top_k: int
     rank: int
     tasks: tuple[Task, ...]
-    scale: ScaleConfig = ScaleConfig("alpha/r", alpha=16)
+    scale: ScaleConfig = DEFAULT_SCALE
     gate: GateConfig | None = None
     sharing: Sharing = "per-linear"
     modules: Mapping[str, ModuleConfig] = dataclasses.field(default_factory=dict)
-    base: BaseInfo = BaseInfo()
+    base: BaseInfo = ANY_BASE
 
     def __post_init__(self) -> None:
-        _choice(self.variant, get_args(Variant), "variant")
-        _choice(self.sharing, get_args(Sharing), "sharing")
-        _strings(self.targets, "targets")
+        choice(self.variant, get_args(Variant), "variant")
+        choice(self.sharing, get_args(Sharing), "sharing")
+        strings(self.targets, "targets")
         if not self.targets:
             raise OptionError("targets is empty", expected="names of linears")
         self._check_experts()
-        _count(self.rank, "rank")
+        count(self.rank, "rank")
         if not self.tasks or not all(isinstance(task, Task) for task in self.tasks):
             raise OptionError(f"tasks is {self.tasks!r}", expected="one task or more")
-        _strings(tuple(task.name for task in self.tasks), "tasks")
+        strings(tuple(task.name for task in self.tasks), "tasks")
         if self.gate is None:
             gate = RELEASED_GATE if self.variant == "released" else GateConfig()
             object.__setattr__(self, "gate", gate)
@@ -186,8 +89,8 @@ class EptConfig:
             )
         for size in self.kernel_sizes:
             # A of the released code has in // 2 columns: a kernel of size 1 would need all of in.
-            _count(size, "a kernel size", least=2 if self.variant == "released" else 1)
-        _count(self.top_k, "top_k")
+            count(size, "a kernel size", least=2 if self.variant == "released" else 1)
+        count(self.top_k, "top_k")
         if self.top_k > len(self.kernel_sizes):
             raise OptionError(
                 f"top_k is {self.top_k}", expected=f"at most the {len(self.kernel_sizes)} experts"

@@ -136,7 +136,7 @@ class PaperExperts(Experts):
         """Return B (A X) [..., cells, size] for x viewed as X [columns, size]."""
         columns, cells = self._crop_sizes(size)
         padded = functional.pad(x, (0, columns * size - self.in_features))
-        grid = padded.unflatten(-1, (columns, size))
+        grid = padded.reshape(*x.shape[:-1], columns, size)
         return self.factors.B[:cells] @ (self.factors.A[:, :columns] @ grid)
 
     def _crop_sizes(self, size: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,15 @@ from eptc.errors import BaseModelError, CheckpointError, OptionError
 from eptc.nn.linear import TaskContext, fill_parameter
 from eptc.tasks import Task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = [
     "TaskHeads",
     "fill_heads",
     "head_module",
     "install_heads",
-    "last_linear_parameters",
+    "last_linear",
     "modules_of",
 ]
 
@@ -46,7 +50,7 @@ class TaskHeads(nn.Module):
         return output
 
 
-def head_module(hf_model: nn.Module) -> str:
+def head_module(hf_model: PreTrainedModel) -> str:
     """Return the full name of a sequence classifier's head.
 
     Raises:
@@ -67,7 +71,7 @@ def modules_of(names: Collection[str], head: str) -> list[str]:
 
 
 def install_heads(
-    hf_model: nn.Module,
+    hf_model: PreTrainedModel,
     tasks: Sequence[Task],
     context: TaskContext,
     *,
@@ -76,8 +80,8 @@ def install_heads(
 ) -> dict[str, TaskHeads]:
     """Put a copy for each task in the place of the head and of other modules.
 
-    A copy of the head has as many outputs as its task, freshly drawn; other parameters start as
-    the base's.
+    A copy of the head has as many outputs as its task; where the base's has another number, its
+    last linear is freshly drawn. All other parameters start as the base's.
 
     Args:
         hf_model: a sequence classifier, changed in place.
@@ -117,7 +121,9 @@ def install_heads(
 
 def _resize(head: nn.Module, outputs: int, std: float, generator: torch.Generator) -> nn.Module:
     """Return the head with a last linear of another width; a head may be that linear."""
-    name, old = _last_linear(head)
+    name, old = last_linear(head)
+    if old.out_features == outputs:
+        return head
     new = nn.Linear(old.in_features, outputs, bias=old.bias is not None)
     nn.init.normal_(new.weight, std=std, generator=generator)
     if old.bias is not None:
@@ -128,29 +134,29 @@ def _resize(head: nn.Module, outputs: int, std: float, generator: torch.Generato
     return head
 
 
-def _last_linear(head: nn.Module) -> tuple[str, nn.Linear]:
-    linears = [(name, m) for name, m in head.named_modules() if isinstance(m, nn.Linear)]
-    if not linears:
-        raise BaseModelError(f"the classification head {type(head).__name__} has no linear")
-    return linears[-1]
+def last_linear(head: nn.Module, path: str = "") -> tuple[str, nn.Linear]:
+    """Return the full name of a head's last linear, and the linear: it gives the outputs.
 
-
-def last_linear_parameters(hf_model: nn.Module, head: str) -> set[str]:
-    """Return the full names of the parameters whose size depends on the number of outputs.
+    Args:
+        head: the head; it may be that linear.
+        path: the head's own full name.
 
     Raises:
         BaseModelError: the head has no linear.
     """
-    name, linear = _last_linear(hf_model.get_submodule(head))
-    prefix = f"{head}.{name}" if name else head
-    return {f"{prefix}.{parameter}" for parameter, _ in linear.named_parameters()}
+    linears = [
+        (name, m) for name, m in head.named_modules(prefix=path) if isinstance(m, nn.Linear)
+    ]
+    if not linears:
+        raise BaseModelError(f"the classification head {type(head).__name__} has no linear")
+    return linears[-1]
 
 
 def fill_heads(
     heads: Mapping[str, TaskHeads],
     tasks: Sequence[Task],
     stored: Mapping[str, Mapping[str, Tensor]],
-    needed: Collection[str],
+    needed: Mapping[str, Collection[str]],
 ) -> None:
     """Set the heads' parameters from a checkpoint; one it does not have stays the base's.
 
@@ -158,7 +164,7 @@ def fill_heads(
         heads: by the module they stand for.
         tasks: in the order of their ids.
         stored: parameters by task, then by name.
-        needed: names of parameters that the base does not have.
+        needed: parameters that the base does not have, by task.
 
     Raises:
         CheckpointError: a task has no head, or a parameter does not fit.
@@ -170,7 +176,7 @@ def fill_heads(
             for module, copies in heads.items()
             for name, parameter in copies.tasks[i].named_parameters()
         }
-        for name in sorted(set(needed) - tensors.keys()):
+        for name in sorted(set(needed[task.name]) - tensors.keys()):
             raise CheckpointError(f"task {task.name!r} has no {name}")
         for name, tensor in tensors.items():
             if name not in places:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from eptc.errors import CheckpointError, TaskError
+from eptc.errors import CheckpointError, OptionError, TaskError
 from eptc.nn.config import EptConfig
 from eptc.nn.experts import Experts, Factors, PaperExperts, ReleasedExperts
 from eptc.nn.losses import contrastive_loss
-from eptc.nn.routing import Route, TaskRouter
+from eptc.nn.routing import Route, Router, TaskRouter
 
 __all__ = ["EptLinear", "TaskContext", "fill_parameter"]
+
+
+# Dimensions that a file may make larger than the linear needs, by part.
+_SPARE_RELEASED = {"task_embedding": 0}
+_SPARE_PAPER = {"task_embedding": 0, "A": 1, "B": 0}
 
 
 @dataclasses.dataclass
@@ -25,11 +31,13 @@ class TaskContext:
 
     Args:
         task_id: the task; None outside a forward.
-        terms: where a linear leaves its contrastive loss, by path; None where nobody asks.
+        wanted: paths of the linears whose contrastive loss is asked for.
+        terms: where they leave it, by path.
     """
 
     task_id: int | None = None
-    terms: dict[str, Tensor] | None = None
+    wanted: frozenset[str] = frozenset()
+    terms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def active(self) -> int:
@@ -45,6 +53,15 @@ class TaskContext:
             )
         return self.task_id
 
+    @contextlib.contextmanager
+    def recording(self, wanted: frozenset[str]) -> Iterator[None]:
+        """Let some linears leave their contrastive losses until the context is left."""
+        self.wanted = wanted
+        try:
+            yield
+        finally:
+            self.wanted, self.terms = frozenset(), {}
+
 
 class EptLinear(nn.Module):
     """y = W0 x + bias + scale * sum over the task's experts of gate * expert(x).
@@ -57,9 +74,6 @@ class EptLinear(nn.Module):
         factors: A and B where they are shared; None: the linear's own.
         dropout: probability of dropping an element of the branch's input while training.
     """
-
-    # Dimensions that a file may make larger than this linear needs.
-    _SPARE = {"A": 1, "B": 0, "task_embedding": 0}  # noqa: RUF012  (constant)
 
     def __init__(
         self,
@@ -77,8 +91,7 @@ class EptLinear(nn.Module):
         self.path = path
         self.context = context
         self.experts = _experts(base, config, path, factors)
-        # The router's own temperature and top-k; its bias is the released code's.
-        self.router = TaskRouter(
+        self.router: Router = TaskRouter(
             base.in_features,
             len(config.kernel_sizes),
             config.top_k,
@@ -109,7 +122,7 @@ class EptLinear(nn.Module):
     @property
     def weight(self) -> nn.Parameter:
         """The base's weight: models read its dtype (T5's feed forward does)."""
-        return self.base.weight
+        return cast("nn.Parameter", self.base.weight)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -123,7 +136,7 @@ class EptLinear(nn.Module):
             TaskError: no task is active.
         """
         y = self.base(x)
-        if self.context.terms is not None:
+        if self.path in self.context.wanted:
             loss = contrastive_loss(x, self.task_embedding, self.context.active)
             self.context.terms[self.path] = loss
         return cast("Tensor", (y + self.delta(x)).to(y.dtype))
@@ -161,7 +174,14 @@ class EptLinear(nn.Module):
         return torch.stack(terms).sum(0)
 
     def route(self, task_id: int | None = None) -> Route:
-        """Return which experts a task uses (the active one where none is given)."""
+        """Return which experts a task uses (the active one where none is given).
+
+        Raises:
+            TaskError: no task is given and none is active.
+            OptionError: the router reads more than the task.
+        """
+        if not isinstance(self.router, TaskRouter):
+            raise OptionError(f"{self.path} has no route that depends on the task alone")
         return self.router.route(self._embedding(task_id))
 
     def _embedding(self, task_id: int | None) -> Tensor:
@@ -188,7 +208,7 @@ class EptLinear(nn.Module):
             raise CheckpointError(f"{self.path} has no {part}")
         for part in sorted(tensors.keys() - parts.keys()):
             raise CheckpointError(f"{self.path} has no place for {part}")
-        spare = self._SPARE if self.config.variant == "paper" else {"task_embedding": 0}
+        spare = _SPARE_PAPER if self.config.variant == "paper" else _SPARE_RELEASED
         for part, tensor in tensors.items():
             fill_parameter(parts[part], tensor, f"{self.path}: {part}", spare.get(part))
 

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from eptc.errors import BaseModelError, CheckpointError, OptionError
 from eptc.nn import losses, native, released
-from eptc.nn.base import base_sha256, is_classifier, read_base, require
-from eptc.nn.config import BaseInfo, EptConfig
-from eptc.nn.experts import Factors, PaperExperts
-from eptc.nn.heads import (
-    fill_heads,
-    head_module,
-    install_heads,
-    last_linear_parameters,
-    modules_of,
-)
+from eptc.nn.base import base_sha256, is_classifier
+from eptc.nn.config import EptConfig
+from eptc.nn.heads import fill_heads, install_heads
 from eptc.nn.initialise import initialise, initialise_factors
 from eptc.nn.linear import EptLinear, TaskContext, fill_parameter
+from eptc.nn.restore import prepare
+from eptc.nn.rules import BaseInfo
+from eptc.nn.sites import contributing, shared_factors, target_linears
 from eptc.nn.stored import Stored, name_some
 from eptc.tasks import Task, resolve
 
-__all__ = ["EptModel", "load_reference"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["EptModel"]
 
 
 class EptModel(nn.Module):
@@ -59,7 +57,7 @@ class EptModel(nn.Module):
 
     def __init__(
         self,
-        hf_model: nn.Module,
+        hf_model: PreTrainedModel,
         config: EptConfig,
         *,
         dropout: float = 0.0,
@@ -77,9 +75,9 @@ class EptModel(nn.Module):
         self.config = dataclasses.replace(config, base=base)
         self._context = TaskContext()
         generator = torch.Generator().manual_seed(seed)
-        linears = _targets(hf_model, config)
+        linears = target_linears(hf_model, config)
         hf_model.requires_grad_(False)
-        self.hf = hf_model
+        self.hf: PreTrainedModel = hf_model
         self.heads = {}
         if is_classifier(hf_model):
             self.heads = install_heads(
@@ -91,7 +89,7 @@ class EptModel(nn.Module):
             )
         elif head_modules:
             raise OptionError(f"{type(hf_model).__name__} has no heads for each task")
-        self.shared = _shared_factors(linears, config)
+        self.shared = shared_factors(linears, config)
         self.layers = {
             path: EptLinear(
                 linear, config, path, self._context, factors=self.shared, dropout=dropout
@@ -101,12 +99,12 @@ class EptModel(nn.Module):
         for path, layer in self.layers.items():
             hf_model.set_submodule(path, layer)
         self._initialise(generator)
-        self._contributing = _contributing(hf_model, self.config, self.layers)
+        self._contributing = frozenset(contributing(hf_model, self.config, self.layers))
 
     @classmethod
     def attach(
         cls,
-        hf_model: nn.Module,
+        hf_model: PreTrainedModel,
         config: EptConfig,
         *,
         dropout: float = 0.0,
@@ -164,15 +162,16 @@ class EptModel(nn.Module):
             if task is not None:
                 stack.enter_context(self.task(task))
             task_id = self._context.active
-            terms = self._recorded(stack, wanted=self.training or labels is not None)
+            if self.training or labels is not None:
+                stack.enter_context(self._context.recording(self._contributing))
             if labels is not None and not self.heads:
                 inputs["labels"] = labels
             output = self.hf(**inputs, return_dict=True)
+            terms = dict(self._context.terms)
         task_loss = output.get("loss")
         if labels is not None and self.heads:
             task_loss = losses.head_loss(self.tasks[task_id], output.logits, labels)
-        kept = {path: terms[path] for path in self._contributing if path in terms}
-        contrastive = losses.combine(self.config, self.hf.config.model_type, kept)
+        contrastive = losses.combine(self.config, self.hf.config.model_type, terms)
         loss = task_loss
         if loss is not None and contrastive is not None:
             loss = loss + losses.CONTRASTIVE_WEIGHT * contrastive
@@ -180,13 +179,6 @@ class EptModel(nn.Module):
         output = type(output)(**{**output, "loss": loss})
         output.task_loss, output.contrastive_loss = task_loss, contrastive
         return output
-
-    def _recorded(self, stack: contextlib.ExitStack, *, wanted: bool) -> dict[str, Tensor]:
-        """Let the linears record their contrastive losses until the stack is left."""
-        terms: dict[str, Tensor] = {}
-        self._context.terms = terms if wanted else None
-        stack.callback(setattr, self._context, "terms", None)
-        return terms
 
     def save(
         self,
@@ -271,25 +263,17 @@ class EptModel(nn.Module):
 
     @classmethod
     def _restore(cls, stored: Stored, base_dir: Path) -> EptModel:
-        wanted = stored.config.base.sha256
-        if wanted is not None and (found := base_sha256(base_dir)) != wanted:
-            raise BaseModelError(
-                f"the weights in {base_dir} have the SHA-256 {found}",
-                expected=f"{wanted}, the base the checkpoint was trained on",
-            )
-        hf_model, missing = read_base(base_dir)
-        modules, needed = _head_needs(hf_model, stored, missing)
-        require(base_dir, [name for name in missing if name not in needed])
+        prepared = prepare(stored, base_dir)
         try:
-            model = cls(hf_model, stored.config, head_modules=modules)
+            model = cls(prepared.hf_model, prepared.config, head_modules=prepared.head_modules)
         except OptionError as error:
             raise CheckpointError(
                 error.found, expected=error.expected, fix="check that this is the right base"
             ) from error
-        model._fill(stored, needed)
+        model._fill(stored, prepared.needed)
         return model.eval()
 
-    def _fill(self, stored: Stored, needed: Collection[str]) -> None:
+    def _fill(self, stored: Stored, needed: Mapping[str, Collection[str]]) -> None:
         """Set every parameter from a checkpoint; every tensor has exactly one place."""
         if lost := sorted(self.layers.keys() - stored.layers.keys()):
             raise CheckpointError(f"the checkpoint has no tensors for {name_some(lost)}")
@@ -308,122 +292,3 @@ class EptModel(nn.Module):
             fill_parameter(self.shared.A, stored.shared["A"], "shared.ept.A", spare=1)
             fill_parameter(self.shared.B, stored.shared["B"], "shared.ept.B", spare=0)
         fill_heads(self.heads, self.tasks, stored.heads, needed)
-
-
-def load_reference(
-    checkpoint: str | Path,
-    base_dir: str | Path,
-    *,
-    top_k: int | None = None,
-    tasks: Sequence[str | Task] | None = None,
-    allow_pickle: bool = False,
-) -> EptModel:
-    """Return a checkpoint of either format on its base, in eval mode.
-
-    Args:
-        checkpoint: a native folder, or one the authors' training script wrote.
-        base_dir: the base model's folder.
-        top_k: how many experts a task uses; needed for an authors' folder.
-        tasks: tasks in the order of their ids; needed for an authors' folder.
-        allow_pickle: whether `adapter_model.bin` may be read.
-
-    Raises:
-        OptionError: `top_k` or `tasks` is missing, or contradicts a native checkpoint.
-        CheckpointError: the folder is no checkpoint, is damaged or does not fit the base.
-        BaseModelError: the base cannot be used, or is another than the recorded one.
-    """
-    directory = Path(checkpoint)
-    formats = [name for name in (native.CONFIG, released.CONFIG) if (directory / name).is_file()]
-    if len(formats) != 1:
-        inner = sorted(path.parent for path in directory.glob(f"checkpoint-*/{released.CONFIG}"))
-        raise CheckpointError(
-            f"{directory} has {' and '.join(formats) or 'no checkpoint'}",
-            expected=f"either {native.CONFIG} or {released.CONFIG}",
-            fix=f"name one of its folders, such as {inner[-1]}" if inner else None,
-        )
-    if formats == [released.CONFIG]:
-        return EptModel.load_released(
-            directory, base_dir, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle
-        )
-    model = EptModel.load(directory, base_dir)
-    _check_given(model.config, top_k, tasks)
-    return model
-
-
-def _check_given(config: EptConfig, top_k: int | None, tasks: Sequence[str | Task] | None) -> None:
-    if top_k is not None and top_k != config.top_k:
-        raise OptionError(f"top_k is {top_k}", expected=f"{config.top_k}, as the checkpoint says")
-    if tasks is None:
-        return
-    given = [task.name if isinstance(task, Task) else task for task in tasks]
-    names = [task.name for task in config.tasks]
-    if given != names:
-        raise OptionError(
-            f"the tasks are {', '.join(given)}",
-            expected=f"{', '.join(names)}, as the checkpoint says",
-        )
-
-
-def _head_needs(
-    hf_model: nn.Module, stored: Stored, missing: Collection[str]
-) -> tuple[list[str], set[str]]:
-    """Return the modules beside the head that tasks have copies of, and what must be given.
-
-    Every task must bring the head's last linear, whose width is its own, and whatever of its
-    modules the base has no weights for.
-    """
-    if not is_classifier(hf_model):
-        if stored.heads:
-            raise CheckpointError(
-                f"the checkpoint has heads for {', '.join(stored.heads)}",
-                expected="none: the base is no encoder classifier",
-            )
-        return [], set()
-    head = head_module(hf_model)
-    given = {name for tensors in stored.heads.values() for name in tensors}
-    modules = modules_of(given, head)
-    copied = tuple(f"{module}." for module in (head, *modules))
-    needed = {name for name in missing if name.startswith(copied)}
-    return modules, needed | last_linear_parameters(hf_model, head)
-
-
-def _targets(hf_model: nn.Module, config: EptConfig) -> dict[str, nn.Linear]:
-    """Return the linears to adapt, by their full names, in the model's order."""
-    found = {path: m for path, m in hf_model.named_modules() if config.matches(path)}
-    for path, module in found.items():
-        if not isinstance(module, nn.Linear):
-            raise OptionError(f"{path} is a {type(module).__name__}", expected="a linear")
-    names = {p.rpartition(".")[2] for p, m in hf_model.named_modules() if type(m) is nn.Linear}
-    for target in config.targets:
-        if not any(path == target or path.endswith(f".{target}") for path in found):
-            close = difflib.get_close_matches(target, sorted(names), n=3, cutoff=0.4)
-            raise OptionError(
-                f"no linear of the base is named {target!r}",
-                expected=f"one of its linears, such as {', '.join(close or sorted(names))}",
-            )
-    if unknown := sorted(config.modules.keys() - found.keys()):
-        raise OptionError(f"modules names {unknown[0]!r}", expected="an adapted linear")
-    return {path: module for path, module in found.items() if isinstance(module, nn.Linear)}
-
-
-def _shared_factors(linears: Mapping[str, nn.Linear], config: EptConfig) -> Factors | None:
-    """Return one A and B with the largest crops any linear needs, None where none is shared."""
-    if config.sharing != "model":
-        return None
-    shapes = [
-        PaperExperts.factor_shape(linear.in_features, linear.out_features, config.kernel_sizes)
-        for linear in linears.values()
-    ]
-    return Factors(config.rank, max(c for c, _ in shapes), max(r for _, r in shapes))
-
-
-def _contributing(
-    hf_model: nn.Module, config: EptConfig, layers: Mapping[str, EptLinear]
-) -> tuple[str, ...]:
-    """Return the linears whose contrastive losses are part of the total."""
-    encoder = None
-    if hf_model.config.is_encoder_decoder:
-        inner = hf_model.get_encoder()
-        encoder = next(path for path, module in hf_model.named_modules() if module is inner)
-    kind = hf_model.config.model_type
-    return tuple(path for path in layers if losses.contributes(config, kind, path, encoder))

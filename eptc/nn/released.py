@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from eptc.errors import CheckpointError, OptionError
-from eptc.nn.config import EptConfig, ModuleConfig, ScaleConfig
+from eptc.nn.config import EptConfig
+from eptc.nn.rules import ModuleConfig, ScaleConfig
 from eptc.nn.stored import Stored, name_some, read_json, read_pickle, read_safetensors
 from eptc.tasks import GLUE, Task, tasks_from_names
 
@@ -35,6 +36,8 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "layers_to_transform": (None,),
     "layer_replication": (None,),
+    "fan_in_fan_out": (False, None),
+    "loftq_config": ({}, None),
     "init_lora_weights": (True, False, None, "gaussian"),
 }
 

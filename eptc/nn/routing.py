@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eptc.nn.config import GateConfig
+from eptc.nn.rules import GateConfig
 
 __all__ = ["Gates", "Route", "Router", "TaskRouter"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ def read_pickle(path: Path, *, allowed: bool) -> dict[str, Tensor]:
         )
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle raises whatever it leads to
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     named = isinstance(tensors, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
@@ -101,12 +100,14 @@ def read_pickle(path: Path, *, allowed: bool) -> dict[str, Tensor]:
 
 
 def _as_float32(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    values = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}", expected="a float type")
-        if not torch.isfinite(tensor).all():
+        values[name] = tensor.to(torch.float32)
+        if not torch.isfinite(values[name]).all():
             raise CheckpointError(
                 f"{path}: {name} has NaN or infinite values",
                 fix="train again from a checkpoint before they appeared",
             )
-    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    return values

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from eptc.errors import InputError, OptionError, TaskError
 from eptc.runtime.decoding import decode_decoder_only, decode_encoder_decoder, refuse_nan
-from eptc.runtime.feeds import checked
+from eptc.runtime.feeds import check_vocabulary, checked
 from eptc.runtime.inputs import Example, prepare
 from eptc.runtime.labels import label_index
 from eptc.runtime.loading import default_threads, open_graphs
@@ -143,24 +143,37 @@ class Engine:
             InputError: something that is not such a text, or too long.
             TaskError: the engine classifies and writes nothing.
         """
+        limit = self._limit(max_new_tokens)
         settings = self.manifest.generation
-        if settings is None:
-            raise TaskError(
-                "this engine is a classifier: it writes no text", fix="call classify instead"
-            )
-        limit = settings.max_new_tokens
-        if max_new_tokens is not None:
-            limit = _positive("max_new_tokens", max_new_tokens)
+        assert settings is not None
         tokenizer = self._text_tokenizer()
 
         def answer(rows: list[Any]) -> list[Generation]:
-            answers = self._decode(tokenizer.pad(rows), limit)
+            feeds = tokenizer.pad(rows)
+            check_vocabulary(feeds["input_ids"], self.manifest.vocab_size)
+            answers = self._decode(feeds, limit)
             return [
                 Generation(tokenizer.decode(ids), tuple(ids), ids[-1] in settings.eos_token_id)
                 for ids in answers
             ]
 
         return self._batched(texts, truncate, batch_size, answer)
+
+    def generate_ids(
+        self, feeds: Mapping[str, Any], max_new_tokens: int | None = None
+    ) -> list[list[int]]:
+        """Return what the engine writes for token ids: new tokens a row, the stop token included.
+
+        Args:
+            feeds: input_ids and attention_mask, int64 [batch, sequence], padded on the side the
+                manifest says.
+            max_new_tokens: tokens written at most. None: the manifest's.
+
+        Raises:
+            InputError: feeds that do not fit, or more tokens than the model has positions for.
+            TaskError: the engine classifies and writes nothing.
+        """
+        return self._decode(dict(feeds), self._limit(max_new_tokens))
 
     def tokenize(
         self, texts: Iterable[Example], *, truncate: bool = False
@@ -259,6 +272,16 @@ class Engine:
             rows = order[start : start + size]
             answers.update(zip(rows, answer([encodings[i] for i in rows]), strict=True))
         return [answers[i] for i in range(len(order))]
+
+    def _limit(self, max_new_tokens: int | None) -> int:
+        settings = self.manifest.generation
+        if settings is None:
+            raise TaskError(
+                "this engine is a classifier: it writes no text", fix="call classify instead"
+            )
+        if max_new_tokens is None:
+            return settings.max_new_tokens
+        return _positive("max_new_tokens", max_new_tokens)
 
     def _decode(self, feeds: dict[str, NumpyArray], limit: int) -> list[list[int]]:
         settings = self.manifest.generation

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from eptc.runtime.graph import NumpyArray
     from eptc.runtime.spec import GraphSpec, TensorSpec
 
-__all__ = ["checked"]
+__all__ = ["check_vocabulary", "checked"]
 
 _MAY_BE_EMPTY = "past_sequence"
 
@@ -101,16 +101,22 @@ def _check_shape(array: NumpyArray, tensor: TensorSpec, sizes: dict[str, tuple[i
 def _check_values(array: NumpyArray, tensor: TensorSpec, vocab_size: int | None) -> None:
     if array.dtype.kind != "i" or array.size == 0:
         return
-    if array.min() < 0:
+    if array.max() < 0:
         raise InputError(f"{tensor.name!r} has the negative value {array.min()}")
-    if tensor.name == "input_ids" and vocab_size is not None and array.max() >= vocab_size:
+    if tensor.name == "input_ids":
+        check_vocabulary(array, vocab_size)
+
+
+def check_vocabulary(ids: NumpyArray, vocab_size: int | None) -> None:
+    """Refuse a token outside the vocabulary, which CUDA would read as zeros."""
+    if vocab_size is not None and ids.max() >= vocab_size:
         raise InputError(
-            f"'input_ids' has the token {array.max()}", expected=f"ids below {vocab_size}"
+            f"'input_ids' has the token {ids.max()}", expected=f"ids below {vocab_size}"
         )
 
 
 def _check_total(sizes: Mapping[str, tuple[int, str]]) -> None:
-    """A decoder's mask covers what is cached and what is new."""
+    """Refuse a decoder's mask that covers anything but what is cached and what is new."""
     if not {"total_sequence", "past_sequence", "sequence"} <= set(sizes):
         return
     total, name = sizes["total_sequence"]

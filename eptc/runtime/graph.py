@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from eptc.errors import BundleError, EptcError, InputError, OptionError
+from eptc.runtime.ort_errors import ort_errors
 from eptc.runtime.providers import CPU, CUDA, TENSORRT, Request
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from eptc.runtime.spec import GraphSpec, TensorSpec
 
-__all__ = ["Graph", "NumpyArray", "open_session", "ort_errors", "signature"]
+__all__ = ["Graph", "NumpyArray", "open_session", "signature"]
 
 NumpyArray = np.ndarray[Any, Any]
 
@@ -181,13 +181,3 @@ def _shape_difference(shape: Sequence[int | str | None], tensor: TensorSpec) -> 
     ):
         return None
     return f"{tensor.name} has shape {list(shape)} instead of {list(tensor.shape)}"
-
-
-@functools.cache
-def ort_errors() -> tuple[type[Exception], ...]:
-    """Return every exception ONNX Runtime raises: they share no base class of their own."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    own = (value for value in vars(state).values() if isinstance(value, type))
-    found = [value for value in own if issubclass(value, Exception)]
-    return (*sorted(found, key=lambda value: value.__name__), RuntimeError, ValueError)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from eptc.errors import InputError, TaskError
 from eptc.tasks import Task, fill
 
 __all__ = ["Example", "prepare"]
 
-Example = str | Sequence[str] | Mapping[str, str]
+Example = str | Sequence[str] | Mapping[str, Any]
 
 
 def prepare(texts: Iterable[Example], task: Task | None) -> list[tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 `onnxruntime.get_available_providers()` lists what the package was built with. A provider whose
 driver or libraries are missing is asked to start all the same, prints to stderr and is dropped;
-`why_not` finds that out beforehand, in silence.
+`why_not` finds that out beforehand, in silence, and then starts it once to be sure.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from eptc.errors import OptionError
+from eptc.runtime.ort_errors import ort_errors
 
 __all__ = ["Provider", "Request", "choose", "probe_providers", "why_not"]
 
@@ -31,6 +32,12 @@ _DEFAULT_ORDER: Final = (TENSORRT, CUDA, CPU)
 _SHORT: Final = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 _ON_CUDA: Final = (TENSORRT, CUDA)
 _TENSORRT_MAJORS: Final = (10, 11, 12)
+
+# The ONNX model y = Identity(x), opset 13: something to start a provider with.
+_IDENTITY: Final = (
+    b'\x08\x08:9\n\x12\n\x01x\x12\x01y"\x08Identity:\x00\x12\x01pZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12'
+    b"\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
 
 _lock = threading.Lock()
 
@@ -68,19 +75,21 @@ def probe_providers() -> dict[str, str | None]:
 
 
 def why_not(name: str) -> str | None:
-    """Return why a provider cannot start here, or None where nothing speaks against it."""
+    """Return why a provider cannot start here, or None where it does."""
     if name not in _built_in():
         return "this ONNX Runtime was built without it"
     if name not in _ON_CUDA:
         return None
     with _lock:
-        return _no_cuda() or (_no_tensorrt() if name == TENSORRT else None)
+        return (
+            _no_cuda() or (_no_tensorrt() if name == TENSORRT else None) or _does_not_start(name)
+        )
 
 
 def _request(provider: Provider) -> Request:
     name, options = provider if isinstance(provider, tuple) else (provider, {})
     if not isinstance(name, str):
-        raise OptionError(f"a provider is {name!r}", expected="a name")
+        raise OptionError(f"a provider is {name!r}", expected="a name such as cpu or cuda")
     return _SHORT.get(name.lower(), name), dict(options)
 
 
@@ -131,3 +140,18 @@ def _no_tensorrt() -> str | None:
             ctypes.CDLL(name)
             return None
     return "the TensorRT libraries (nvinfer) are not found"
+
+
+@functools.cache
+def _does_not_start(name: str) -> str | None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what matters is returned
+    try:
+        session = onnxruntime.InferenceSession(
+            _IDENTITY, options, providers=[name], enable_fallback=0
+        )
+    except ort_errors() as error:
+        return str(error)
+    return None if name in session.get_providers() else "ONNX Runtime goes on without it"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from multitask.packages import INTENTS, DataError, fetch, members
 from multitask.rows import Row
 from multitask.templates import Node, parse, sample
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 __all__ = ["intent_rows", "labels", "read"]
 

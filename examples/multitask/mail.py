@@ -8,11 +8,14 @@ import email.message
 import html.parser
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from multitask.packages import SPAM, fetch, members
 from multitask.rows import Row, key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["mail_rows", "mail_text", "read"]
 
@@ -27,7 +30,9 @@ def read(cache: Path) -> list[Row]:
 
 
 def _is_message(name: str) -> bool:
-    return name.endswith(".json") and re.search(r"/(spam|easy-ham|hard-ham)-\d+/", name) is not None
+    return (
+        name.endswith(".json") and re.search(r"/(spam|easy-ham|hard-ham)-\d+/", name) is not None
+    )
 
 
 def mail_rows(files: Iterator[tuple[str, bytes]]) -> Iterator[Row]:

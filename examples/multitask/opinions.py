@@ -6,11 +6,14 @@ import html
 import io
 import json
 import tarfile
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from multitask.packages import RATINGS, REVIEWS, DataError, fetch, members
 from multitask.rows import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["read_reviews", "read_tweets", "review_rows", "tweet_rows"]
 

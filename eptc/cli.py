@@ -1,0 +1,408 @@
+"""The command line: every verb a thin call into the package; only this module prints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import click
+
+import eptc
+from eptc.errors import BundleError, EptcError, MissingExtraError, OptionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eptc.build import Event
+    from eptc.pipeline import PassRecord
+
+__all__ = ["main"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+INTERRUPTED = 130
+INTERNAL = 70
+REPORT = (
+    "This is a bug in eptc. Please report it with the output of `eptc doctor --json` and the "
+    "traceback that EPTC_DEBUG=1 prints."
+)
+
+
+def _fail(message: str, code: int, *, as_json: bool) -> None:
+    """Print an error to standard error; with --json also as an object to standard output."""
+    if as_json:
+        click.echo(json.dumps({"error": message, "exit_code": code}))
+    click.echo(f"eptc: error: {message}", err=True)
+    sys.exit(code)
+
+
+def _command(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors into messages and exit codes; no traceback for anything but a bug."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        import os
+
+        as_json = bool(kwargs.get("as_json"))
+        try:
+            return function(*args, **kwargs)
+        except EptcError as error:
+            message = str(error)
+            if error.exit_code == INTERNAL:
+                message += f"\n{REPORT}"
+            if os.environ.get("EPTC_DEBUG"):
+                raise
+            _fail(message, error.exit_code, as_json=as_json)
+        except ModuleNotFoundError as error:
+            if os.environ.get("EPTC_DEBUG"):
+                raise
+            missing = MissingExtraError(
+                f"the package {error.name!r} is not installed",
+                expected="the compiler's packages",
+                fix="pip install 'ept-compiler[compile]'",
+            )
+            _fail(str(missing), missing.exit_code, as_json=as_json)
+        except (KeyboardInterrupt, click.Abort):
+            _fail("interrupted; nothing was published", INTERRUPTED, as_json=as_json)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(INTERRUPTED)
+        except MemoryError:
+            _fail("there is not enough memory; nothing was published", 2, as_json=as_json)
+        except Exception as error:  # the last line of defence: a bug, said as one
+            if os.environ.get("EPTC_DEBUG"):
+                raise
+            _fail(f"{type(error).__name__}: {error}\n{REPORT}", INTERNAL, as_json=as_json)
+        raise AssertionError  # _fail exits
+
+    return wrapped
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_FOLDER = click.Path(path_type=Path)
+
+
+def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that reads a checkpoint."""
+    options = (
+        click.option("--base", type=_FOLDER, help="Folder of the base model."),
+        click.option(
+            "--tasks",
+            callback=_names,
+            help="Task names in the order they were trained with, comma separated: what the "
+            "released code's folders lack.",
+        ),
+        click.option(
+            "--top-k", type=int, help="Experts a task uses: what those folders lack as well."
+        ),
+        click.option(
+            "--task-spec",
+            type=_FOLDER,
+            help="JSON file with prompts and labels of tasks that are not the published ones.",
+        ),
+        click.option(
+            "--allow-pickle", is_flag=True, help="Read adapter_model.bin (weights only)."
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise OptionError(f"--tasks is {value!r}", expected="names separated by commas")
+    return names
+
+
+class _Group(click.Group):
+    """Runs option callbacks under the same error handling as the commands."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return _command(super().invoke)(ctx)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(eptc.__version__, prog_name="eptc")
+def main() -> None:
+    """Compile trained EPT checkpoints into small, fast, verified engines.
+
+    Exit codes: 0 done; 1 the engine failed the parity gate; 2 bad usage or bad input; 70 a bug in
+    eptc; 130 interrupted.
+    """
+    # A polite kill ends like Ctrl-C: drafts are removed.
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@main.command()
+@click.argument("ckpt", type=_FOLDER)
+@click.option("--task", required=True, help="Name, alias or id of the task to compile.")
+@click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
+@click.option("-o", "--out", type=_FOLDER, required=True, help="Folder of the bundle.")
+@_source_options
+@click.option(
+    "--probe", type=_FOLDER, help="JSON lines file with examples to verify on (fields, label)."
+)
+@click.option("--no-verify", is_flag=True, help="Skip parity; the manifest records it.")
+@click.option("--force", is_flag=True, help="Replace what lies at --out.")
+@click.option("-v", "--verbose", is_flag=True, help="Show stages and passes in a pipe as well.")
+@_json
+@_command
+def export(
+    ckpt: Path,
+    task: str,
+    target: str,
+    out: Path,
+    no_verify: bool,
+    verbose: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compile one task of the checkpoint CKPT into a verified engine.
+
+    The engine is compared with the unfolded PyTorch model before it is published. Where they
+    differ, nothing is published and the exit code is 1.
+    """
+    with _progress(as_json, verbose) as progress:
+        bundle = eptc.export(
+            ckpt, task=task, target=target, out=out, verify=not no_verify, progress=progress,
+            **options,
+        )  # fmt: skip
+    parity = dict(bundle.manifest.parity)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "bundle": str(bundle.path),
+                    "task": bundle.manifest.task.name if bundle.manifest.task else None,
+                    "passes": [dataclasses.asdict(record) for record in bundle.passes],
+                    "seconds": bundle.seconds,
+                    "files": {n: f.size for n, f in bundle.manifest.files.items()},
+                    "parity": parity,
+                    "warnings": bundle.warnings,
+                }
+            )
+        )
+        return
+    for warning in bundle.warnings:
+        click.echo(f"eptc: warning: {warning}", err=True)
+    size = sum(record.size for record in bundle.manifest.files.values())
+    if parity["verified"]:
+        click.echo(
+            f"parity passed: {parity['tensors']} tensors, largest error "
+            f"{parity['largest_error']:.2g} (allowed {parity['its_bound']:.2g}); "
+            f"{parity['decisions']} decisions, {parity['flips']} flips"
+        )
+    else:
+        click.echo("NOT VERIFIED: --no-verify was given, and the manifest says so")
+    click.echo(f"{bundle.path}: {_bytes(size)}, {sum(bundle.seconds.values()):.1f} s")
+
+
+@main.command()
+@click.argument("path", type=_FOLDER, metavar="CKPT|BUNDLE")
+@_source_options
+@_json
+@_command
+def inspect(path: Path, as_json: bool, **options: Any) -> None:
+    """Show what a checkpoint or a bundle holds: tasks, experts, routes with margins, sizes."""
+    report = eptc.inspect(path, **options)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    from eptc.tables import print_inspection
+
+    print_inspection(report)
+
+
+@main.command()
+@click.argument("ckpt", type=_FOLDER)
+@click.option("-o", "--out", type=_FOLDER, required=True, help="Folder to write.")
+@_source_options
+@click.option("--force", is_flag=True, help="Replace what lies at --out.")
+@_json
+@_command
+def convert(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write a folder of the released code as a native checkpoint, complete from then on."""
+    path = eptc.convert(ckpt, out=out, **options)
+    click.echo(json.dumps({"checkpoint": str(path)}) if as_json else f"{path}")
+
+
+@main.command()
+@click.argument("bundle", type=_FOLDER)
+@click.option("--reference", type=_FOLDER, required=True, help="The checkpoint it was made from.")
+@_source_options
+@click.option("--data", type=_FOLDER, help="JSON lines file with labelled examples to score on.")
+@_json
+@_command
+def parity(bundle: Path, reference: Path, as_json: bool, **options: Any) -> None:
+    """Compare BUNDLE with the unfolded PyTorch model again; exit code 1 where they differ.
+
+    The manifest supplies --tasks and --top-k.
+    """
+    with _progress(as_json) as progress:
+        report = eptc.parity(bundle, reference=reference, progress=progress, **options)
+    summary = report.summary()
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+        return
+    click.echo(
+        f"parity passed: {summary['tensors']} tensors, largest error "
+        f"{summary['largest_error']:.2g} (allowed {summary['its_bound']:.2g}); "
+        f"{summary['decisions']} decisions, {summary['flips']} flips"
+    )
+    for name, value in (report.scores or {}).items():
+        click.echo(f"{name}: {value}")
+
+
+@main.command()
+@click.argument("bundle", type=_FOLDER)
+@_json
+@_command
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check BUNDLE's hashes, schema and graphs; needs no reference and no compiler."""
+    report = eptc.verify(bundle)
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+        sys.exit(0 if report.ok else BundleError.exit_code)
+    report.raise_for_problems()
+    for warning in report.warnings:
+        click.echo(f"eptc: warning: {warning}", err=True)
+    click.echo(f"{bundle}: sound, {len(report.files)} files, {len(report.graphs)} graphs")
+
+
+@main.command()
+@click.argument("bundle", type=_FOLDER)
+@click.argument("texts", nargs=-1, metavar="TEXT...")
+@click.option("--pair", "pairs", nargs=2, multiple=True, help="A pair of texts; may be repeated.")
+@click.option("--data", type=_FOLDER, help="JSON lines file with the task's fields.")
+@click.option("--truncate", is_flag=True, help="Cut texts that are too long instead of refusing.")
+@click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
+@click.option("--provider", "providers", multiple=True, help="cpu, cuda or tensorrt, in order.")
+@_json
+@_command
+def run(
+    bundle: Path,
+    texts: tuple[str, ...],
+    pairs: tuple[tuple[str, str], ...],
+    data: Path | None,
+    truncate: bool,
+    max_new_tokens: int | None,
+    providers: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Answer texts with BUNDLE's engine; needs no torch and no transformers.
+
+    A task with labels answers with a label, any other with text.
+    """
+    from eptc.runtime import Engine
+
+    examples = [*texts, *pairs, *(_lines(data) if data is not None else ())]
+    if not examples:
+        raise OptionError("there is no text", expected="TEXT arguments, --pair or --data")
+    with Engine.load(bundle, providers=list(providers) or None) as engine:
+        task = engine.task
+        labelled = engine.manifest.kind == "encoder-classifier" or bool(task and task.labels)
+        if labelled and max_new_tokens is None:
+            answers: Sequence[Any] = engine.classify(examples, truncate=truncate)
+        else:
+            answers = engine.generate(examples, max_new_tokens, truncate=truncate)
+    for example, answer in zip(examples, answers, strict=True):
+        if as_json:
+            click.echo(json.dumps({"input": example, **dataclasses.asdict(answer)}))
+        else:
+            click.echo(_answer(answer))
+
+
+@main.command()
+@_json
+@_command
+def doctor(as_json: bool) -> None:
+    """Show versions, the execution providers that really start, and what each target needs."""
+    report = eptc.doctor()
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    for section, entries in report.items():
+        click.echo(f"{section}:")
+        for name, value in entries.items():
+            click.echo(f"  {name}: {value}")
+
+
+def _answer(answer: Any) -> str:
+    """One line: the label and how sure, the value, or the text."""
+    if getattr(answer, "value", None) is not None:
+        return f"{answer.value:.4f}"
+    label = getattr(answer, "label", None)
+    if label is not None:
+        sure = f"\t{max(answer.probabilities):.3f}" if answer.probabilities else ""
+        return f"{label}{sure}"
+    if answer.text is not None and hasattr(answer, "label"):
+        return f"(none of the labels)\t{answer.text}"
+    return str(answer.text if answer.text is not None else answer.index)
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        examples = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path} cannot be read as JSON lines: {error}") from error
+    for example in examples:
+        if not isinstance(example, dict):
+            raise OptionError(f"{path} has the line {example!r}", expected="JSON objects")
+        yield {key: value for key, value in example.items() if key != "label"}
+
+
+@contextlib.contextmanager
+def _progress(as_json: bool, verbose: bool = False) -> Iterator[Callable[[Event], None]]:
+    """Show stages and passes on a terminal or if asked to; stay quiet otherwise."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    if as_json or not (console.is_terminal or verbose):
+        yield lambda _: None
+        return
+    with console.status("") as status:
+
+        def show(event: Event) -> None:
+            if not isinstance(event, str):
+                _show_pass(console, event)
+            elif console.is_terminal:
+                status.update(event)
+            else:
+                console.print(event)
+
+        yield show
+
+
+def _show_pass(console: Console, record: PassRecord) -> None:
+    sizes = ", ".join(
+        f"{name} {before:,} -> {record.after[name]:,}"
+        for name, before in record.before.items()
+        if before != record.after[name]
+    )
+    error = "" if record.error is None else f"  {record.error:.2g} of its bound"
+    console.print(
+        f"  {record.name:20s} {record.contract:6s} {record.seconds * 1e3:8.1f} ms{error}  {sizes}"
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

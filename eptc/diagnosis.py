@@ -1,0 +1,53 @@
+"""`eptc doctor`: what is installed, what really starts, what each target would need."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from typing import Any
+
+__all__ = ["doctor"]
+
+_PACKAGES = (
+    "ept-compiler", "numpy", "onnxruntime-gpu", "onnxruntime", "tokenizers", "torch",
+    "transformers", "onnx", "onnx-ir", "onnxscript", "optimum", "safetensors", "sentencepiece",
+    "jsonschema", "ml_dtypes",
+)  # fmt: skip
+_COMPILER = ("jsonschema", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "safetensors",
+             "sentencepiece", "torch", "transformers")  # fmt: skip
+
+
+def doctor() -> dict[str, dict[str, Any]]:
+    """Return versions, execution providers and targets, each as name to finding.
+
+    A provider is listed as it really starts on this machine, not as the package was built.
+    """
+    from eptc.runtime import probe_providers
+
+    missing = [name for name in _COMPILER if importlib.util.find_spec(name) is None]
+    return {
+        "system": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processors": len(os.sched_getaffinity(0)),
+        },
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "providers": {
+            name: "starts" if reason is None else f"does not start: {reason}"
+            for name, reason in probe_providers().items()
+        },
+        "targets": {
+            "onnx": "ready"
+            if not missing
+            else f"needs {', '.join(missing)}: pip install 'ept-compiler[compile]'"
+        },
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,19 @@
+"""The parity gate: the engine against an independent PyTorch reference; a failure is fatal."""
+
+from eptc.parity_gate.gate import make_probes, prove, refuse
+from eptc.parity_gate.layers import check_layers
+from eptc.parity_gate.probes import read_examples
+from eptc.parity_gate.recheck import parity
+from eptc.parity_gate.reference import load_reference
+from eptc.parity_gate.report import ParityReport
+
+__all__ = [
+    "ParityReport",
+    "check_layers",
+    "load_reference",
+    "make_probes",
+    "parity",
+    "prove",
+    "read_examples",
+    "refuse",
+]

@@ -1,0 +1,242 @@
+"""The output gate: the engine in ONNX Runtime against the unfolded PyTorch model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from eptc.nn import EptModel
+from eptc.parity_gate.compare import Bound, Comparison, compare
+from eptc.parity_gate.probes import Ints, Probe
+from eptc.runtime import Engine
+
+__all__ = ["Decision", "check_outputs"]
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """One choice: a row's label, or a row's next token.
+
+    Args:
+        probe: where.
+        row: which row.
+        step: which new token; 0 for a label.
+        agrees: whether engine and reference choose the same.
+        margin: the reference's best logit minus its second best.
+        noise: margins up to this may go either way: twice the logits' bound.
+    """
+
+    probe: str
+    row: int
+    step: int
+    agrees: bool
+    margin: float
+    noise: float
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the engine chose otherwise where the reference was sure."""
+        return not self.agrees and self.margin > self.noise
+
+
+def check_outputs(
+    engine: Engine, reference: EptModel, task: str, probe: Probe, bound: Bound
+) -> Iterator[Comparison | Decision]:
+    """Yield every comparison and decision of one probe.
+
+    Args:
+        engine: the engine.
+        reference: the unfolded model.
+        task: name of the task the engine was built for.
+        probe: the batch.
+        bound: what the tensors may be off by.
+    """
+    kind = engine.manifest.kind
+    check = {
+        "encoder-classifier": _classifier,
+        "encoder-decoder": _encoder_decoder,
+        "decoder-only": _decoder_only,
+    }[kind]
+    with torch.no_grad(), reference.task(task):
+        yield from check(engine, reference.hf, probe, bound)
+
+
+def _classifier(
+    engine: Engine, model: Any, probe: Probe, bound: Bound
+) -> Iterator[Comparison | Decision]:
+    want = model(**_torch(probe)).logits.numpy()
+    got = engine.run(probe.feeds())["logits"]
+    comparison = compare(f"logits, {probe.name}", got, want, bound)
+    yield comparison
+    if want.shape[1] > 1:
+        for row in range(len(want)):
+            agrees = bool(got[row].argmax() == want[row].argmax())
+            yield Decision(probe.name, row, 0, agrees, _margin(want[row]), 2 * comparison.bound)
+
+
+def _encoder_decoder(
+    engine: Engine, model: Any, probe: Probe, bound: Bound
+) -> Iterator[Comparison | Decision]:
+    inputs = _torch(probe)
+    encoded = engine.run(probe.feeds(), "encoder")
+    hidden = model.get_encoder()(**inputs).last_hidden_state.numpy()
+    valid = probe.attention_mask.astype(bool)
+    yield compare(
+        f"encoder state, {probe.name}", encoded["last_hidden_state"], hidden, bound, valid
+    )
+
+    tokens = _greedy(engine, model, probe)
+    decoder_input = tokens[:, :-1]
+    output = model(**inputs, decoder_input_ids=torch.from_numpy(decoder_input))
+    want = output.logits.numpy()
+    at_once = _decode(engine, encoded, probe, decoder_input, [decoder_input.shape[1]])
+    yield compare(f"logits at once, {probe.name}", at_once, want, bound)
+    stepwise = _decode(engine, encoded, probe, decoder_input, [1] * decoder_input.shape[1])
+    comparison = compare(f"logits with cache, {probe.name}", stepwise, want, bound)
+    yield comparison
+    yield from _tokens(engine, probe, tokens[:, 1:], want, 2 * comparison.bound)
+
+
+def _decode(
+    engine: Engine, encoded: dict[str, Any], probe: Probe, tokens: Ints, steps: list[int]
+) -> Float32:
+    """Run the decoder over tokens [batch, n] in steps of the given lengths, cache in between."""
+    cache = {
+        name.replace("present.", "past_key_values."): value
+        for name, value in encoded.items()
+        if name.startswith("present.")
+    }
+    cache |= _empty_cache(engine, "decoder", len(tokens), set(cache))
+    logits, start = [], 0
+    for length in steps:
+        feeds = {
+            "input_ids": tokens[:, start : start + length],
+            "encoder_attention_mask": probe.attention_mask,
+            **cache,
+        }
+        outputs = engine.run(feeds, "decoder")
+        logits.append(outputs["logits"])
+        cache |= _past(outputs)
+        start += length
+    return np.concatenate(logits, axis=1)
+
+
+def _decoder_only(
+    engine: Engine, model: Any, probe: Probe, bound: Bound
+) -> Iterator[Comparison | Decision]:
+    sequence = _greedy(engine, model, probe)
+    prompt = probe.shape[1]
+    written = np.ones((len(sequence), sequence.shape[1] - prompt), np.int64)
+    mask = np.concatenate([probe.attention_mask, written], axis=1)
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    output = model(
+        input_ids=torch.from_numpy(sequence),
+        attention_mask=torch.from_numpy(mask),
+        position_ids=torch.from_numpy(positions),
+    )
+    want, valid = output.logits.numpy(), mask.astype(bool)
+
+    def continued(steps: list[int]) -> Float32:
+        cache = _empty_cache(engine, "model", len(sequence), set())
+        logits, start = [], 0
+        for length in steps:
+            end = start + length
+            feeds = {
+                "input_ids": sequence[:, start:end],
+                "attention_mask": mask[:, :end],
+                "position_ids": positions[:, start:end],
+                **cache,
+            }
+            outputs = engine.run(feeds)
+            logits.append(outputs["logits"])
+            cache |= _past(outputs)
+            start = end
+        return np.concatenate(logits, axis=1)
+
+    yield compare(
+        f"logits at once, {probe.name}", continued([sequence.shape[1]]), want, bound, valid
+    )
+    stepwise = continued([prompt] + [1] * (sequence.shape[1] - prompt))
+    comparison = compare(f"logits with cache, {probe.name}", stepwise, want, bound, valid)
+    yield comparison
+    yield from _tokens(
+        engine, probe, sequence[:, prompt:], want[:, prompt - 1 : -1], 2 * comparison.bound
+    )
+
+
+def _empty_cache(engine: Engine, graph: str, batch: int, given: set[str]) -> dict[str, Any]:
+    """Return a cache of length 0 for every past input that is not given."""
+    generation = engine.manifest.generation
+    assert generation is not None
+    shape = (batch, generation.num_key_value_heads, 0, generation.head_dim)
+    return {
+        spec.name: np.zeros(shape, np.float32)
+        for spec in engine.manifest.graphs[graph].inputs
+        if spec.name.startswith("past_key_values.") and spec.name not in given
+    }
+
+
+def _past(outputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name.replace("present.", "past_key_values."): value
+        for name, value in outputs.items()
+        if name.startswith("present.")
+    }
+
+
+def _greedy(engine: Engine, model: Any, probe: Probe) -> Ints:
+    """Return the reference's own greedy continuation [batch, n], start or prompt included."""
+    generation = engine.manifest.generation
+    assert generation is not None
+    limit = generation.max_new_tokens
+    if generation.max_positions is not None:
+        limit = max(1, min(limit, generation.max_positions - probe.shape[1]))
+    tokens = model.generate(
+        **_torch(probe),
+        max_new_tokens=min(limit, 12),
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=generation.pad_token_id,
+        eos_token_id=list(generation.eos_token_id) or None,
+    )
+    return np.asarray(tokens.numpy(), np.int64)
+
+
+def _tokens(
+    engine: Engine, probe: Probe, want: Ints, logits: Float32, noise: float
+) -> Iterator[Decision]:
+    """Compare the engine's own greedy tokens with the reference's, each row up to its end.
+
+    Args:
+        engine: the engine.
+        probe: the batch.
+        want: the reference's new tokens [batch, n].
+        logits: the reference's logits each was chosen from [batch, n, vocabulary].
+        noise: margins up to this may go either way.
+    """
+    generation = engine.manifest.generation
+    assert generation is not None
+    got = engine.generate_ids(probe.feeds(), want.shape[1])
+    for row, tokens in enumerate(got):
+        for step, token in enumerate(want[row]):
+            agrees = step < len(tokens) and tokens[step] == token
+            yield Decision(probe.name, row, step, agrees, _margin(logits[row, step]), noise)
+            # After a stop token, or once the rows differ, later tokens have other histories.
+            if not agrees or token in generation.eos_token_id:
+                break
+
+
+def _margin(logits: Float32) -> float:
+    second, best = np.partition(logits.astype(np.float64), -2)[-2:]
+    return float(best - second)
+
+
+def _torch(probe: Probe) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in probe.feeds().items()}

@@ -1,0 +1,185 @@
+"""The parity gate again, later: a bundle against the checkpoint it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eptc import checkpoint, text
+from eptc.errors import BundleError, OptionError, ParityError
+from eptc.nn import EptModel
+from eptc.parity_gate.gate import prove, refuse
+from eptc.parity_gate.probes import Example, read_examples
+from eptc.parity_gate.reference import load_reference
+from eptc.parity_gate.report import ParityReport
+from eptc.parity_gate.scores import score
+from eptc.runtime import Engine, Manifest
+from eptc.runtime.labels import label_index
+from eptc.tasks import Task, fill
+
+__all__ = ["parity"]
+
+
+def parity(
+    bundle: str | Path,
+    *,
+    reference: str | Path,
+    base: str | Path | None = None,
+    tasks: Sequence[str] | None = None,
+    top_k: int | None = None,
+    task_spec: str | Path | None = None,
+    data: str | Path | None = None,
+    allow_pickle: bool = False,
+    progress: Callable[[Any], None] = lambda _: None,
+) -> ParityReport:
+    """Compare a bundle with the unfolded PyTorch model.
+
+    Args:
+        bundle: the bundle's folder.
+        reference: the checkpoint it was made from.
+        base: the base model's folder.
+        tasks: task names in id order; None: the manifest's.
+        top_k: experts a task uses; None: the manifest's.
+        task_spec: JSON file with prompts and labels; None: the manifest's.
+        data: JSON lines file with labelled examples; both sides are scored on it.
+        allow_pickle: read `adapter_model.bin` (weights only).
+        progress: called with what is being done.
+
+    Returns:
+        The report; it has passed.
+
+    Raises:
+        InputError: the bundle, the checkpoint or the data cannot be used, or the bundle was made
+            from another checkpoint or base.
+        ParityError: the engine does not give the reference's answers.
+    """
+    folder = Path(bundle)
+    with Engine.load(folder, providers=["cpu"]) as engine:
+        manifest = engine.manifest
+        recorded = manifest.checkpoint
+        released = recorded["format"] == "released"
+        if released:
+            tasks = tasks or [task["name"] for task in recorded["tasks"]]
+            top_k = top_k if top_k is not None else int(recorded["top_k"])
+        source = checkpoint.read(
+            Path(reference),
+            Path(base) if base is not None else None,
+            top_k=top_k,
+            tasks=tasks,
+            task_spec=Path(task_spec) if task_spec is not None else None,
+            specs={t["name"]: Task.from_json(t) for t in recorded["tasks"]} if released else None,
+            allow_pickle=allow_pickle,
+        )
+        _check_origin(folder, manifest, source)
+        progress("load the PyTorch reference")
+        model = load_reference(source, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle)
+        task = manifest.task
+        if task is None:
+            raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
+        task_id = [t.name for t in model.tasks].index(task.name)
+        examples = read_examples(Path(data), task, labelled=True) if data is not None else None
+        if examples is not None and task.kind == "generation":
+            raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
+        tokenizer = text.find_tokenizer(source.path, source.base.path)
+        report = prove(
+            folder, engine, model, task_id, tokenizer, examples=examples, progress=progress
+        )
+        refuse(report, "build the bundle again; if it fails again, report it")
+        if examples is None or tokenizer is None:
+            return report
+        progress("score")
+        scores = _scores(engine, model, task, tokenizer, examples)
+    report = dataclasses.replace(report, scores=scores)
+    if scores["flips_beyond_noise"]:
+        raise ParityError(
+            f"{scores['flips_beyond_noise']} of {len(examples)} answers differ from the "
+            "reference's where it is sure"
+        )
+    return report
+
+
+def _check_origin(folder: Path, manifest: Manifest, source: checkpoint.Checkpoint) -> None:
+    for what, recorded, found in (
+        ("checkpoint", manifest.checkpoint["sha256"], source.sha256),
+        ("base model", manifest.base["sha256"], source.base.sha256),
+    ):
+        if recorded != found:
+            raise BundleError(
+                f"{folder} was made from another {what}: SHA-256 {recorded[:16]}..., "
+                f"the one given has {found[:16]}...",
+                fix=f"give the {what} it was made from, or build it again",
+            )
+
+
+def _scores(
+    engine: Engine,
+    model: EptModel,
+    task: Task,
+    tokenizer: text.TrainingTokenizer,
+    examples: Sequence[Example],
+) -> Mapping[str, Any]:
+    """Score both sides on labelled examples; the drop is a paired difference per example."""
+    want, sure = _reference_answers(engine, model, task, tokenizer, examples)
+    answers = engine.classify(list(examples), truncate=True)
+    got = [a.value if task.kind == "regression" else a.index for a in answers]
+    labels = [
+        float(e["label"]) if task.kind == "regression" else task.labels.index(e["label"])
+        for e in examples
+    ]
+    flips = [task.kind != "regression" and g != w for g, w in zip(got, want, strict=True)]
+    metric, ours = score(task, got, labels)
+    _, theirs = score(task, want, labels)
+    return {
+        "rows": len(examples),
+        "metric": metric,
+        "engine": round(ours, 4),
+        "reference": round(theirs, 4),
+        "drop": round(theirs - ours, 4),
+        "flips": sum(flips),
+        "flips_beyond_noise": sum(f and s for f, s in zip(flips, sure, strict=True)),
+    }
+
+
+def _reference_answers(
+    engine: Engine,
+    model: EptModel,
+    task: Task,
+    tokenizer: text.TrainingTokenizer,
+    examples: Sequence[Example],
+) -> tuple[list[Any], list[bool]]:
+    """Return the reference's answer to each example, and whether it is sure of it."""
+    want: list[Any] = []
+    sure: list[bool] = []
+    spec = engine.manifest.tokenizer
+    limit = {"truncation": True, "max_length": spec.max_length} if spec and spec.max_length else {}
+    generation = engine.manifest.generation
+    with torch.no_grad(), model.task(task.name):
+        for example in examples:
+            inputs = tokenizer.tokenizer(*fill(task, example), return_tensors="pt", **limit)
+            if generation is None:
+                logits = model.hf(**inputs).logits[0].numpy()
+                top = np.sort(logits)[::-1]
+                want.append(
+                    float(logits[0]) if task.kind == "regression" else int(logits.argmax())
+                )
+                sure.append(len(top) > 1 and bool(top[0] - top[1] > 2e-5 * max(1.0, abs(top[0]))))
+                continue
+            inputs.pop("token_type_ids", None)
+            tokens = model.hf.generate(
+                **inputs,
+                max_new_tokens=generation.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=generation.pad_token_id,
+            )[0].tolist()
+            start = 1 if engine.manifest.kind == "encoder-decoder" else inputs.input_ids.shape[1]
+            written = tokenizer.tokenizer.decode(tokens[start:], skip_special_tokens=True)
+            want.append(label_index(written, task.labels))
+            # A written answer has one margin a token; those were compared on the probes.
+            sure.append(False)
+    return want, sure

@@ -1,0 +1,87 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["print_inspection"]
+
+
+def print_inspection(report: Mapping[str, Any]) -> None:
+    """Print what `eptc inspect` found."""
+    console = Console(highlight=False)
+    if report["what"] == "bundle":
+        _bundle(console, report)
+    else:
+        _checkpoint(console, report)
+
+
+def _bundle(console: Console, report: Mapping[str, Any]) -> None:
+    task = report["task"]
+    console.print(f"bundle {report['path']}: {report['kind']}, {report['precision']}, "
+                  f"opset {report['opset']}")  # fmt: skip
+    if task is not None:
+        labels = f", labels {', '.join(task['labels'])}" if task["labels"] else ""
+        console.print(f"task {task['name']} ({task['kind']}){labels}", soft_wrap=True)
+    parity = report["parity"]
+    if parity.get("verified"):
+        console.print(f"parity passed: largest error {parity['largest_error']} "
+                      f"(allowed {parity['its_bound']}), {parity['flips']} flips of "
+                      f"{parity['decisions']} decisions")  # fmt: skip
+    else:
+        console.print("not verified against a reference")
+    table = Table("file", "bytes", "sha256")
+    for name, record in report["files"].items():
+        table.add_row(name, f"{record['size']:,}", record["sha256"][:16])
+    console.print(table)
+    table = Table("pass", "contract", "of its bound", "options")
+    for step in report["passes"]:
+        error = step.get("error")
+        table.add_row(step["name"], step["contract"], "" if error is None else f"{error:.2g}",
+                      ", ".join(f"{k}={v}" for k, v in step["options"].items()))  # fmt: skip
+    console.print(table)
+
+
+def _checkpoint(console: Console, report: Mapping[str, Any]) -> None:
+    base = report["base"]
+    console.print(
+        f"{report['format']} checkpoint {report['path']}: variant {report['variant']}, "
+        f"{report['adapted_linears']} linears of a {base['model_type']} {base['kind']}",
+        soft_wrap=True,
+    )
+    console.print(f"experts {report['kernel_sizes']}, top-k {report['top_k']}")
+    console.print(f"adapters {report['adapter_bytes']:,} bytes, heads {report['head_bytes']:,}; "
+                  f"engine about {report['predicted_weight_bytes']:,} bytes")  # fmt: skip
+    table = Table("id", "task", "kind", "labels", "aliases", "smallest margin", "looks trained")
+    for task in report["tasks"]:
+        margins = [r["margin"] for r in report["routes"][task["name"]].values() if r]
+        known = [m for m in margins if m is not None]
+        trained = task["looks_trained"]
+        table.add_row(
+            str(task["id"]), task["name"], task["kind"], _short(task["labels"]),
+            ", ".join(task["aliases"]), f"{min(known):.2g}" if known else "",
+            "" if trained is None else ("yes" if trained else "no"),
+        )  # fmt: skip
+    console.print(table)
+    table = Table("linear", *report["routes"])
+    paths = next(iter(report["routes"].values()))
+    for path in paths:
+        cells = [_experts(routes[path]) for routes in report["routes"].values()]
+        table.add_row(path, *cells)
+    console.print(table)
+
+
+def _short(labels: list[str]) -> str:
+    return ", ".join(labels) if len(labels) <= 4 else f"{len(labels)}: {labels[0]} .. {labels[-1]}"
+
+
+def _experts(route: Mapping[str, Any] | None) -> str:
+    if route is None:
+        return ""
+    return " ".join(
+        f"{e}:{w:.2f}" for e, w in zip(route["experts"], route["weights"], strict=True)
+    )
