@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
+from eptc.describe import OPSET, describe, write_texts
 from eptc.errors import BaseModelError, OptionError, TaskError
 from eptc.ir import AdaptedModel
 from eptc.pipeline import (
@@ -26,7 +28,6 @@ from eptc.pipeline import (
 )
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
-from eptc.runtime.spec import GenerationSpec, GraphSpec, TensorSpec
 from eptc.tasks import Task, resolve
 from eptc.tensors import as_dtype
 
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["TARGETS", "Bundle", "Event", "export", "fits", "precise_routes"]
 
 TARGETS = ("onnx",)
-OPSET = 20
-
 # A log-probability gap below this can flip under other float32 arithmetic.
 SMALL_MARGIN = 1e-4
+
+_GRAPH_FILES = ("encoder.onnx", "decoder.onnx", "model.onnx", "weights.bin")
 
 Event = str | PassRecord
 Progress = Callable[[Event], None]
@@ -160,8 +161,7 @@ def export(
     with clock.stage("specialise and fold"):
         model, records = _rewrite(source, task_id, twin, layers, progress)
     with clock.stage("trace"):
-        graphs = _traced(config)
-    lower.bind(graphs, {name: as_dtype(t, "float32") for name, t in model.weights.items()})
+        graphs = _bound(config, model)
     with clock.stage("graph passes"):
         graph_records = run_graph_passes(graphs, graph_passes())
         for record in graph_records:
@@ -171,12 +171,15 @@ def export(
     with bundle.draft(out, force=force) as draft:
         with clock.stage("write"):
             lower.write(graphs, draft.path)
-            manifest = _describe(source, task_id, model, graphs, tokenizer, records)
-            _write_texts(draft.path, source, model, tokenizer)
+            manifest = describe(source, task_id, model, graphs, tokenizer, records)
+            write_texts(draft.path, source, model, tokenizer)
         if twin is not None:
             with clock.stage("parity"):
                 manifest = bundle.write_manifest(draft.path, manifest)
-                report = _prove(draft.path, twin, tokenizer, examples, layers, progress)
+                prove = _prover(twin, tokenizer, examples, layers, progress)
+                report = prove(draft.path)
+                if not report.passed:
+                    _refuse(report, config, model, manifest, draft.path, prove)
                 bundle.write_json(draft.path / "parity.json", report.to_json())
                 manifest = dataclasses.replace(manifest, parity=report.summary())
         manifest = bundle.write_manifest(draft.path, manifest)
@@ -258,6 +261,13 @@ def _traced(config: Any) -> dict[str, onnx_ir.Model]:
     return {key: model.clone() for key, model in skeleton.items()}
 
 
+def _bound(config: Any, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
+    """Return the graphs of a configuration with a model's weights, none of them read."""
+    graphs = _traced(config)
+    lower.bind(graphs, {name: as_dtype(t, "float32") for name, t in model.weights.items()})
+    return graphs
+
+
 def _examples(
     probe: str | Path | None, task: Task, verify: bool
 ) -> list[Mapping[str, Any]] | None:
@@ -299,139 +309,54 @@ def _rewrite(
     return run_adapter_passes(source.model, adapter_passes(task_id), task_id=task_id, after=after)
 
 
-def _describe(
-    source: checkpoint.Checkpoint,
-    task_id: int,
-    model: AdaptedModel,
-    graphs: Mapping[str, onnx_ir.Model],
-    tokenizer: text.TrainingTokenizer | None,
-    records: Sequence[PassRecord],
-) -> Manifest:
-    kind = source.base.architecture.kind
-    task = source.contents.tasks[task_id]
-    specs = {key: _graph_spec(key, graph) for key, graph in graphs.items()}
-    inputs = {tensor.name for spec in specs.values() for tensor in spec.inputs}
-    return Manifest(
-        kind=kind,
-        target="onnx",
-        opset=OPSET,
-        precision="fp32",
-        task=task,
-        num_labels=task.num_outputs if kind == "encoder-classifier" else None,
-        vocab_size=int(model.config["vocab_size"]),
-        graphs=specs,
-        generation=None
-        if kind == "encoder-classifier"
-        else _generation(source, task, specs, tokenizer),
-        tokenizer=tokenizer.spec(
-            model.config, task, kind=kind, token_types="token_type_ids" in inputs
-        )
-        if tokenizer is not None
-        else None,
-        passes=tuple(record.to_json() for record in records),
-        checkpoint={
-            "format": source.contents.format,
-            "variant": source.contents.variant,
-            "sha256": source.sha256,
-            "task_id": task_id,
-            "top_k": source.contents.top_k,
-            "kernel_sizes": list(source.contents.kernel_sizes),
-            "tasks": [task.to_json() for task in source.contents.tasks],
-        },
-        base={
-            "model_type": source.base.config["model_type"],
-            "sha256": source.base.sha256,
-            "unused": list(source.base.unused),
-        },
-        tools={
-            name: importlib.metadata.version(name)
-            for name in ("ept-compiler", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
-        },
-        files={},
-        parity={"verified": False},
-    )
-
-
-def _graph_spec(key: str, graph: onnx_ir.Model) -> GraphSpec:
-    def tensors(values: Sequence[onnx_ir.Value]) -> tuple[TensorSpec, ...]:
-        found = []
-        for value in values:
-            assert value.shape is not None
-            assert value.dtype is not None
-            shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
-            found.append(TensorSpec(str(value.name), value.dtype.numpy().name, shape))
-        return tuple(found)
-
-    return GraphSpec(f"{key}.onnx", tensors(graph.graph.inputs), tensors(graph.graph.outputs))
-
-
-def _generation(
-    source: checkpoint.Checkpoint,
-    task: Task,
-    specs: Mapping[str, GraphSpec],
-    tokenizer: text.TrainingTokenizer | None,
-) -> GenerationSpec:
-    """Return how the engine starts, stops and sizes its cache.
-
-    The generation configuration has the last word on special tokens, as in transformers.
-    """
-    config = {**source.base.config, **text.generation_config(source.base.path)}
-    stops = config.get("eos_token_id")
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    decoder = specs.get("decoder", specs.get("model"))
-    assert decoder is not None
-    caches = [s for s in decoder.inputs if s.name.startswith("past_key_values.")]
-    heads, width = caches[0].shape[1], caches[0].shape[3]
-    layers = {spec.name.split(".")[1] for spec in caches}
-    return GenerationSpec(
-        decoder_start_token_id=config.get("decoder_start_token_id", config.get("pad_token_id"))
-        if source.base.architecture.kind == "encoder-decoder"
-        else None,
-        eos_token_id=tuple(int(stop) for stop in stops),
-        pad_token_id=text.pad_token_id(config),
-        max_new_tokens=text.answer_length(task, tokenizer, source.contents.variant),
-        num_layers=len(layers),
-        num_key_value_heads=int(heads),
-        head_dim=int(width),
-        max_positions=text.max_positions(source.base.config),
-    )
-
-
-def _write_texts(
-    directory: Path,
-    source: checkpoint.Checkpoint,
-    model: AdaptedModel,
-    tokenizer: text.TrainingTokenizer | None,
-) -> None:
-    """Write the configuration, the generation configuration and the tokenizer's files."""
-    config = {key: model.config[key] for key in sorted(model.config) if key != "_name_or_path"}
-    bundle.write_json(directory / "config.json", config)
-    if source.base.architecture.kind != "encoder-classifier":
-        generation = text.generation_config(source.base.path)
-        bundle.write_json(directory / "generation_config.json", dict(sorted(generation.items())))
-    if tokenizer is not None:
-        tokenizer.write(directory)
-
-
-def _prove(
-    directory: Path,
+def _prover(
     twin: tuple[EptModel, int],
     tokenizer: text.TrainingTokenizer | None,
     examples: Sequence[Mapping[str, Any]] | None,
     layers: Mapping[str, float],
     progress: Progress,
-) -> ParityReport:
-    """Return the report of a bundle that passed; refuse one that did not."""
-    from eptc.parity_gate import prove, refuse
+) -> Callable[[Path], ParityReport]:
+    """Return what compares the bundle in a folder with the reference."""
+    from eptc.parity_gate import prove
 
-    with Engine.load(directory, providers=["cpu"]) as engine:
-        report = prove(
-            directory, engine, *twin, tokenizer,
-            examples=examples, layers=layers, progress=progress,
-        )  # fmt: skip
-    refuse(
-        report,
-        "every linear and every weight agrees with the reference, so the graph itself is wrong: "
-        "a bug in the lowering or in a graph pass; report it",
-    )
-    return report
+    def compare(directory: Path) -> ParityReport:
+        with Engine.load(directory, providers=["cpu"]) as engine:
+            return prove(
+                directory, engine, *twin, tokenizer,
+                examples=examples, layers=layers, progress=progress,
+            )  # fmt: skip
+
+    return compare
+
+
+def _refuse(
+    report: ParityReport,
+    config: Any,
+    model: AdaptedModel,
+    manifest: Manifest,
+    directory: Path,
+    prove: Callable[[Path], ParityReport],
+) -> None:
+    """Raise ParityError and name the first step after which the engine is off.
+
+    Every linear and every weight agreed with the reference, so the graph is wrong: it is built
+    again with one graph pass more each time.
+    """
+    from eptc.parity_gate import refuse
+
+    steps = graph_passes()
+    guilty = f"the pass {steps[-1].name}"
+    for count in range(len(steps)):
+        graphs = _bound(config, model)
+        run_graph_passes(graphs, steps[:count])
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            trial = Path(folder)
+            for name in manifest.files:
+                if name not in _GRAPH_FILES:
+                    shutil.copy(directory / name, trial / name)
+            lower.write(graphs, trial)
+            bundle.write_manifest(trial, dataclasses.replace(manifest, files={}))
+            if not prove(trial).passed:
+                guilty = f"the pass {steps[count - 1].name}" if count else "the lowering"
+                break
+    refuse(report, f"{guilty} is the first step after which the engine is off: report this bug")

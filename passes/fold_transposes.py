@@ -64,7 +64,7 @@ class FoldTransposes(GraphPass):
             return f"it is read in {len(layouts)} layouts"
 
         (permutation,) = layouts
-        shape = tuple(int(tensor.shape[axis]) for axis in permutation)
+        shape = tuple(tensor.shape.numpy()[axis] for axis in permutation)
 
         def transpose(array: Array) -> Array:
             return np.transpose(array, permutation)

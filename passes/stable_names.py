@@ -35,7 +35,7 @@ class StableNames(GraphPass):
 
     def rewrite(self, model: ir.Model) -> int:
         """Rename in place; return how many names, sizes and notes changed."""
-        scopes = [model.graph, *model.functions.values()]
+        scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
         changed = _set(model, "producer_name", _PRODUCER) + _set(model, "producer_version", None)
         changed += _set(model, "doc_string", None) + _clear(model)
         changed += _set(model.graph, "name", _PRODUCER) + _sort_initializers(model.graph)

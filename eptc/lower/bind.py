@@ -62,7 +62,7 @@ def _check(values: list[ir.Value], weights: Mapping[str, LazyTensor]) -> None:
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
     assert value.shape is not None
-    return tuple(int(n) for n in value.shape)
+    return value.shape.numpy()
 
 
 def _first(items: list[str]) -> str:

@@ -39,9 +39,9 @@ class _Classifier(torch.nn.Module):
         attention_mask: torch.Tensor,
         token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        positions = (
-            torch.arange(input_ids.shape[1]).unsqueeze(0) if self.counts_positions else None
-        )
+        positions = None
+        if self.counts_positions:
+            positions = torch.arange(input_ids.shape[1]).unsqueeze(0)
         if token_type_ids is None:
             # One row for all: [1, 1] is broadcast where [batch, sequence] would be gathered.
             token_type_ids = torch.zeros(1, 1, dtype=torch.int64)

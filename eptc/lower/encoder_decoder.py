@@ -32,12 +32,13 @@ def graphs(model: Any) -> dict[str, GraphSpec]:
     return {"encoder": _encoder(model), "decoder": _decoder(model)}
 
 
-def _cache_ports(config: Any, name: str, keys: str, what: str) -> list[list[Port]]:
-    """Return the key and value ports of each decoder layer."""
+def _cache_ports(config: Any, name: str, keys: str, what: str) -> list[Port]:
+    """Return the key and value ports of each decoder layer, in order."""
     shape = ("batch", config.num_heads, keys, config.d_kv)
     return [
-        [Port(f"{name}.{layer}.{what}.{part}", shape) for part in ("key", "value")]
+        Port(f"{name}.{layer}.{what}.{part}", shape)
         for layer in range(config.num_decoder_layers)
+        for part in ("key", "value")
     ]
 
 
@@ -45,7 +46,7 @@ def _encoder(model: Any) -> GraphSpec:
     hidden = Port("last_hidden_state", ("batch", "sequence", model.config.d_model))
     present = _cache_ports(model.config, "present", "sequence", "encoder")
     return GraphSpec(
-        _Encoder(model), (ids("input_ids"), ids("attention_mask")), (hidden, *sum(present, []))
+        _Encoder(model), (ids("input_ids"), ids("attention_mask")), (hidden, *present)
     )
 
 
@@ -53,11 +54,11 @@ def _decoder(model: Any) -> GraphSpec:
     config = model.config
     own = _cache_ports(config, "past_key_values", "past_sequence", "decoder")
     cross = _cache_ports(config, "past_key_values", "encoder_sequence", "encoder")
-    past = [port for pair in zip(own, cross, strict=True) for ports in pair for port in ports]
+    past = [port for i in range(0, len(own), 2) for port in (*own[i : i + 2], *cross[i : i + 2])]
     inputs = (ids("input_ids"), ids("encoder_attention_mask", "encoder_sequence"), *past)
     logits = Port("logits", ("batch", "sequence", config.vocab_size))
     present = _cache_ports(config, "present", "total_sequence", "decoder")
-    return GraphSpec(_Decoder(model), inputs, (logits, *sum(present, [])))
+    return GraphSpec(_Decoder(model), inputs, (logits, *present))
 
 
 class _Encoder(torch.nn.Module):

@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from onnxscript import rewriter
-from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from onnxscript import optimizer, rewriter
 from onnxscript.rewriter import pattern
 
 from eptc.lower.reshapes import constant_reshapes
 
 __all__ = ["simplify"]
 
+# Elements. Shape arithmetic is smaller by far; what is larger is no noise.
+_FOLDED = 1024
+
 
 def simplify(model: ir.Model) -> None:
-    """Simplify an unbound graph in place; its interface and its initializers' names stay.
+    """Simplify an unbound graph in place; its interface and its weights' names stay.
 
     The weights have no data yet, so no pass can read, fold or copy one.
     """
-    ir.passes.Sequential(
-        common.InlinePass(),
-        common.IdentityEliminationPass(),
-        # Small constants only: a folded result is written into every graph that uses it.
-        FoldConstantsPass(shape_inference=True, input_size_limit=1024, output_size_limit=1024),
-        rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES),
-        rewriter.RewritePass(_RULES),
-        common.RemoveUnusedNodesPass(),
-    )(model)
+    _optimize(model)
+    rewriter.rewrite(model, pattern_rewrite_rules=_RULES)
     constant_reshapes(model.graph)
-    ir.passes.Sequential(
-        common.RemoveUnusedNodesPass(),
-        FoldConstantsPass(shape_inference=True, input_size_limit=1024, output_size_limit=1024),
-        common.IdentityEliminationPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
-        common.RemoveUnusedOpsetsPass(),
-        common.TopologicalSortPass(),
-    )(model)
+    _optimize(model)
+    common.TopologicalSortPass()(model)
+
+
+def _optimize(model: ir.Model) -> None:
+    """Fold, inline, merge and remove with the optimizer of onnxscript."""
+    common.IdentityEliminationPass()(model)
+    optimizer.optimize_ir(model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
 
 
 def _normalise(op, x, variance):  # type: ignore[no-untyped-def]  # the matcher's own protocol

@@ -60,7 +60,7 @@ def derive(
     return WeightTensor(
         lambda: compute(tensor.numpy()),
         tensor.dtype if dtype is None else dtype,
-        tuple(int(n) for n in tensor.shape) if shape is None else shape,
+        tuple(tensor.shape.numpy()) if shape is None else shape,
         (source, step),
         tensor.name,
     )

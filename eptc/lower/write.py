@@ -92,7 +92,7 @@ def _key(tensor: ir.TensorProtocol) -> Hashable | None:
     if isinstance(tensor, WeightTensor):
         return tensor.key
     content = hashlib.sha256(tensor.tobytes()).hexdigest()
-    return (content, tensor.dtype, tuple(tensor.shape))
+    return (content, tensor.dtype, tensor.shape.numpy())
 
 
 def _stream(slot: _Slot, file: BinaryIO) -> None:
@@ -130,7 +130,7 @@ def _serialize(model: ir.Model, slots: Mapping[Hashable, _Slot]) -> bytes:
                 slot.offset,
                 slot.length,
                 tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
             )
         proto = ir.to_proto(model)
@@ -139,4 +139,5 @@ def _serialize(model: ir.Model, slots: Mapping[Hashable, _Slot]) -> bytes:
             value.const_value = tensor
     # Sizes of values in between: a pass may have made them stale, and runtimes infer them.
     del proto.graph.value_info[:]
-    return proto.SerializeToString(deterministic=True)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content

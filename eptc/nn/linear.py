@@ -234,8 +234,8 @@ def fill_parameter(
         for i, (have, want) in enumerate(zip(found, wanted, strict=False))
     )
     if not fits:
-        expected = "x".join(
-            f"{size}{' or more ' if i == spare else ''}" for i, size in enumerate(wanted)
+        expected = " x ".join(
+            f"{size}{' or more' if i == spare else ''}" for i, size in enumerate(wanted)
         )
         raise CheckpointError(f"{what} has the shape {found}", expected=expected)
     parameter.data = tensor.to(parameter.dtype).clone()

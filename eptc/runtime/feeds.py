@@ -101,7 +101,7 @@ def _check_shape(array: NumpyArray, tensor: TensorSpec, sizes: dict[str, tuple[i
 def _check_values(array: NumpyArray, tensor: TensorSpec, vocab_size: int | None) -> None:
     if array.dtype.kind != "i" or array.size == 0:
         return
-    if array.max() < 0:
+    if array.min() < 0:
         raise InputError(f"{tensor.name!r} has the negative value {array.min()}")
     if tensor.name == "input_ids":
         check_vocabulary(array, vocab_size)

@@ -16,11 +16,12 @@ LLAMA, TIED_LLAMA = (
     {"model_type": "llama", "tie_word_embeddings": False},
     {"model_type": "llama", "tie_word_embeddings": True},
 )
+CROSS_BIAS = "EncDecAttention.relative_attention_bias.weight"
 BIAS = "SelfAttention.relative_attention_bias.weight"
 
 NAMES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "task class": (BERT, "bert.embeddings.LayerNorm.bias", "bert.embeddings.LayerNorm.bias"),
-    "bare class": (BERT, "encoder.layer.0.output.dense.bias", "bert.encoder.layer.0.output.dense.bias"),
+    "bare class": (BERT, "encoder.layer.0.x.bias", "bert.encoder.layer.0.x.bias"),
     "bare pooler": (BERT, "pooler.dense.weight", "bert.pooler.dense.weight"),
     "gamma": (BERT, "embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"),
     "beta": (BERT, "bert.embeddings.LayerNorm.beta", "bert.embeddings.LayerNorm.bias"),
@@ -28,7 +29,7 @@ NAMES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "position buffer": (BERT, "bert.embeddings.position_ids", None),
     "bare position buffer": (BERT, "embeddings.position_ids", None),
     "another head": (BERT, "cls.predictions.transform.dense.weight", None),
-    "roberta": (ROBERTA, "embeddings.word_embeddings.weight", "roberta.embeddings.word_embeddings.weight"),
+    "roberta": (ROBERTA, "embeddings.x.weight", "roberta.embeddings.x.weight"),
     "roberta pooler": (ROBERTA, "roberta.pooler.dense.weight", None),
     "roberta bare pooler": (ROBERTA, "pooler.dense.weight", None),
     "roberta lm head": (ROBERTA, "lm_head.dense.weight", None),
@@ -38,7 +39,7 @@ NAMES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "t5 decoder embedding": (T5_V11, "decoder.embed_tokens.weight", "shared.weight"),
     "t5 tied head": (T5, "lm_head.weight", "shared.weight"),
     "t5 v1.1 head": (T5_V11, "lm_head.weight", "lm_head.weight"),
-    "t5 unused bias": (T5, "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None),
+    "t5 unused bias": (T5, f"decoder.block.0.layer.1.{CROSS_BIAS}", None),
     "t5 bias": (T5, f"decoder.block.0.layer.0.{BIAS}", f"decoder.block.0.layer.0.{BIAS}"),
     "llama bare": (LLAMA, "layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
     "llama norm": (LLAMA, "norm.weight", "model.norm.weight"),

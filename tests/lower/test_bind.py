@@ -25,7 +25,7 @@ def unbound_model(**shapes: tuple[int, ...]) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-def zeros(name: str, *shape: int, dtype: type = np.float32) -> ArrayTensor:
+def zeros(name: str, *shape: int, dtype: type = np.float32) -> LazyTensor:
     return ArrayTensor(name, np.zeros(shape, dtype))
 
 

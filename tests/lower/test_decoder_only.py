@@ -35,7 +35,7 @@ def next_past(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def positions(mask: np.ndarray) -> np.ndarray:
-    return np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    return np.asarray(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
 
 
 def left_padded(rng: np.random.Generator, config: Any, batch: int, length: int) -> Any:

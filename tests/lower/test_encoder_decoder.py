@@ -47,7 +47,7 @@ class Decoding:
         outputs = self.model.run("decoder", {"input_ids": ids} | self.fixed | self.past)
         logits = outputs.pop("logits")
         self.past = {n.replace("present", "past_key_values"): v for n, v in outputs.items()}
-        return logits
+        return np.asarray(logits)
 
 
 @pytest.mark.parametrize("length", [1, 7, 33])

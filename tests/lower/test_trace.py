@@ -105,10 +105,10 @@ def test_same_bytes_every_time(tmp_path: Path) -> None:
     """Hash seed, current folder, order and what was traced before make no difference."""
     other = tmp_path / "elsewhere"
     other.mkdir()
-    first = run_script(tmp_path, "1", "t5", "llama")
+    first = run_script(tmp_path, "1", "t5")
     second = run_script(other, "2", "llama", "t5")
-    assert len(first) == 5
-    assert first == second
+    assert len(first) == 3
+    assert first == [line for line in second if line.startswith("t5 ")]
 
 
 def test_leaves_torch_alone() -> None:

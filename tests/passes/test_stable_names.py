@@ -27,7 +27,7 @@ def names(m: ir.Model) -> list[tuple[str | None, str | None]]:
 
 
 def content(m: ir.Model) -> bytes:
-    return ir.to_proto(m).SerializeToString(deterministic=True)
+    return bytes(ir.to_proto(m).SerializeToString(deterministic=True))
 
 
 def test_names_follow_the_operators() -> None:

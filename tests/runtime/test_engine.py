@@ -105,10 +105,11 @@ def test_starting_a_provider() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda(lowered_llama: Any, sentences: Any) -> None:
+def test_cuda(request: pytest.FixtureRequest, sentences: Any) -> None:
     """On a CUDA device the same tokens are written, the cache staying on the device."""
     if (reason := probe_providers().get("CUDAExecutionProvider", "not built in")) is not None:
         pytest.skip(f"needs CUDA: {reason}")
+    lowered_llama = request.getfixturevalue("lowered_llama")  # made only where it is used
     with Engine.load(lowered_llama.path, ["cpu"]) as engine:
         expected = engine.generate(sentences)
     with Engine.load(lowered_llama.path, ["cuda"]) as engine:

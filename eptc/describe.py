@@ -1,0 +1,136 @@
+"""What a bundle says about itself: the manifest, the configuration and the tokenizer's files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir
+
+from eptc import bundle, text
+from eptc.checkpoint import Checkpoint
+from eptc.ir import AdaptedModel
+from eptc.pipeline import PassRecord
+from eptc.runtime.manifest import Manifest
+from eptc.runtime.spec import GenerationSpec, GraphSpec, TensorSpec
+from eptc.tasks import Task
+
+__all__ = ["OPSET", "describe", "write_texts"]
+
+OPSET = 20
+
+
+def describe(
+    source: Checkpoint,
+    task_id: int,
+    model: AdaptedModel,
+    graphs: Mapping[str, onnx_ir.Model],
+    tokenizer: text.TrainingTokenizer | None,
+    records: Sequence[PassRecord],
+) -> Manifest:
+    """Return the manifest of an engine that nobody has compared with anything yet."""
+    kind = source.base.architecture.kind
+    task = source.contents.tasks[task_id]
+    specs = {key: _graph_spec(key, graph) for key, graph in graphs.items()}
+    inputs = {tensor.name for spec in specs.values() for tensor in spec.inputs}
+    return Manifest(
+        kind=kind,
+        target="onnx",
+        opset=OPSET,
+        precision="fp32",
+        task=task,
+        num_labels=task.num_outputs if kind == "encoder-classifier" else None,
+        vocab_size=int(model.config["vocab_size"]),
+        graphs=specs,
+        generation=None
+        if kind == "encoder-classifier"
+        else _generation(source, task, specs, tokenizer),
+        tokenizer=tokenizer.spec(
+            model.config, task, kind=kind, token_types="token_type_ids" in inputs
+        )
+        if tokenizer is not None
+        else None,
+        passes=tuple(record.to_json() for record in records),
+        checkpoint={
+            "format": source.contents.format,
+            "variant": source.contents.variant,
+            "sha256": source.sha256,
+            "task_id": task_id,
+            "top_k": source.contents.top_k,
+            "kernel_sizes": list(source.contents.kernel_sizes),
+            "tasks": [task.to_json() for task in source.contents.tasks],
+        },
+        base={
+            "model_type": source.base.config["model_type"],
+            "sha256": source.base.sha256,
+            "unused": list(source.base.unused),
+        },
+        tools={
+            name: importlib.metadata.version(name)
+            for name in ("ept-compiler", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+        },
+        files={},
+        parity={"verified": False},
+    )
+
+
+def _graph_spec(key: str, graph: onnx_ir.Model) -> GraphSpec:
+    def tensors(values: Sequence[onnx_ir.Value]) -> tuple[TensorSpec, ...]:
+        found = []
+        for value in values:
+            assert value.shape is not None
+            assert value.dtype is not None
+            shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+            found.append(TensorSpec(str(value.name), value.dtype.numpy().name, shape))
+        return tuple(found)
+
+    return GraphSpec(f"{key}.onnx", tensors(graph.graph.inputs), tensors(graph.graph.outputs))
+
+
+def _generation(
+    source: Checkpoint,
+    task: Task,
+    specs: Mapping[str, GraphSpec],
+    tokenizer: text.TrainingTokenizer | None,
+) -> GenerationSpec:
+    """Return how the engine starts, stops and sizes its cache.
+
+    The generation configuration has the last word on special tokens, as in transformers.
+    """
+    config = {**source.base.config, **text.generation_config(source.base.path)}
+    stops = config.get("eos_token_id")
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    decoder = specs.get("decoder", specs.get("model"))
+    assert decoder is not None
+    caches = [s for s in decoder.inputs if s.name.startswith("past_key_values.")]
+    heads, width = caches[0].shape[1], caches[0].shape[3]
+    layers = {spec.name.split(".")[1] for spec in caches}
+    return GenerationSpec(
+        decoder_start_token_id=config.get("decoder_start_token_id", config.get("pad_token_id"))
+        if source.base.architecture.kind == "encoder-decoder"
+        else None,
+        eos_token_id=tuple(int(stop) for stop in stops),
+        pad_token_id=text.pad_token_id(config),
+        max_new_tokens=text.answer_length(task, tokenizer, source.contents.variant),
+        num_layers=len(layers),
+        num_key_value_heads=int(heads),
+        head_dim=int(width),
+        max_positions=text.max_positions(source.base.config),
+    )
+
+
+def write_texts(
+    directory: Path,
+    source: Checkpoint,
+    model: AdaptedModel,
+    tokenizer: text.TrainingTokenizer | None,
+) -> None:
+    """Write the configuration, the generation configuration and the tokenizer's files."""
+    config = {key: model.config[key] for key in sorted(model.config) if key != "_name_or_path"}
+    bundle.write_json(directory / "config.json", config)
+    if source.base.architecture.kind != "encoder-classifier":
+        generation = text.generation_config(source.base.path)
+        bundle.write_json(directory / "generation_config.json", dict(sorted(generation.items())))
+    if tokenizer is not None:
+        tokenizer.write(directory)

@@ -1,0 +1,95 @@
+"""Every pass of the registry keeps the rules that all passes share."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import pytest
+
+import eptc.passes
+from eptc.ir import AdaptedModel
+from eptc.pass_base import AdapterPass, GraphPass
+from eptc.pipeline import adapter_passes, check_graph, graph_passes, run_adapter_passes
+from eptc.registry import PASSES, find_pass, passes_table
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRED: dict[str, dict[str, Any]] = {"specialize-router": {"task_id": 1}}
+
+GRAPH = (
+    '<ir_version: 10, opset_import: ["" : 20]> g (float[batch,3] x) => (float[batch,3] y) '
+    "<float[3,3] W = {1, 2, 3, 4, 5, 6, 7, 8, 9}> "
+    "{ t = Transpose <perm = [1, 0]> (W) p = MatMul(x, t) y = Relu(p) }"
+)
+
+
+def instance(name: str) -> AdapterPass | GraphPass:
+    return find_pass(name)(**REQUIRED.get(name, {}))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_declaration(name: str) -> None:
+    """Name, contract, frozen options that JSON can say, Before and After in the docstring."""
+    step = instance(name)
+    assert step.name == name
+    assert step.contract in ("exact", "lossy")
+    assert dataclasses.is_dataclass(step)
+    assert json.loads(json.dumps(step.options())) == step.options()
+    assert find_pass(name)(**step.options()) == step
+    assert repr(step).startswith(type(step).__name__)
+    doc = type(step).__doc__ or ""
+    assert "Before:" in doc
+    assert "After:" in doc
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        step.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", [n for n in PASSES if issubclass(find_pass(n), AdapterPass)])
+def test_adapter_pass_is_valid_and_idempotent(name: str, model: AdaptedModel) -> None:
+    """From every state of the default pipeline: valid, within its contract, a second run no-op."""
+    states = [model]
+    for step in adapter_passes(1):
+        states.append(step.rewrite(states[-1]))
+    step = instance(name)
+    assert isinstance(step, AdapterPass)
+    for state in states:
+        after, _ = run_adapter_passes(state, [step], task_id=1)
+        assert step.rewrite(after) is after
+
+
+@pytest.mark.parametrize("name", [n for n in PASSES if issubclass(find_pass(n), GraphPass)])
+def test_graph_pass_is_valid_and_idempotent(name: str) -> None:
+    """Valid, interface kept, a second run changes no byte."""
+    graph = onnx_ir.from_onnx_text(GRAPH)
+    interface = [(v.name, str(v.shape)) for v in (*graph.graph.inputs, *graph.graph.outputs)]
+    step = instance(name)
+    assert isinstance(step, GraphPass)
+    step(graph)
+    check_graph(graph)
+    assert [(v.name, str(v.shape)) for v in (*graph.graph.inputs, *graph.graph.outputs)] == interface
+    before = onnx_ir.to_proto(graph).SerializeToString(deterministic=True)
+    assert not step(copy.copy(graph)).modified
+    assert onnx_ir.to_proto(graph).SerializeToString(deterministic=True) == before
+
+
+def test_no_file_is_an_orphan() -> None:
+    """Each file of the folder is one registered pass, each pass has a test file of its name."""
+    files = {p.stem for p in Path(eptc.passes.__path__[0]).glob("*.py")} - {"__init__"}
+    assert files == {name.replace("-", "_") for name in PASSES}
+    for name in files:
+        assert (ROOT / "tests" / "passes" / f"test_{name}.py").is_file()
+
+
+def test_default_pipelines_are_registered() -> None:
+    """The default pipelines run exactly the registered passes, in that order."""
+    assert [p.name for p in (*adapter_passes(0), *graph_passes())] == list(PASSES)
+
+
+def test_readme_has_the_table() -> None:
+    """The README's table of passes is the generated one."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert passes_table() in readme, f"put this into README.md:\n{passes_table()}"
