@@ -126,7 +126,7 @@ def architecture(config: Any) -> Architecture:
         BaseModelError: eptc does not lower that model type.
     """
     model_type = config if isinstance(config, str) else setting(config, "model_type")
-    if model_type in ARCHITECTURES:
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     near = difflib.get_close_matches(str(model_type), ARCHITECTURES, n=1)
     hint = f"use a base of one of these types; {near[0]!r} is the nearest" if near else None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
+from eptc.architectures import architecture
 from eptc.describe import OPSET, describe, write_texts
 from eptc.errors import BaseModelError, OptionError, TaskError
 from eptc.ir import AdaptedModel
@@ -209,7 +210,7 @@ def fits(source: checkpoint.Checkpoint, task_id: int, config: Any) -> None:
     head = source.contents.heads.get(task.name, {})
     found = {**source.base.weights, **head}
     wrong = []
-    for name, shape in lower.expected_parameters(config).items():
+    for name, shape in lower.expected_parameters(config, tied_head=source.base.tied_head).items():
         if name not in found:
             wrong.append(f"{name} {list(shape)} is missing")
         elif found[name].shape != shape:
@@ -249,21 +250,23 @@ def _task_config(source: checkpoint.Checkpoint, task_id: int) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _skeleton(config: str, model_type: str) -> dict[str, onnx_ir.Model]:
+def _skeleton(config: str, model_type: str, tied_head: bool) -> dict[str, onnx_ir.Model]:
     from transformers import CONFIG_MAPPING
 
-    return lower.trace(CONFIG_MAPPING[model_type].from_dict(json.loads(config)), opset=OPSET)
+    parsed = CONFIG_MAPPING[model_type].from_dict(json.loads(config))
+    return lower.trace(parsed, opset=OPSET, tied_head=tied_head)
 
 
-def _traced(config: Any) -> dict[str, onnx_ir.Model]:
+def _traced(config: Any, tied_head: bool) -> dict[str, onnx_ir.Model]:
     """Return unbound graphs of a configuration; tasks of one checkpoint share the trace."""
-    skeleton = _skeleton(json.dumps(config.to_dict(), sort_keys=True), config.model_type)
+    settings = json.dumps(config.to_dict(), sort_keys=True)
+    skeleton = _skeleton(settings, config.model_type, tied_head)
     return {key: model.clone() for key, model in skeleton.items()}
 
 
 def _bound(config: Any, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
     """Return the graphs of a configuration with a model's weights, none of them read."""
-    graphs = _traced(config)
+    graphs = _traced(config, architecture(config).head not in model.weights)
     lower.bind(graphs, {name: as_dtype(t, "float32") for name, t in model.weights.items()})
     return graphs
 

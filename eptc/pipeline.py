@@ -272,7 +272,10 @@ def check_graph(model: onnx_ir.Model) -> None:
             continue
         del light.graph.initializers[name]
         value.const_value = None
-        value.shape, value.dtype = onnx_ir.Shape([int(n) for n in tensor.shape]), tensor.dtype
+        value.shape, value.dtype = (
+            onnx_ir.Shape([n if isinstance(n, int) else None for n in tensor.shape]),
+            tensor.dtype,
+        )
         light.graph.inputs.append(value)
     try:
         onnx.checker.check_model(onnx_ir.to_proto(light), full_check=True)

@@ -74,7 +74,8 @@ class Task:
                 )
             return
         try:
-            used = {name for _, name, _, _ in string.Formatter().parse(self.prompt) if name}
+            parsed = list(string.Formatter().parse(self.prompt))
+            used = {name for _, name, _, _ in parsed if name is not None}
         except ValueError as error:
             raise TaskError(f"task {self.name!r}: bad prompt {self.prompt!r}: {error}") from error
         if unknown := sorted(used - set(self.fields)):

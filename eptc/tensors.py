@@ -218,7 +218,7 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
             raise CheckpointError(
                 f"{self.path} cannot be read: {error.strerror or error}"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._bad(f"its header is not JSON ({error})") from error
         if not isinstance(header, dict):
             raise self._bad("its header is not an object")
@@ -237,7 +237,7 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
             begin, end = (int(n) for n in entry["data_offsets"])
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise self._bad(f"the entry of {name!r} is malformed") from error
-        if stored not in _STORED:
+        if not isinstance(stored, str) or stored not in _STORED:
             raise CheckpointError(
                 f"{name} in {self.path} has the type {stored}",
                 expected=", ".join(_STORED),

@@ -85,7 +85,8 @@ def run(options: argparse.Namespace) -> list[Score]:
     model.save(options.output, base_dir=base_dir, base_name=name)
     write_scores(options.output / "scores.json", scores, options)
     print(table(scores))
-    print(f"{options.output}: {_size(options.output)}, {time.monotonic() - start:.0f} s")
+    wall, cpu = time.monotonic() - start, time.process_time()
+    print(f"{options.output}: {_size(options.output)}, {wall:.0f} s, {cpu:.0f} s of CPU")
     return scores
 
 
@@ -113,9 +114,9 @@ def attach(base_dir: Path, tasks: Sequence[Task], variant: str, seed: int) -> ep
         targets=("query", "key", "value", "intermediate.dense", "output.dense"),
         kernel_sizes=(2, 2, 4, 4, 8, 8, 16, 16),
         top_k=2,
-        rank=8,
+        rank=6,
         tasks=tuple(tasks),
-        scale=eptc.nn.ScaleConfig("alpha/r", alpha=16),
+        scale=eptc.nn.ScaleConfig("alpha/r", alpha=12),
     )
     base = eptc.nn.load_base(base_dir)
     return eptc.nn.EptModel.attach(base, config, head_modules=HEAD_MODULES, seed=seed)

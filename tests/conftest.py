@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +27,165 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip("needs ../shared/golden (checkpoints and outputs recorded from the originals)")
     return GOLDEN
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """A checkpoint that a test may damage, its base, and a place for what is made of them."""
+
+    root: Path
+
+    @property
+    def ckpt(self) -> Path:
+        return self.root / "in" / "ckpt"
+
+    @property
+    def base(self) -> Path:
+        return self.root / "in" / "base"
+
+    @property
+    def out(self) -> Path:
+        return self.root / "out"
+
+
+@pytest.fixture
+def copy_golden(golden: Path, tmp_path: Path) -> Callable[..., Folders]:
+    """Return a function that copies a recorded EPT checkpoint and its base, writable."""
+
+    def copy(name: str = "t5-tiny", adapter: str = "adapter") -> Folders:
+        folders = Folders(tmp_path)
+        _copy(golden / "ept" / name / adapter, folders.ckpt)
+        _copy(golden / "ept" / name / "base", folders.base)
+        return folders
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def small_native(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A native checkpoint of the paper's variant on a BERT of one layer: seconds to compile.
+
+    Two classifications, one of them of text pairs, and a regression, with a tokenizer of words.
+    """
+    folders = Folders(tmp_path_factory.mktemp("small-native"))
+    _write_small_native(folders)
+    return folders
+
+
+@pytest.fixture
+def copy_native(small_native: Folders, tmp_path: Path) -> Folders:
+    """A copy of the small native checkpoint, for a test to damage."""
+    _copy(small_native.root / "in", tmp_path / "in")
+    return Folders(tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as one JSON document."""
+        return json.loads(self.stdout)
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Outcome]:
+    """Return a function that runs the command line in this process, its output captured."""
+    from click.testing import CliRunner
+
+    from eptc.cli import main
+
+    def run(*arguments: object) -> Outcome:
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return Outcome(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a folder file by file: the recorded ones are read-only, and links stay behind."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def _write_small_native(folders: Folders) -> None:
+    import tokenizers
+    import torch
+    import transformers
+    from tokenizers import models, pre_tokenizers, processors
+
+    from eptc.nn import EptConfig, EptModel, load_base
+    from eptc.tasks import Task
+
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    words = "a and bad dull film good long not quiet short the very was".split()
+    shape = transformers.BertConfig(
+        vocab_size=len(special) + len(words),
+        hidden_size=34,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=51,
+        max_position_embeddings=200,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]), _no_progress_bars():
+        torch.manual_seed(0)
+        transformers.BertModel(shape).save_pretrained(folders.base)
+        tokenizer = tokenizers.Tokenizer(
+            models.WordLevel({w: i for i, w in enumerate((*special, *words))}, unk_token="[UNK]")
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="[PAD]",
+            unk_token="[UNK]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+        ).save_pretrained(folders.base)
+        model = EptModel.attach(
+            load_base(folders.base),
+            EptConfig(
+                variant="paper",
+                targets=("query", "value", "intermediate.dense", "output.dense"),
+                kernel_sizes=(2, 3, 4, 7),
+                top_k=2,
+                rank=3,
+                tasks=(
+                    Task("tone", "classification", labels=("bad", "good"), aliases=("sentiment",)),
+                    Task("same", "classification", ("first", "second"), labels=("no", "yes")),
+                    Task("score", "regression"),
+                ),
+            ),
+        )
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save(folders.ckpt, base_dir=folders.base, base_name="small-bert")
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

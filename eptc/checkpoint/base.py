@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from eptc.architectures import Architecture, architecture, canonical_name
+from eptc.architectures import Architecture, architecture, canonical_name, head_is_tied
 from eptc.errors import BaseModelError, CheckpointError
 from eptc.tensors import LazyTensor, SafetensorsFile, StoredTensor, content_hash
 
@@ -33,6 +33,7 @@ class BaseModel:
         stored: every tensor by its name on disk.
         weights: the tensors by their names in the task model; tied ones once.
         unused: names on disk that are known to have no place in the task model, sorted.
+        tied_head: whether the output projection is the embedding itself.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class BaseModel:
     stored: Mapping[str, StoredTensor]
     weights: Mapping[str, LazyTensor]
     unused: tuple[str, ...]
+    tied_head: bool
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -98,7 +100,7 @@ def read_json(path: Path, error: type[CheckpointError] | type[BaseModelError]) -
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as cause:
         raise error(f"{path.parent} has no {path.name}") from cause
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         raise error(
             f"{path} cannot be read as JSON: {cause}", fix="copy the file again"
         ) from cause
@@ -125,20 +127,20 @@ def read_base(path: Path) -> BaseModel:
     _refuse_outside(path, config)
     family = architecture(config)
     stored = _read_weights(path)
+    tied = _head_is_tied(family, config, stored)
     weights: dict[str, LazyTensor] = {}
     unused = []
-    # Of tied tensors that are stored more than once, the one under its own name counts.
-    for name in sorted(stored, key=lambda n: (n != canonical_name(n, config), n)):
-        tensor = stored[name]
-        canonical = canonical_name(name, config)
+    for name in sorted(stored):
+        canonical = canonical_name(name, config, tied_head=tied)
         if canonical is None:
             unused.append(name)
         elif canonical not in weights:
-            weights[canonical] = tensor
-        elif weights[canonical].shape != tensor.shape:
+            weights[canonical] = stored[name]
+        elif not _equal(weights[canonical], stored[name]):
             raise BaseModelError(
-                f"{path} stores {canonical} twice in different shapes: "
-                f"{list(weights[canonical].shape)} and {list(tensor.shape)} ({name})"
+                f"{path} stores {canonical} twice, as {weights[canonical].name} and as {name}, "
+                "with different numbers",
+                fix="load the model in transformers, check it, and save it again",
             )
     for name, weight in weights.items():
         if weight.dtype not in _FLOATS:
@@ -146,7 +148,27 @@ def read_base(path: Path) -> BaseModel:
                 f"{name} in {path} has the type {weight.dtype}",
                 expected="a model that is not quantised: float32, float16 or bfloat16 weights",
             )
-    return BaseModel(path, config, family, stored, weights, tuple(sorted(unused)))
+    return BaseModel(path, config, family, stored, weights, tuple(sorted(unused)), tied)
+
+
+def _head_is_tied(
+    family: Architecture, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> bool:
+    """Tell whether the output projection is the embedding itself, as transformers does.
+
+    A head that is stored beside the embedding is tied only where the configuration says so and
+    the numbers are the same. T5 without a stored head is tied whatever its configuration says.
+    """
+    head = stored.get(family.head)
+    if head is None:
+        return family.model_type == "t5" or head_is_tied(config)
+    embeddings = [t for n, t in stored.items() if canonical_name(n, config) == family.embedding]
+    return head_is_tied(config) and all(_equal(head, t) for t in embeddings)
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    same = one.shape == other.shape and one.dtype == other.dtype
+    return one is other or (same and bool(np.array_equal(one.numpy(), other.numpy())))
 
 
 def _refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
@@ -173,12 +195,17 @@ def _refuse_outside(path: Path, config: Mapping[str, Any]) -> None:
         entries = read_json(tokenizer, BaseModelError)
         files.update({key: entries[key] for key in entries if key.endswith("_file")})
     for key, value in files.items():
-        if value is not None and (not isinstance(value, str) or Path(value).name != value):
+        if value is not None and not _is_file_name(value):
             raise BaseModelError(
                 f"{key} of {path} points outside its folder: {value!r}",
                 expected="the name of a file in the folder",
                 fix="put the file into the folder and correct the entry",
             )
+
+
+def _is_file_name(value: object) -> bool:
+    """Whether a value names a file in its own folder, not a way out of it."""
+    return isinstance(value, str) and Path(value).name == value and value not in ("", "..")
 
 
 def _read_weights(path: Path) -> dict[str, StoredTensor]:
@@ -203,7 +230,7 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(names, dict) or not names:
         raise BaseModelError(f"{path / _INDEX} has no weight_map", fix="copy the file again")
     for shard in names.values():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+        if not _is_file_name(shard):
             raise BaseModelError(
                 f"{path / _INDEX} points outside its folder: {shard!r}",
                 expected="names of files in the folder",

@@ -115,7 +115,10 @@ def read_config(path: Path) -> dict[str, Any]:
     schema = json.loads(
         importlib.resources.files("eptc.checkpoint").joinpath("ept_config.schema.json").read_text()
     )
-    validator = jsonschema.Draft202012Validator(schema)
+    draft = jsonschema.Draft202012Validator
+    # JSON Schema calls 2.0 an integer; as a count or a size it is a mistake.
+    strict = draft.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    validator = jsonschema.validators.extend(draft, type_checker=strict)(schema)
     error = jsonschema.exceptions.best_match(validator.iter_errors(config))
     if error is not None:
         where = "/".join(map(str, error.absolute_path)) or "the top level"
@@ -125,8 +128,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Rules between fields, which a schema cannot say."""
+    """Rules that a schema cannot say: between fields, and no NaN, which is above and below all."""
     where, gate = path / CONFIG, config["gate"]
+    scale = config["scale"]
+    numbers = [gate["temperature"], scale.get("alpha", scale.get("denominator"))]
+    numbers += [m["alpha"] for m in config.get("modules", {}).values() if "alpha" in m]
+    if not all(map(math.isfinite, numbers)):
+        raise CheckpointError(f"{where} has a number that is not finite among {numbers}")
     if gate["router_input"] != "task":
         raise CheckpointError(
             f"{where} has a router that reads {gate['router_input']!r}",

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from eptc.checkpoint.base import BaseModel, read_json
@@ -37,13 +38,14 @@ _KEY = re.compile(
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_gate\.0\.weight|lora_gate\.0\.bias"
     r"|lora_task_embedding\.weight|lora_expert_kernels\.(?:0|[1-9]\d*))"
 )
-_PARTS = (
-    "lora_A.weight",
-    "lora_B.weight",
-    "lora_gate.0.weight",
-    "lora_gate.0.bias",
-    "lora_task_embedding.weight",
-)
+# Each part and how many axes it has.
+_PARTS = {
+    "lora_A.weight": 2,
+    "lora_B.weight": 2,
+    "lora_gate.0.weight": 2,
+    "lora_gate.0.bias": 1,
+    "lora_task_embedding.weight": 2,
+}
 _KERNEL = "lora_expert_kernels."
 # Options of PEFT that change the arithmetic in ways the released code does not train.
 _REFUSED = {
@@ -155,20 +157,32 @@ def _scaling(path: Path, config: Mapping[str, Any]) -> _Scaling:
                 f"{path / CONFIG} uses {name}: {key} = {config[key]!r}",
                 expected="a checkpoint of the released EPT code, which cannot train that",
             )
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
+        raise CheckpointError(
+            f"{path / CONFIG} has init_lora_weights = {config['init_lora_weights']!r}, which "
+            "changes the base model's weights",
+            expected="true, false or 'gaussian'",
+        )
     if config.get("bias", "none") != "none":
         raise CheckpointError(f"{path / CONFIG} has bias = {config['bias']!r}", expected="'none'")
     try:
         scaling = _Scaling(
             int(config["r"]),
             float(config["lora_alpha"]),
-            dict(config.get("rank_pattern") or {}),
-            dict(config.get("alpha_pattern") or {}),
+            {k: int(rank) for k, rank in dict(config.get("rank_pattern") or {}).items()},
+            {k: float(alpha) for k, alpha in dict(config.get("alpha_pattern") or {}).items()},
             bool(config.get("use_rslora")),
         )
-        ranks = [scaling.r, *map(int, scaling.rank_pattern.values())]
-        alphas = [scaling.alpha, *map(float, scaling.alpha_pattern.values())]
+        for key in (*scaling.rank_pattern, *scaling.alpha_pattern):
+            re.compile(key)
+    except re.error as error:
+        raise CheckpointError(
+            f"{path / CONFIG} has a pattern that is no regular expression: {error}"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / CONFIG} lacks a sound r or lora_alpha: {error}") from error
+    ranks = [scaling.r, *scaling.rank_pattern.values()]
+    alphas = [scaling.alpha, *scaling.alpha_pattern.values()]
     if min(ranks) < 1 or not all(map(math.isfinite, alphas)):
         raise CheckpointError(f"{path / CONFIG} has the ranks {ranks} and alphas {alphas}")
     return scaling
@@ -207,10 +221,19 @@ def _read_pickle(path: Path) -> dict[str, LazyTensor]:
         ) from error
     if not isinstance(data, dict) or not all(isinstance(v, torch.Tensor) for v in data.values()):
         raise CheckpointError(f"{path} does not hold a dict of tensors")
+    tensors: dict[str, LazyTensor] = {}
     for name, tensor in data.items():
-        if tensor.dtype == torch.bfloat16:
-            data[name] = tensor.float()  # exact; numpy has no bfloat16 of its own
-    return {str(name): ArrayTensor(str(name), t.numpy()) for name, t in data.items()}
+        half = tensor.dtype == torch.bfloat16  # numpy has none of its own
+        try:
+            array = tensor.detach().view(torch.int16 if half else tensor.dtype).numpy()
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{name} in {path} is a {tensor.layout} tensor of the type {tensor.dtype}",
+                expected="a dense tensor of floating point numbers",
+            ) from error
+        array = array.view(ml_dtypes.bfloat16) if half else array
+        tensors[str(name)] = ArrayTensor(str(name), array)
+    return tensors
 
 
 def _group(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:
@@ -240,6 +263,15 @@ def _group(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str,
             expected=f"{len(wanted)} tensors for each of {len(modules)} adapted linears",
             fix="use the file the training run saved; a stock PEFT adapter is not an EPT one",
         )
+    for part, axes in _PARTS.items():
+        for module, parts in modules.items():
+            shape = parts[part].shape
+            if len(shape) != axes or 0 in shape:
+                raise CheckpointError(
+                    f"{module}.{part} in {path} has the shape {list(shape)}",
+                    expected="a vector" if axes == 1 else "a matrix",
+                    fix="use the file the training run saved",
+                )
     return modules
 
 

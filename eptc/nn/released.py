@@ -34,7 +34,6 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "modules_to_save": (None, []),
-    "layers_to_transform": (None,),
     "layer_replication": (None,),
     "fan_in_fan_out": (False, None),
     "loftq_config": ({}, None),
@@ -181,10 +180,10 @@ def _kernel_sizes(layers: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, ...]
 
 
 def _targets(options: Mapping[str, Any], layers: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the target names; a string is a regular expression over full names, as in PEFT."""
+    """Return the target names; full ones where PEFT was given an expression or some layers."""
     targets = options["target_modules"]
-    if isinstance(targets, str):
-        targets = [path for path in layers if re.fullmatch(targets, path)]
+    if isinstance(targets, str) or options.get("layers_to_transform") is not None:
+        targets = list(layers)
     if not isinstance(targets, list):
         raise CheckpointError(f"target_modules is {targets!r}", expected="a list of names")
     return tuple(sorted(targets))

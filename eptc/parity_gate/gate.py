@@ -2,96 +2,98 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from eptc.errors import ParityError
+from eptc.errors import InputError, InternalError, ParityError
 from eptc.nn import EptModel
 from eptc.parity_gate.compare import FP32, Comparison
+from eptc.parity_gate.interface import (
+    check_layout,
+    check_manifest,
+    check_text,
+    position_limit,
+)
 from eptc.parity_gate.outputs import Decision, check_outputs
-from eptc.parity_gate.probes import Example, Probe, builtin_examples, synthetic, text_batches
+from eptc.parity_gate.probes import (
+    Example,
+    Probe,
+    builtin_examples,
+    odd_examples,
+    synthetic,
+    text_batches,
+)
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.weights import check_weights
 from eptc.runtime import Engine
-from eptc.tasks import Task, fill
 from eptc.text import TrainingTokenizer
 
 __all__ = ["make_probes", "prove", "refuse"]
 
 
 def make_probes(
-    engine: Engine, tokenizer: TrainingTokenizer | None, examples: Sequence[Example] | None
+    engine: Engine,
+    reference: EptModel,
+    task_id: int,
+    tokenizer: TrainingTokenizer | None,
+    examples: Sequence[Example] | None,
 ) -> tuple[list[Probe], int]:
     """Return the probes of an engine, and how many texts both tokenizers agreed on.
 
     Args:
-        engine: the engine, for its interface and its own tokenizer.
+        engine: the engine, for its own tokenizer.
+        reference: the unfolded model, for its vocabulary and its limits.
+        task_id: position of the engine's task in the reference's list.
         tokenizer: the tokenizer of training; None where there is none.
-        examples: text to use; None for the built-in ones where the task has a prompt or a
-            classifier's fields. Where a task only generates, its form is not known: seeded
-            tokens stand alone.
+        examples: text to use; None for the built-in ones. Where a task only generates, the form
+            of its text is not known: then the built-in ones are tokenized, and seeded tokens
+            stand alone.
 
     Raises:
         ParityError: the engine's tokenizer differs from the training tokenizer on a text.
     """
-    manifest = engine.manifest
-    task = manifest.task
-    if examples is None and task is not None and task.kind != "generation":
-        examples = builtin_examples(task)
+    kind, task = engine.manifest.kind, reference.tasks[task_id]
     probes, agreed = [], 0
-    if tokenizer is not None and examples is not None:
-        for name, batch in text_batches(examples):
-            feeds = engine.tokenize(batch, truncate=True)
-            _check_tokenizer(tokenizer, task, batch, feeds, manifest.tokenizer)
-            agreed += len(batch)
-            probes.append(
-                Probe(
-                    name,
-                    feeds["input_ids"],
-                    feeds["attention_mask"],
-                    feeds.get("token_type_ids"),
+    if tokenizer is not None and engine.manifest.tokenizer is not None:
+        shown = examples if examples is not None else builtin_examples(task)
+        odd = odd_examples(task, engine.manifest.tokenizer.max_length)
+        agreed = check_text(engine, tokenizer, task, [*shown, *odd])
+        if examples is not None or task.kind != "generation":
+            for name, batch in text_batches(shown):
+                feeds = engine.tokenize(batch, truncate=True)
+                check_layout(feeds, kind)
+                probes.append(
+                    Probe(
+                        name,
+                        feeds["input_ids"],
+                        feeds["attention_mask"],
+                        feeds.get("token_type_ids"),
+                    )
                 )
-            )
-    inputs = {spec.name for graph in manifest.graphs.values() for spec in graph.inputs}
-    limit = manifest.tokenizer.max_length if manifest.tokenizer is not None else None
-    if manifest.generation is not None and manifest.generation.max_positions is not None:
-        room = manifest.generation.max_positions - manifest.generation.max_new_tokens
-        limit = max(1, min(limit or room, room))
-    assert manifest.vocab_size is not None
+    config, limit = reference.hf.config, position_limit(reference.hf)
+    if engine.manifest.generation is not None and limit is not None:
+        limit = max(1, limit - engine.manifest.generation.max_new_tokens)
+    reads_types = any(
+        spec.name == "token_type_ids"
+        for graph in engine.manifest.graphs.values()
+        for spec in graph.inputs
+    )
     probes += synthetic(
-        manifest.vocab_size,
+        int(config.vocab_size),
         limit,
-        token_types="token_type_ids" in inputs,
-        left=manifest.kind == "decoder-only",
+        token_types=int(config.type_vocab_size) if reads_types else 0,
+        left=kind == "decoder-only",
+        answers=_start(engine) if kind == "encoder-decoder" else None,
     )
     return probes, agreed
 
 
-def _check_tokenizer(
-    tokenizer: TrainingTokenizer,
-    task: Task | None,
-    examples: Sequence[Example],
-    feeds: Mapping[str, Any],
-    spec: Any,
-) -> None:
-    """Compare the engine's ids, row by row, with those of the tokenizer of training."""
-    for row, example in enumerate(examples):
-        limit = {"truncation": True, "max_length": spec.max_length} if spec.max_length else {}
-        want = tokenizer.tokenizer(*fill(task, example), **limit)
-        valid = np.asarray(feeds["attention_mask"][row], bool)
-        for name in ("input_ids", "token_type_ids"):
-            if name not in feeds or name not in want:
-                continue
-            got = feeds[name][row][valid].tolist()
-            if got != list(want[name]):
-                raise ParityError(
-                    f"the engine's tokenizer differs from the training tokenizer on "
-                    f"{fill(task, example)!r}: {name} {got[:12]}, expected {want[name][:12]}",
-                    fix=f"report it with {tokenizer.folder.name}'s tokenizer files",
-                )
+def _start(engine: Engine) -> int:
+    generation = engine.manifest.generation
+    assert generation is not None
+    assert generation.decoder_start_token_id is not None
+    return generation.decoder_start_token_id
 
 
 def prove(
@@ -105,7 +107,9 @@ def prove(
     layers: Mapping[str, float] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
-    """Run the weight gate, the output gate and the decision gate.
+    """Run the interface gate, the weight gate, the output gate and the decision gate.
+
+    The first probe that fails is the last: a failure is fatal, and further ones say no more.
 
     Args:
         directory: the bundle's folder.
@@ -121,32 +125,47 @@ def prove(
         The report; it has passed or not. `refuse` turns a failure into an error.
 
     Raises:
-        ParityError: a weight or a tokenized text is not the reference's.
+        ParityError: a weight, a tokenized text or what the manifest says of task, lengths and
+            tokens is not the reference's, or the engine does not run.
     """
     task = reference.tasks[task_id].name
+    check_manifest(engine.manifest, reference, task_id)
     progress("parity: weights")
     files = [graph.file for graph in engine.manifest.graphs.values()]
     weights = check_weights(directory, files, reference, task_id)
-    probes, tokenized = make_probes(engine, tokenizer, examples)
-    tensors: list[Comparison] = []
-    decisions: list[Decision] = []
+    probes, tokenized = make_probes(engine, reference, task_id, tokenizer, examples)
+    report = ParityReport((), FP32, dict(layers or {}), weights, (), (), tokenized)
     for probe in probes:
         progress(f"parity: {probe.name}")
-        for outcome in check_outputs(engine, reference, task, probe, FP32):
-            if isinstance(outcome, Comparison):
-                tensors.append(outcome)
-            else:
-                decisions.append(outcome)
-    return ParityReport(
-        probes=tuple(
-            {"name": p.name, "shape": list(p.shape), "synthetic": p.synthetic} for p in probes
-        ),
-        bound=FP32,
-        layers=dict(layers or {}),
-        weights=weights,
-        tensors=tuple(tensors),
-        decisions=tuple(decisions),
-        tokenized=tokenized,
+        report = _with(report, probe, _outcomes(engine, reference, task, probe))
+        if not report.passed:
+            break
+    return report
+
+
+def _outcomes(
+    engine: Engine, reference: EptModel, task: str, probe: Probe
+) -> list[Comparison | Decision]:
+    """Return a probe's outcomes; an engine that cannot run it has failed it."""
+    try:
+        return list(check_outputs(engine, reference, task, probe, FP32))
+    except (InputError, InternalError) as error:
+        raise ParityError(
+            f"the engine does not run on {probe.name} {list(probe.shape)}, the reference does: "
+            f"{error.found}",
+            fix="this is a bug in the lowering or in a graph pass: report it",
+        ) from error
+
+
+def _with(
+    report: ParityReport, probe: Probe, outcomes: Sequence[Comparison | Decision]
+) -> ParityReport:
+    entry = {"name": probe.name, "shape": list(probe.shape), "synthetic": probe.synthetic}
+    return dataclasses.replace(
+        report,
+        probes=(*report.probes, entry),
+        tensors=(*report.tensors, *(o for o in outcomes if isinstance(o, Comparison))),
+        decisions=(*report.decisions, *(o for o in outcomes if isinstance(o, Decision))),
     )
 
 
@@ -162,6 +181,8 @@ def refuse(report: ParityReport, where: str) -> None:
     """
     if report.passed:
         return
+    if not report.tensors:
+        raise ParityError("no output was compared with the reference's", fix=where)
     failed = [c for c in report.tensors if not c.passed]
     flipped = [d for d in report.decisions if d.flipped]
     if not failed:

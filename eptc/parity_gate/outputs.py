@@ -92,13 +92,18 @@ def _encoder_decoder(
         f"encoder state, {probe.name}", encoded["last_hidden_state"], hidden, bound, valid
     )
 
-    tokens = _greedy(engine, model, probe)
+    tokens = _greedy(engine, model, probe) if probe.answer is None else probe.answer
     decoder_input = tokens[:, :-1]
     output = model(**inputs, decoder_input_ids=torch.from_numpy(decoder_input))
-    want = output.logits.numpy()
-    at_once = _decode(engine, encoded, probe, decoder_input, [decoder_input.shape[1]])
+    want, length = output.logits.numpy(), decoder_input.shape[1]
+    at_once = _decode(engine, encoded, probe, decoder_input, [length])
     yield compare(f"logits at once, {probe.name}", at_once, want, bound)
-    stepwise = _decode(engine, encoded, probe, decoder_input, [1] * decoder_input.shape[1])
+    if probe.answer is not None:
+        half = length // 2
+        pieces = _decode(engine, encoded, probe, decoder_input, [1, half, length - half - 1])
+        yield compare(f"logits in pieces, {probe.name}", pieces, want, bound)
+        return
+    stepwise = _decode(engine, encoded, probe, decoder_input, [1] * length)
     comparison = compare(f"logits with cache, {probe.name}", stepwise, want, bound)
     yield comparison
     yield from _tokens(engine, probe, tokens[:, 1:], want, 2 * comparison.bound)
@@ -163,6 +168,10 @@ def _decoder_only(
     yield compare(
         f"logits at once, {probe.name}", continued([sequence.shape[1]]), want, bound, valid
     )
+    if probe.synthetic:
+        half = (prompt + 1) // 2
+        pieces = continued([half, sequence.shape[1] - half])
+        yield compare(f"logits in pieces, {probe.name}", pieces, want, bound, valid)
     stepwise = continued([prompt] + [1] * (sequence.shape[1] - prompt))
     comparison = compare(f"logits with cache, {probe.name}", stepwise, want, bound, valid)
     yield comparison

@@ -14,7 +14,15 @@ import numpy.typing as npt
 from eptc.errors import InputError, TaskError
 from eptc.tasks import Task, fill
 
-__all__ = ["Example", "Probe", "builtin_examples", "read_examples", "synthetic", "text_batches"]
+__all__ = [
+    "Example",
+    "Probe",
+    "builtin_examples",
+    "odd_examples",
+    "read_examples",
+    "synthetic",
+    "text_batches",
+]
 
 Example = Mapping[str, Any]
 Ints = npt.NDArray[np.int64]
@@ -42,6 +50,20 @@ _TEXTS = (
     "for an entirely new set of bearings, which, as it turned out, were never needed at all.",
 )
 
+# For the tokenizers alone: white space, characters no vocabulary has, what looks special.
+_ODD = (
+    "  two  spaces, and one behind ",
+    "a line\nand another\twith a tab",
+    "UPPER lower Title x2 3.14 1,000 a_b-c/d e@f.org #g",
+    "\u65e5\u672c\u8a9e \u0440\u0443\u0441 \u0639\u0631 \U0001f600 e\u0301 \ufb01 \u00a0 \u200b",
+    "<pad></s><s><unk>[CLS][SEP][MASK]<extra_id_0>",
+)
+
+# Tokens of the longest seeded sequence: beyond the distance T5's position bias tells apart.
+LONGEST = 160
+# Where more tokens fit than this, cutting is not tried: the text would be a book.
+_LONGEST_CUT = 8192
+
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
@@ -53,6 +75,7 @@ class Probe:
         attention_mask: int64 [batch, sequence].
         token_type_ids: int64 [batch, sequence]; None where the model reads none.
         synthetic: whether the tokens are drawn, not text.
+        answer: what a decoder is fed, int64 [batch, length]; None: what the reference writes.
     """
 
     name: str
@@ -60,6 +83,7 @@ class Probe:
     attention_mask: Ints
     token_type_ids: Ints | None = None
     synthetic: bool = False
+    answer: Ints | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -156,30 +180,79 @@ def text_batches(examples: Sequence[Example]) -> list[tuple[str, list[Example]]]
     return batches
 
 
+def odd_examples(task: Task, limit: int | None) -> list[Example]:
+    """Return texts for the tokenizers alone: odd characters, and such as must be cut.
+
+    Args:
+        task: whose fields they have.
+        limit: tokens above which a text is cut; None where it never is.
+    """
+    odd: list[Example] = [dict.fromkeys(task.fields, text) for text in _ODD]
+    if limit is None or limit > _LONGEST_CUT:
+        return odd
+    # More words than tokens fit, in every field at once and in each alone.
+    words = " ".join(_TEXTS).split()
+    long = " ".join(words[i % len(words)] for i in range(limit + 8))
+    odd.append(dict.fromkeys(task.fields, long))
+    if len(task.fields) > 1:
+        odd += [
+            {name: long if name == field else _TEXTS[0] for name in task.fields}
+            for field in task.fields
+        ]
+    return odd
+
+
 def synthetic(
-    vocab_size: int, limit: int | None, *, token_types: bool, left: bool, seed: int = 0
+    vocab_size: int,
+    limit: int | None,
+    *,
+    token_types: int,
+    left: bool,
+    answers: int | None = None,
+    seed: int = 0,
 ) -> list[Probe]:
-    """Return seeded tokens in shapes that text may not give: length 1, odd sizes, near the limit.
+    """Return seeded tokens in shapes that text may not give.
+
+    Length 1, odd sizes, up to the limit; the first and the last token of the vocabulary; every
+    token type; padding of every length, and a mask with holes.
 
     Args:
         vocab_size: ids are below it.
         limit: longest sequence the model takes; None where there is no limit.
-        token_types: whether the model reads token_type_ids.
+        token_types: how many types of tokens the model knows; 0 where it reads none.
         left: whether padding stands on the left.
+        answers: the start token of answers to feed a decoder, longer than it would write; None:
+            no such probe.
         seed: of the tokens.
     """
     rng = np.random.default_rng(seed)
-    longest = min(limit or 160, 160)
+    longest = min(limit or LONGEST, LONGEST)
+    shapes = [(1, 1), (3, 1), (1, 2), (2, 17), (4, 33), (1, longest)]
     probes = []
-    for batch, length in ((1, 1), (3, 1), (1, 2), (2, 17), (4, 33), (1, longest)):
-        length = min(length, longest)
+    for batch, length in [(batch, min(length, longest)) for batch, length in shapes]:
         ids = rng.integers(0, vocab_size, (batch, length), dtype=np.int64)
-        mask = np.ones((batch, length), np.int64)
-        for row in range(1, batch):
-            gap = int(rng.integers(0, length))
-            mask[row, :gap] = 0  # at least one token stays
-            if not left:
-                mask[row] = mask[row, ::-1]
-        types = np.zeros_like(ids) if token_types else None
-        probes.append(Probe(f"seeded tokens {batch}x{length}", ids, mask, types, synthetic=True))
+        ids[0, 0], ids[0, -1] = 0, vocab_size - 1
+        types = rng.integers(0, token_types, ids.shape, dtype=np.int64) if token_types else None
+        name = f"seeded tokens {batch}x{length}"
+        probes.append(Probe(name, ids, _mask(rng, batch, length, left), types, synthetic=True))
+    if answers is not None:
+        fed = rng.integers(0, vocab_size, (2, LONGEST), dtype=np.int64)
+        fed[:, 0] = answers
+        two = probes[3]
+        name = f"{two.name}, seeded answer {LONGEST}"
+        probes.append(dataclasses.replace(two, name=name, answer=fed))
     return probes
+
+
+def _mask(rng: np.random.Generator, batch: int, length: int, left: bool) -> Ints:
+    """Return a mask [batch, length]: row 0 is full, the last of four has holes."""
+    mask = np.ones((batch, length), np.int64)
+    for row in range(1, batch):
+        gap = int(rng.integers(0, length))
+        mask[row, :gap] = 0  # at least one token stays
+        if not left:
+            mask[row] = mask[row, ::-1]
+    if batch == 4:
+        mask[-1, 1:-1] = rng.integers(0, 2, length - 2) if length > 2 else 1
+        mask[-1, [0, -1]] = 1
+    return mask

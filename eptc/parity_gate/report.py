@@ -43,8 +43,12 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every tensor is within its bound and no sure decision flipped."""
-        return all(c.passed for c in self.tensors) and not any(d.flipped for d in self.decisions)
+        """Whether every tensor is within its bound and no sure decision flipped.
+
+        A report without a single tensor compared nothing, and has not passed.
+        """
+        agree = bool(self.tensors) and all(c.passed for c in self.tensors)
+        return agree and not any(d.flipped for d in self.decisions)
 
     def summary(self) -> dict[str, Any]:
         """Return what the manifest says of it."""

@@ -24,12 +24,12 @@ ALL = ["bert", "roberta", "t5", "t5-gated-untied", "llama-tied", "llama-gqa"]
 NODES = {
     ("bert", "model"): 77,
     ("roberta", "model"): 82,
-    ("t5", "encoder"): 136,
-    ("t5", "decoder"): 142,
-    ("t5-gated-untied", "encoder"): 142,
-    ("t5-gated-untied", "decoder"): 144,
+    ("t5", "encoder"): 133,
+    ("t5", "decoder"): 141,
+    ("t5-gated-untied", "encoder"): 139,
+    ("t5-gated-untied", "decoder"): 143,
     ("llama-tied", "model"): 141,
-    ("llama-gqa", "model"): 149,
+    ("llama-gqa", "model"): 147,
 }
 # One hidden layer each: what matters is that nothing else is in the way.
 SCRIPT = """

@@ -36,6 +36,9 @@ def _model(kind: str, **changes: Any) -> Any:
 
     if kind == "bert":
         return transformers.BertModel(transformers.BertConfig(**_bert_shape(**changes)))
+    if kind == "bert-classifier":
+        config = transformers.BertConfig(**_bert_shape(**changes))
+        return transformers.BertForSequenceClassification(config)
     if kind == "roberta":
         config = transformers.RobertaConfig(**_bert_shape(pad_token_id=1, **changes))
         return transformers.RobertaModel(config, add_pooling_layer=False)

@@ -231,7 +231,9 @@ BAD_NATIVE: dict[str, tuple[Change, str]] = {
     "a shared tensor": (put("shared.ept.A", torch.ones(4, 30)), "tensors for shared"),
     "a misshapen kernel": (put(f"{QUERY}.ept.kernels.1", torch.ones(2, 3)), r"\[2, 3\]"),
     "a transposed A": (put(f"{QUERY}.ept.A", torch.ones(18, 4)), "4 x 18 or more"),
-    "too few embeddings": (put(f"{QUERY}.ept.task_embedding", torch.ones(2, 36)), "3 or more x 36"),
+    "too few embeddings": (
+        put(f"{QUERY}.ept.task_embedding", torch.ones(2, 36)), "3 or more x 36",
+    ),
     "NaN": (put(f"{QUERY}.ept.B", torch.full((18, 4), math.nan)), "NaN"),
     "integers": (put(f"{QUERY}.ept.B", torch.ones(18, 4).long()), "int64"),
     "no head": (drop(f"{HEAD}.weight"), r"'topic' has no classifier\.weight"),
@@ -253,7 +255,9 @@ BAD_NATIVE: dict[str, tuple[Change, str]] = {
     "shared A and B": (options(sharing="model"), "no place for [AB]"),
     "an override of nothing": (options(modules={"bert.x": {"rank": 2}}), r"names 'bert\.x'"),
     "a task that only generates": (
-        options(tasks=[{"name": n, "kind": "generation"} for n in ("topic", "sentiment", "score")]),
+        options(
+            tasks=[{"name": n, "kind": "generation"} for n in ("topic", "score", "sentiment")]
+        ),
         "'topic' is 'generation'",
     ),
 }  # fmt: skip

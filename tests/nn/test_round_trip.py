@@ -212,3 +212,23 @@ def test_a_cut_off_save_is_no_checkpoint(
         load_reference(tmp_path / "saved", base)
     model.save(tmp_path / "saved")
     load_reference(tmp_path / "saved", base)
+
+
+def test_a_head_of_the_base_is_kept(
+    make_base: MakeBase, tmp_path: Path, trained: Trained, plain: EptConfig
+) -> None:
+    """Where the base has a head of a task's width, that task need not bring one."""
+    base = make_base("bert-classifier")
+    stored = safetensors.torch.load_file(base / "model.safetensors")
+    model = EptModel.attach(load_base(base), plain)
+    two, three = (model.heads["classifier"].tasks[i].get_parameter("weight") for i in (0, 1))
+    assert torch.equal(two, stored["classifier.weight"])
+    assert three.shape == (3, 36)
+    trained(base, plain).save(tmp_path)
+    path = tmp_path / "ept_model.safetensors"
+    kept = safetensors.torch.load_file(path)
+    del kept["heads.sentiment.classifier.weight"]
+    safetensors.torch.save_file(kept, path)
+    copy = load_reference(tmp_path, base)
+    kept_head = copy.heads["classifier"].tasks[0].get_parameter("weight")
+    assert torch.equal(kept_head, stored["classifier.weight"])

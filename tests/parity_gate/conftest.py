@@ -1,0 +1,169 @@
+"""Checkpoints to plant faults in, and what every planted fault must come to."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eptc
+from eptc import checkpoint
+from eptc.errors import ParityError
+from eptc.ir import AdaptedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A sound checkpoint, and how it is exported.
+
+    Args:
+        ckpt: its folder.
+        base: the base's folder.
+        options: what the folder does not say itself.
+    """
+
+    ckpt: Path
+    base: Path
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def export(self, out: Path, task: str | int, **more: Any) -> eptc.Bundle:
+        """Compile one task, verified."""
+        return eptc.export(self.ckpt, task=task, out=out, base=self.base, **self.options, **more)
+
+    def read(self) -> checkpoint.Checkpoint:
+        """Read it as the compiler does."""
+        return checkpoint.read(self.ckpt, self.base, **self.options)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Use one thread: with tensors this small a second one only waits for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def recorded(golden: Path) -> Callable[[str], Subject]:
+    """Return a function that gives a recorded checkpoint of the released code by name."""
+
+    def find(name: str) -> Subject:
+        folder = golden / "ept" / name
+        meta = json.loads((folder / "meta.json").read_text())
+        options = {"tasks": meta["tasks"], "top_k": meta["moe_top_k"]}
+        return Subject(folder / "adapter", folder / "base", options)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def paper(small_native: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Subject]:
+    """Return a function that makes a native checkpoint of the paper's variant on a tiny BERT.
+
+    Options are `EptConfig`'s. Nothing is zero, gates are soft (every expert kept counts), sizes
+    do not divide the linears. The tasks' labels are equal, so that all share one trace.
+    """
+    made: dict[str, Subject] = {}
+
+    def make(**options: Any) -> Subject:
+        key = repr(sorted(options.items()))
+        if key not in made:
+            ckpt = tmp_path_factory.mktemp("paper")
+            _write_paper(ckpt, small_native.base, options)
+            made[key] = Subject(ckpt, small_native.base)
+        return made[key]
+
+    return make
+
+
+def _write_paper(ckpt: Path, base: Path, options: Mapping[str, Any]) -> None:
+    from eptc.nn import EptConfig, EptModel, GateConfig, load_base
+    from eptc.tasks import Task
+
+    labels = ("bad", "good")
+    defaults = {
+        "variant": "paper",
+        "targets": ("query", "key", "intermediate.dense", "output.dense"),
+        "kernel_sizes": (2, 2, 3, 5),
+        "top_k": 2,
+        "rank": 3,
+        "gate": GateConfig(temperature=0.5),
+        "tasks": (
+            Task("tone", "classification", labels=labels, aliases=("sentiment",)),
+            Task("same", "classification", ("first", "second"), labels=labels),
+            Task("care", "classification", labels=labels, max_length=24),
+        ),
+    }
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = EptModel.attach(load_base(base), EptConfig(**{**defaults, **options}))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save(ckpt, base_dir=base, base_name="small-bert")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """Return a function that exports, sees it refused with nothing left, and gives the message."""
+
+    def export(subject: Subject, task: str | int, **more: Any) -> str:
+        place = tmp_path / "place"
+        place.mkdir()
+        with pytest.raises(ParityError) as raised:
+            subject.export(place / "out", task, **more)
+        assert raised.value.exit_code == 1
+        assert list(place.iterdir()) == [], "a refused build left something behind"
+        return str(raised.value)
+
+    return export
+
+
+@pytest.fixture
+def plant_in_reader(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that lets the reader alone return a model with a fault in it."""
+
+    def plant(fault: Callable[[AdaptedModel], AdaptedModel]) -> None:
+        sound = checkpoint.read
+
+        def read(*arguments: Any, **options: Any) -> checkpoint.Checkpoint:
+            source = sound(*arguments, **options)
+            model = fault(source.model)
+            contents = dataclasses.replace(
+                source.contents, adapters=model.adapters, heads=model.heads, tasks=model.tasks
+            )
+            base = dataclasses.replace(source.base, weights=model.weights)
+            return dataclasses.replace(source, contents=contents, base=base)
+
+        monkeypatch.setattr(checkpoint, "read", read)
+
+    return plant
+
+
+@pytest.fixture
+def plant_in_pass(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that lets one adapter pass alone see a model with a fault in it."""
+
+    def plant(step: type[Any], fault: Callable[[AdaptedModel], AdaptedModel]) -> None:
+        sound = step.rewrite
+        monkeypatch.setattr(step, "rewrite", lambda self, model: sound(self, fault(model)))
+
+    return plant
