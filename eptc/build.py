@@ -18,7 +18,7 @@ import onnx_ir
 from eptc import bundle, checkpoint, lower, text
 from eptc.architectures import architecture
 from eptc.describe import OPSET, describe, write_texts
-from eptc.errors import BaseModelError, OptionError, TaskError
+from eptc.errors import BaseModelError, CheckpointError, OptionError, TaskError
 from eptc.ir import AdaptedModel
 from eptc.pipeline import (
     PassRecord,
@@ -43,6 +43,12 @@ TARGETS = ("onnx",)
 SMALL_MARGIN = 1e-4
 
 _GRAPH_FILES = ("encoder.onnx", "decoder.onnx", "model.onnx", "weights.bin")
+
+# What transformers raises where a configuration has values of the wrong kind.
+_BAD_CONFIG = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 Event = str | PassRecord
 Progress = Callable[[Event], None]
@@ -131,7 +137,14 @@ def export(
     if target not in TARGETS:
         raise OptionError(f"the target is {target!r}", expected=" or ".join(TARGETS))
     out = Path(out)
-    bundle.check_place(out, force=force)
+    bundle.check_place(
+        out,
+        force=force,
+        inputs={
+            "the checkpoint": ckpt, "the base model": base, "the probes": probe,
+            "the task description": task_spec,
+        },
+    )  # fmt: skip
     clock = _Clock(progress)
     with clock.stage("read the checkpoint"):
         source = checkpoint.read(
@@ -147,6 +160,7 @@ def export(
         fits(source, task_id, config)
         examples = _examples(probe, source.contents.tasks[task_id], verify)
         tokenizer = text.find_tokenizer(source.path, source.base.path)
+        generation = text.generation_config(source.base.path)
     with clock.stage("hash and check the base model"):
         source.check_base()
     reference = None
@@ -172,8 +186,10 @@ def export(
     with bundle.draft(out, force=force) as draft:
         with clock.stage("write"):
             lower.write(graphs, draft.path)
-            manifest = describe(source, task_id, model, graphs, tokenizer, records)
-            write_texts(draft.path, source, model, tokenizer)
+            # Settings that config.json leaves out have the values transformers gives them.
+            settings = {**config.to_dict(), **model.config}
+            manifest = describe(source, task_id, settings, generation, graphs, tokenizer, records)
+            write_texts(draft.path, source, model, generation, tokenizer)
         if twin is not None:
             with clock.stage("parity"):
                 manifest = bundle.write_manifest(draft.path, manifest)
@@ -190,10 +206,11 @@ def export(
 
 
 def fits(source: checkpoint.Checkpoint, task_id: int, config: Any) -> None:
-    """Check that base and head have every parameter of the task model in its shape.
+    """Check that base and heads have every parameter of the task model in its shape, no other.
 
     Raises:
-        BaseModelError: the first three that are missing or of another shape.
+        BaseModelError: the first three that are missing, of another shape or without a place.
+        CheckpointError: a head's parameter that the task model does not have.
         TaskError: the task's kind does not go with the model.
     """
     task = source.contents.tasks[task_id]
@@ -209,8 +226,9 @@ def fits(source: checkpoint.Checkpoint, task_id: int, config: Any) -> None:
         )
     head = source.contents.heads.get(task.name, {})
     found = {**source.base.weights, **head}
+    expected = _expected_parameters(source, config)
     wrong = []
-    for name, shape in lower.expected_parameters(config, tied_head=source.base.tied_head).items():
+    for name, shape in expected.items():
         if name not in found:
             wrong.append(f"{name} {list(shape)} is missing")
         elif found[name].shape != shape:
@@ -223,6 +241,37 @@ def fits(source: checkpoint.Checkpoint, task_id: int, config: Any) -> None:
             + ("" if head or not encoder else f", or a head for task {task.name!r}"),
             fix="give a complete base model with --base",
         )
+    if lost := sorted(set(source.base.weights) - set(expected)):
+        raise BaseModelError(
+            f"the base model {source.base.path} has {len(lost)} tensors without a place in the "
+            f"model that its config.json describes: {', '.join(lost[:3])}",
+            expected=f"the parameters of {source.base.architecture.task_class}",
+            fix="give a base model with its own config.json",
+        )
+    for name, parameters in source.contents.heads.items():
+        if lost := sorted(set(parameters) - set(expected)):
+            raise CheckpointError(
+                f"the head of task {name!r} in {source.path} has the parameter {lost[0]}",
+                expected=f"parameters of {source.base.architecture.task_class}",
+            )
+
+
+def _expected_parameters(
+    source: checkpoint.Checkpoint, config: Any
+) -> Mapping[str, tuple[int, ...]]:
+    try:
+        return lower.expected_parameters(config, tied_head=source.base.tied_head)
+    except _BAD_CONFIG as error:
+        raise _no_model(source, error) from error
+
+
+def _no_model(source: checkpoint.Checkpoint, error: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"{source.base.path / 'config.json'} describes no model that transformers can build: "
+        f"{type(error).__name__}: {error}",
+        expected=f"the configuration of a {source.base.architecture.task_class}",
+        fix="give the base model with its own config.json",
+    )
 
 
 def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ...]:
@@ -243,10 +292,14 @@ def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ..
 
 def _task_config(source: checkpoint.Checkpoint, task_id: int) -> Any:
     """Return the configuration transformers builds the task model from."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     fixed = adapter_passes(task_id)[0].rewrite(source.model)
-    return CONFIG_MAPPING[str(fixed.config["model_type"])].from_dict(dict(fixed.config))
+    try:
+        return CONFIG_MAPPING[str(fixed.config["model_type"])].from_dict(dict(fixed.config))
+    except (*_BAD_CONFIG, StrictDataclassError) as error:
+        raise _no_model(source, error) from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -258,8 +311,13 @@ def _skeleton(config: str, model_type: str, tied_head: bool) -> dict[str, onnx_i
 
 
 def _traced(config: Any, tied_head: bool) -> dict[str, onnx_ir.Model]:
-    """Return unbound graphs of a configuration; tasks of one checkpoint share the trace."""
-    settings = json.dumps(config.to_dict(), sort_keys=True)
+    """Return unbound graphs of a configuration; tasks of one checkpoint share the trace.
+
+    A graph depends on how many labels there are, not on what they are called.
+    """
+    names = {i: f"LABEL_{i}" for i in range(config.num_labels)}
+    unnamed = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    settings = json.dumps({**config.to_dict(), **unnamed}, sort_keys=True)
     skeleton = _skeleton(settings, config.model_type, tied_head)
     return {key: model.clone() for key, model in skeleton.items()}
 

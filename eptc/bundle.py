@@ -1,8 +1,7 @@
 """Write a bundle: into a hidden sibling first, then published by one rename.
 
 A build that is killed leaves only the sibling, which holds no manifest under a bundle's name;
-the next build into the same place recognises it by its name, which holds the builder's process
-id, and by its free lock, and removes it.
+the next build into the same place recognises it by its name and by its free lock, and removes it.
 """
 
 from __future__ import annotations
@@ -27,6 +26,12 @@ from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import MANIFEST, FileRecord
 
 __all__ = ["Draft", "check_place", "draft", "write_json", "write_manifest"]
+
+# What the system says where a folder cannot be written, or is taken by now.
+_NO_PLACE = (
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.ENOSPC,
+    errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -73,16 +78,14 @@ def draft(out: Path, *, force: bool) -> Iterator[Draft]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
-        path = Path(tempfile.mkdtemp(prefix=f"{_prefix(out)}{os.getpid()}-", dir=out.parent))
-        lock = os.open(path, os.O_RDONLY)
+        path, lock = _locked_folder(out)
     except OSError as error:
         raise _cannot_write(out, error) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         path.chmod(0o777 & ~_umask())
         yield Draft(path, out, force)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+        if error.errno in _NO_PLACE:
             raise _cannot_write(out, error) from error
         raise
     finally:
@@ -91,13 +94,40 @@ def draft(out: Path, *, force: bool) -> Iterator[Draft]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def check_place(out: Path, *, force: bool) -> None:
+def check_place(
+    out: Path, *, force: bool, inputs: Mapping[str, str | Path | None] | None = None
+) -> None:
     """Check that a bundle may be written at a place.
 
+    Args:
+        out: the place.
+        force: whether what lies there may be replaced.
+        inputs: what the build reads, by what it is called; never replaced.
+
     Raises:
-        OutputError: it is a file, a folder with something in it and no `force`, or a folder
-            that no bundle could be: one with folders inside.
+        OutputError: it is a file, a folder with something in it and no `force`, a folder
+            that no bundle could be (one with folders inside), or holds an input.
     """
+    try:
+        _check_place(out, force=force)
+        for what, path in (inputs or {}).items():
+            if path is not None and out.exists() and _holds(out, Path(path)):
+                raise OutputError(
+                    f"the output folder {out} is or holds {what}, which --force would remove",
+                    expected="a place of its own",
+                    fix="name another folder with --out",
+                )
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+
+
+def _holds(out: Path, path: Path) -> bool:
+    """Whether a path is a folder or something in it, under whatever name."""
+    path = path.resolve()
+    return out.resolve() in (path, *path.parents)
+
+
+def _check_place(out: Path, *, force: bool) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir() or out.is_symlink():
@@ -153,17 +183,27 @@ def _prefix(out: Path) -> str:
 def _remove_abandoned(out: Path) -> None:
     """Remove drafts of this place whose builder is gone."""
     for path in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
-        builder = path.name.removeprefix(_prefix(out)).split("-")[0]
-        if builder.isdecimal() and Path("/proc", builder).exists():
-            continue
-        # A builder in another container has another process table, but the same lock.
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        # Not by the builder's process id: in a container every builder may have the same one.
+        with contextlib.suppress(OSError):  # held, gone, or no locks here: not ours to remove
             lock = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def _locked_folder(out: Path) -> tuple[Path, int]:
+    """Return a new folder beside `out` and the open lock that says it is being written."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
+        lock = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path, lock
+        # Another build found it before it was locked, took it for abandoned and removed it.
+        os.close(lock)
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -319,11 +319,13 @@ def run(
             answers: Sequence[Any] = engine.classify(examples, truncate=truncate)
         else:
             answers = engine.generate(examples, max_new_tokens, truncate=truncate)
-    for example, answer in zip(examples, answers, strict=True):
-        if as_json:
-            click.echo(json.dumps({"input": example, **dataclasses.asdict(answer)}))
-        else:
-            click.echo(_answer(answer))
+    if as_json:
+        both = zip(examples, answers, strict=True)
+        listed = [{"input": example, **dataclasses.asdict(answer)} for example, answer in both]
+        click.echo(json.dumps({"answers": listed}))
+        return
+    for answer in answers:
+        click.echo(_answer(answer))
 
 
 @main.command()

@@ -50,7 +50,8 @@ def convert(
 
     from eptc.nn import EptConfig, native
 
-    bundle.check_place(Path(out), force=force)
+    inputs = {"the checkpoint": ckpt, "the base model": base, "the task description": task_spec}
+    bundle.check_place(Path(out), force=force, inputs=inputs)
     source = checkpoint.read(
         Path(ckpt),
         Path(base) if base is not None else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 
@@ -24,12 +25,23 @@ OPSET = 20
 def describe(
     source: Checkpoint,
     task_id: int,
-    model: AdaptedModel,
+    settings: Mapping[str, Any],
+    generation: Mapping[str, Any],
     graphs: Mapping[str, onnx_ir.Model],
     tokenizer: text.TrainingTokenizer | None,
     records: Sequence[PassRecord],
 ) -> Manifest:
-    """Return the manifest of an engine that nobody has compared with anything yet."""
+    """Return the manifest of an engine that nobody has compared with anything yet.
+
+    Args:
+        source: the checkpoint.
+        task_id: the task the engine is for.
+        settings: the task model's configuration, every setting in it.
+        generation: the base's generation configuration.
+        graphs: the engine's graphs.
+        tokenizer: the tokenizer of training.
+        records: what the passes did.
+    """
     kind = source.base.architecture.kind
     task = source.contents.tasks[task_id]
     specs = {key: _graph_spec(key, graph) for key, graph in graphs.items()}
@@ -41,14 +53,12 @@ def describe(
         precision="fp32",
         task=task,
         num_labels=task.num_outputs if kind == "encoder-classifier" else None,
-        vocab_size=int(model.config["vocab_size"]),
+        vocab_size=int(settings["vocab_size"]),
         graphs=specs,
         generation=None
         if kind == "encoder-classifier"
-        else _generation(source, task, specs, tokenizer),
-        tokenizer=tokenizer.spec(
-            model.config, task, kind=kind, token_types="token_type_ids" in inputs
-        )
+        else _generation(source, task, {**settings, **generation}, specs, tokenizer),
+        tokenizer=tokenizer.spec(settings, task, kind=kind, token_types="token_type_ids" in inputs)
         if tokenizer is not None
         else None,
         passes=tuple(record.to_json() for record in records),
@@ -91,14 +101,16 @@ def _graph_spec(key: str, graph: onnx_ir.Model) -> GraphSpec:
 def _generation(
     source: Checkpoint,
     task: Task,
+    config: Mapping[str, Any],
     specs: Mapping[str, GraphSpec],
     tokenizer: text.TrainingTokenizer | None,
 ) -> GenerationSpec:
     """Return how the engine starts, stops and sizes its cache.
 
-    The generation configuration has the last word on special tokens, as in transformers.
+    In `config` the generation configuration has the last word on special tokens, as in
+    transformers.
     """
-    config = {**source.base.config, **text.generation_config(source.base.path)}
+    start = config.get("decoder_start_token_id")
     stops = config.get("eos_token_id")
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     decoder = specs.get("decoder", specs.get("model"))
@@ -107,7 +119,7 @@ def _generation(
     heads, width = caches[0].shape[1], caches[0].shape[3]
     layers = {spec.name.split(".")[1] for spec in caches}
     return GenerationSpec(
-        decoder_start_token_id=config.get("decoder_start_token_id", config.get("pad_token_id"))
+        decoder_start_token_id=(config.get("pad_token_id") if start is None else start)
         if source.base.architecture.kind == "encoder-decoder"
         else None,
         eos_token_id=tuple(int(stop) for stop in stops),
@@ -116,7 +128,7 @@ def _generation(
         num_layers=len(layers),
         num_key_value_heads=int(heads),
         head_dim=int(width),
-        max_positions=text.max_positions(source.base.config),
+        max_positions=text.max_positions(config),
     )
 
 
@@ -124,13 +136,13 @@ def write_texts(
     directory: Path,
     source: Checkpoint,
     model: AdaptedModel,
+    generation: Mapping[str, Any],
     tokenizer: text.TrainingTokenizer | None,
 ) -> None:
     """Write the configuration, the generation configuration and the tokenizer's files."""
     config = {key: model.config[key] for key in sorted(model.config) if key != "_name_or_path"}
     bundle.write_json(directory / "config.json", config)
     if source.base.architecture.kind != "encoder-classifier":
-        generation = text.generation_config(source.base.path)
         bundle.write_json(directory / "generation_config.json", dict(sorted(generation.items())))
     if tokenizer is not None:
         tokenizer.write(directory)

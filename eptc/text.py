@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eptc.bundle import write_json
+from eptc.checkpoint.base import refuse_outside
 from eptc.errors import BaseModelError
 from eptc.runtime.spec import TokenizerSpec
 from eptc.tasks import Task
@@ -50,7 +51,9 @@ class TrainingTokenizer:
                 warnings.simplefilter(
                     "ignore"
                 )  # of old tokenizer files; nothing a caller can act on
-                tokenizer = AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(self.folder), local_files_only=True, trust_remote_code=False
+                )
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise BaseModelError(
                 f"the tokenizer in {self.folder} cannot be loaded: {error}",
@@ -130,10 +133,17 @@ def pad_token_id(config: Mapping[str, Any]) -> int:
 
 
 def find_tokenizer(checkpoint: Path, base: Path) -> TrainingTokenizer | None:
-    """Return the checkpoint's tokenizer if it has one, else the base's, else None."""
+    """Return the checkpoint's tokenizer if it has one, else the base's, else None; loaded.
+
+    Raises:
+        BaseModelError: transformers cannot load it, or it names files outside its folder.
+    """
     for folder, source in ((checkpoint, "checkpoint"), (base, "base")):
         if any((folder / name).is_file() for name in _FILES):
-            return TrainingTokenizer(folder, source)
+            refuse_outside(folder)
+            found = TrainingTokenizer(folder, source)
+            assert found.tokenizer is not None  # a bad one is better met now than after a build
+            return found
     return None
 
 
@@ -144,10 +154,15 @@ def generation_config(base: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BaseModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
         raise BaseModelError(f"{path} holds a {type(data).__name__}", expected="a JSON object")
+    for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+        value = data.get(key)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if not all(token is None or type(token) is int for token in ids):
+            raise BaseModelError(f"{key} in {path} is {value!r}", expected="a token's id")
     return {k: v for k, v in data.items() if not k.startswith("_") and k != "transformers_version"}
 
 

@@ -187,7 +187,7 @@ def replaced(name: str, value: str) -> tuple[str, ...]:
 
 RELEASED = [
     # the command line
-    case("unknown-task", nothing, "no task 'sst3'|nearest: sst2|expected: 0 cola, 1 mnli",
+    case("unknown-task", nothing, "no task 'sst3'|nearest: sst, sst2|expected: 0 cola, 1 mnli",
          arguments=replaced("--task", "sst3")),
     case("unknown-id", nothing, "no task '8'|7 stsb", arguments=replaced("--task", "8")),
     case("negative-id", nothing, "no task '-1'", arguments=replaced("--task", "-1")),
@@ -280,18 +280,21 @@ RELEASED = [
                                    text("ckpt/adapter_model.bin", b"\x80\x04\x95")),
          "cannot be read as weights only", "--allow-pickle"),
     # the base
-    case("base-of-another-model", several(
-        text("base/config.json", None), config("../in/ckpt/adapter_config.json")),
-         "has no config.json"),
+    case("base-is-missing", nothing, "the base model|nowhere is not a folder", "--base",
+         "{in}/nowhere"),
+    case("base-is-a-file", nothing, "is not a folder", "--base", "{in}/base/config.json"),
+    case("base-without-config", text("base/config.json", None), "has no config.json"),
     case("base-unsupported", config("base/config.json", model_type="gpt2"), "'gpt2'|expected: bert"),
     case("base-config-not-json", text("base/config.json", "{"), "config.json|as JSON"),
     case("base-config-without-type", config("base/config.json", model_type=None), "type is None"),
     case("base-config-with-a-bad-value", config("base/config.json", d_model="many"),
          "config.json"),
     case("base-config-with-an-impossible-value", config("base/config.json", num_layers=-1),
-         "config.json|num_layers"),
+         "12 tensors without a place|encoder.block.0"),
     case("base-config-with-an-unknown-activation",
-         config("base/config.json", feed_forward_proj="gated-magic"), "config.json"),
+         config("base/config.json", dense_act_fn="magic"), "config.json|KeyError: 'magic'"),
+    case("base-config-with-heads-that-do-not-fit", config("base/config.json", num_heads=5),
+         "SelfAttention.q.weight is [48, 64], not [60, 64]"),
     case("gptq", config("base/config.json", quantization_config={"quant_method": "gptq"}),
          "quantised (GPTQ)"),
     case("awq", config("base/config.json", quantization_config={"quant_method": "awq"}),
@@ -308,13 +311,13 @@ RELEASED = [
          "decoder.final_layer_norm.weight [64] is missing"),
     case("base-tensors-missing", tensors(f"base/{MODEL}", lambda t: [t.pop(k) for k in list(t)
                                                                     if "layer_norm" in k]),
-         "in 12 tensors|decoder.block.0.layer.0.layer_norm.weight [64] is missing;"),
+         "in 12 tensors|encoder.block.0.layer.0.layer_norm.weight [64] is missing;"),
     case("base-tensor-misshapen",
          tensors(f"base/{MODEL}", put("shared.weight", np.zeros((130, 65), np.float32))),
          "shared.weight is [130, 65], not [130, 64]"),
     case("base-tensor-extra", tensors(f"base/{MODEL}", put(
         "encoder.block.2.layer.0.SelfAttention.q.weight", np.zeros((48, 64), np.float32))),
-         "encoder.block.2.layer.0.SelfAttention.q.weight|no place"),
+         "encoder.block.2.layer.0.SelfAttention.q.weight|without a place"),
     case("fewer-layers-than-stored", config("base/config.json", num_decoder_layers=1),
          "decoder.block.1"),
     case("nan-in-the-base", tensors(f"base/{MODEL}", poison("shared.weight", np.nan)),
@@ -345,10 +348,13 @@ RELEASED = [
     case("out-below-a-file", nothing, "cannot be written", "-o", "{in}/base/config.json/x"),
     case("out-with-a-long-name", nothing, "cannot be written|File name too long",
          "-o", "{in}/" + "x" * 300),
-    case("out-is-the-checkpoint", nothing, "the checkpoint itself", "-o", "{in}/ckpt", "--force"),
-    case("out-is-the-base", nothing, "the base model itself", "-o", "{in}/base", "--force"),
+    case("out-is-the-checkpoint", nothing, "is or holds the checkpoint", "-o", "{in}/ckpt", "--force"),
+    case("out-is-the-base", nothing, "is or holds the base model", "-o", "{in}/base", "--force"),
     case("out-is-the-base-by-another-name", lambda f: (f.root / "l").symlink_to(f.root / "in"),
-         "the base model itself", "-o", "{in}/../l/base", "--force"),
+         "is or holds the base model", "-o", "{in}/../l/base", "--force"),
+    case("out-holds-the-task-description",
+         lambda f: (f.out.mkdir(), (f.out / "t.json").write_text("[]")),
+         "is or holds the task description", "--force", "--task-spec", "{in}/../out/t.json"),
 ]  # fmt: skip
 
 
@@ -372,8 +378,9 @@ def _refused(
     """An export ends with a message and leaves everything below the test's folder as it was."""
     before = tree(folders.root)
     filled = [argument.replace("{in}", str(folders.root / "in")) for argument in arguments]
+    verify = ("--no-verify",) if "--probe" not in filled else ()
     result = cli(
-        "export", folders.ckpt, "--base", folders.base, "-o", folders.out, "--no-verify", *filled
+        "export", folders.ckpt, "--base", folders.base, "-o", folders.out, *verify, *filled
     )
     assert result.code == 2, result
     message = " ".join(result.stderr.split())

@@ -15,7 +15,7 @@ from eptc.architectures import Architecture, architecture, canonical_name, head_
 from eptc.errors import BaseModelError, CheckpointError
 from eptc.tensors import LazyTensor, SafetensorsFile, StoredTensor, content_hash
 
-__all__ = ["BaseModel", "Finite", "read_base", "read_json"]
+__all__ = ["BaseModel", "Finite", "read_base", "read_json", "refuse_outside"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -124,7 +124,7 @@ def read_base(path: Path) -> BaseModel:
         )
     config = read_json(path / "config.json", BaseModelError)
     _refuse_quantised(path, config)
-    _refuse_outside(path, config)
+    refuse_outside(path, config)
     family = architecture(config)
     stored = _read_weights(path)
     tied = _head_is_tied(family, config, stored)
@@ -187,9 +187,15 @@ def _refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _refuse_outside(path: Path, config: Mapping[str, Any]) -> None:
-    """Transformers reads these keys as file names, relative to wherever they point."""
-    files: dict[str, Any] = {"transformers_weights": config.get("transformers_weights")}
+def refuse_outside(path: Path, config: Mapping[str, Any] | None = None) -> None:
+    """Refuse file names that lead out of a folder, in a model's or a tokenizer's configuration.
+
+    Transformers reads these keys as file names, relative to wherever they point.
+
+    Raises:
+        BaseModelError: which entry points where.
+    """
+    files: dict[str, Any] = {"transformers_weights": (config or {}).get("transformers_weights")}
     tokenizer = path / "tokenizer_config.json"
     if tokenizer.is_file():
         entries = read_json(tokenizer, BaseModelError)

@@ -118,7 +118,8 @@ def read_config(path: Path) -> dict[str, Any]:
     draft = jsonschema.Draft202012Validator
     # JSON Schema calls 2.0 an integer; as a count or a size it is a mistake.
     strict = draft.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    validator = jsonschema.validators.extend(draft, type_checker=strict)(schema)
+    extend = jsonschema.validators.extend
+    validator = extend(draft, type_checker=strict)(schema)  # type: ignore[no-untyped-call]  # has no types
     error = jsonschema.exceptions.best_match(validator.iter_errors(config))
     if error is not None:
         where = "/".join(map(str, error.absolute_path)) or "the top level"
