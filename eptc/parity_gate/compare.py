@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FP32", "Bound", "Comparison", "compare"]
+__all__ = ["FP32", "Bound", "Comparison", "compare", "not_run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,18 @@ class Comparison:
 
     def explain(self) -> str:
         """Say in one line how far off the worst element is and what would have passed."""
+        if not self.worst and math.isnan(self.got):
+            return self.what
         return (
             f"{self.what} {list(self.shape)}: element {list(self.worst)} is {self.got:.7g}, the "
             f"reference has {self.want:.7g}: off by {self.error:.3g}, allowed {self.bound:.3g} "
             f"(cosine {self.cosine:.6f})"
         )
+
+
+def not_run(what: str) -> Comparison:
+    """Return the failed comparison of what has no numbers to compare; `what` says why."""
+    return Comparison(what, (), math.inf, 0.0, (), math.nan, math.nan, math.nan)
 
 
 def compare(
@@ -103,10 +110,8 @@ def compare(
         where: elements that count (broadcast over trailing axes); None: all. Padding does not.
     """
     if got.shape != want.shape:
-        return Comparison(
-            f"{what}: shape {list(got.shape)}, the reference has {list(want.shape)}",
-            got.shape, math.inf, 0.0, (), math.nan, math.nan, math.nan,
-        )  # fmt: skip
+        failed = not_run(f"{what}: shape {list(got.shape)}, the reference has {list(want.shape)}")
+        return dataclasses.replace(failed, shape=got.shape)
     if got.size == 0:
         return Comparison(what, got.shape, 0.0, 0.0, (), 0.0, 0.0, 1.0)
     a, b = got.astype(np.float64), want.astype(np.float64)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eptc.errors import InputError, InternalError, ParityError
 from eptc.nn import EptModel
-from eptc.parity_gate.compare import FP32, Comparison
+from eptc.parity_gate.compare import FP32, Comparison, not_run
 from eptc.parity_gate.interface import (
     check_layout,
     check_manifest,
@@ -147,14 +148,12 @@ def _outcomes(
     engine: Engine, reference: EptModel, task: str, probe: Probe
 ) -> list[Comparison | Decision]:
     """Return a probe's outcomes; an engine that cannot run it has failed it."""
+    outcomes: list[Comparison | Decision] = []
     try:
-        return list(check_outputs(engine, reference, task, probe, FP32))
+        outcomes.extend(check_outputs(engine, reference, task, probe, FP32))
     except (InputError, InternalError) as error:
-        raise ParityError(
-            f"the engine does not run on {probe.name} {list(probe.shape)}, the reference does: "
-            f"{error.found}",
-            fix="this is a bug in the lowering or in a graph pass: report it",
-        ) from error
+        outcomes.append(not_run(f"{probe.name}: the engine does not run: {error.found}"))
+    return outcomes
 
 
 def _with(
@@ -194,11 +193,12 @@ def refuse(report: ParityReport, where: str) -> None:
             fix=where,
         )
     worst = report.worst
+    enough = report.bound.relative * worst.error / worst.bound if worst.bound else worst.error
+    passing = f"; {enough:.2g} would have passed" if math.isfinite(enough) else ""
     raise ParityError(
         f"{len(failed)} of {len(report.tensors)} output tensors differ from the reference.\n"
         f"first: {failed[0].explain()}\nworst: {worst.explain()}",
-        expected=f"at most {report.bound.relative:g} of the largest element ({report.bound.why}); "
-        f"{report.bound.relative * worst.error / worst.bound if worst.bound else worst.error:.2g} "
-        "would have passed",
+        expected=f"at most {report.bound.relative:g} of the largest element ({report.bound.why})"
+        + passing,
         fix=where,
     )

@@ -1,0 +1,30 @@
+"""The adapter IR: linears with gated branches beside their weight.
+
+::
+
+    y = W0 x + b + sum over branches of  scale * gate(context) * D x
+
+A branch's `Delta` D is a structured operator [out, in]; its `Gate` says what it depends on.
+Everything is immutable: a pass returns a new model.
+"""
+
+from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker
+from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask
+from eptc.ir.numbers import Float64
+from eptc.ir.routing import Normalization, Route, TaskRouter
+
+__all__ = [
+    "AdaptedModel",
+    "Adapter",
+    "Branch",
+    "CellScaledLowRank",
+    "Constant",
+    "Delta",
+    "Float64",
+    "Gate",
+    "Kronecker",
+    "Normalization",
+    "PerTask",
+    "Route",
+    "TaskRouter",
+]

@@ -1,0 +1,167 @@
+"""Structured operators that branches add to a linear."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+
+import numpy as np
+
+from eptc.ir.numbers import Float64, kron, product, read
+from eptc.tensors import LazyTensor
+
+__all__ = ["CellScaledLowRank", "Delta", "Kronecker"]
+
+
+class Delta(abc.ABC):
+    """A structured operator [out_features, in_features] that a branch adds to its linear."""
+
+    out_features: int
+    in_features: int
+
+    @abc.abstractmethod
+    def factors(self) -> tuple[Float64, Float64]:
+        """Return U [out, k] and V [k, in], exact low-rank factors: D = U V."""
+
+    @abc.abstractmethod
+    def dense(self) -> Float64:
+        """Return D [out, in] in float64, the same to the bit on every machine."""
+
+    def apply(self, x: Float64) -> Float64:
+        """Return D x for rows x [..., in]: [..., out]."""
+        u, v = self.factors()
+        return np.asarray((x @ v.T) @ u.T)
+
+    @property
+    @abc.abstractmethod
+    def rank_bound(self) -> int:
+        """An upper bound of D's rank."""
+
+    @property
+    @abc.abstractmethod
+    def tensors(self) -> tuple[LazyTensor, ...]:
+        """The tensors D is made of."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CellScaledLowRank(Delta):
+    """The released code's expert: a cropped low rank whose output cells are scaled one by one.
+
+    With s the kernel size, a = max(1, in // s) and c = max(1, out // s):
+
+        D[o, i] = K[o // s, o % s] * sum_r B[o // s, r] A[r, i]    for i < a, o < min(out, c s)
+
+    and zero elsewhere.
+
+    Args:
+        A: [r, in // 2].
+        B: [out // 2, r].
+        kernel: K [c, s], or [1, c, s, 1] as the released code stores it.
+        out_features: out.
+        in_features: in.
+    """
+
+    A: LazyTensor
+    B: LazyTensor
+    kernel: LazyTensor
+    out_features: int
+    in_features: int
+
+    @property
+    def size(self) -> int:
+        """The kernel size s."""
+        return self._cells_and_size[1]
+
+    @property
+    def _cells_and_size(self) -> tuple[int, int]:
+        shape = self.kernel.shape
+        return (shape[1], shape[2]) if len(shape) == 4 else (shape[0], shape[1])
+
+    def factors(self) -> tuple[Float64, Float64]:
+        """Return U [out, r] = K[o // s, o % s] B[o // s] and V [r, in] = A, cropped and padded."""
+        cells, s = self._cells_and_size
+        columns = max(1, self.in_features // s)
+        kernel = read(self.kernel).reshape(cells, s, 1)
+        rows = (kernel * read(self.B)[:cells, None, :]).reshape(cells * s, -1)
+        u = np.zeros((self.out_features, rows.shape[1]))
+        kept = min(self.out_features, cells * s)
+        u[:kept] = rows[:kept]
+        v = np.zeros((self.A.shape[0], self.in_features))
+        v[:, :columns] = read(self.A)[:, :columns]
+        return u, v
+
+    def dense(self) -> Float64:
+        """Return D [out, in]: each cell's row of B A repeated s times and scaled."""
+        cells, s = self._cells_and_size
+        columns = max(1, self.in_features // s)
+        z = product(read(self.B)[:cells], read(self.A)[:, :columns])
+        rows = (read(self.kernel).reshape(cells, s, 1) * z[:, None, :]).reshape(cells * s, -1)
+        kept = min(self.out_features, cells * s)
+        d = np.zeros((self.out_features, self.in_features))
+        d[:kept, :columns] = rows[:kept]
+        return d
+
+    @property
+    def rank_bound(self) -> int:
+        """The smallest of r, a and out."""
+        columns = max(1, self.in_features // self.size)
+        return min(self.A.shape[0], columns, self.out_features)
+
+    @property
+    def tensors(self) -> tuple[LazyTensor, ...]:
+        """A, B and the kernel."""
+        return self.A, self.B, self.kernel
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kronecker(Delta):
+    """The paper's expert: a crop of B A, every entry replaced by a multiple of an s x s kernel.
+
+        D = kron(B[:ceil(out/s)] @ A[:, :ceil(in/s)], K)[:out, :in]
+
+    Args:
+        A: [r, >= ceil(in / s)].
+        B: [>= ceil(out / s), r].
+        kernel: K [s, s].
+        out_features: out.
+        in_features: in.
+    """
+
+    A: LazyTensor
+    B: LazyTensor
+    kernel: LazyTensor
+    out_features: int
+    in_features: int
+
+    @property
+    def size(self) -> int:
+        """The kernel size s."""
+        return self.kernel.shape[0]
+
+    def _crops(self) -> tuple[Float64, Float64, Float64]:
+        s = self.size
+        rows, columns = math.ceil(self.out_features / s), math.ceil(self.in_features / s)
+        return read(self.B)[:rows], read(self.A)[:, :columns], read(self.kernel)
+
+    def factors(self) -> tuple[Float64, Float64]:
+        """Return kron(B, K) [out, r s] and kron(A, I) [r s, in], cropped."""
+        b, a, kernel = self._crops()
+        u = kron(b, kernel)[: self.out_features]
+        v = kron(a, np.eye(self.size))[:, : self.in_features]
+        return u, v
+
+    def dense(self) -> Float64:
+        """Return D [out, in] straight from its definition."""
+        b, a, kernel = self._crops()
+        return kron(product(b, a), kernel)[: self.out_features, : self.in_features]
+
+    @property
+    def rank_bound(self) -> int:
+        """rank(Z) rank(K) is at most r s."""
+        return min(self.A.shape[0] * self.size, self.out_features, self.in_features)
+
+    @property
+    def tensors(self) -> tuple[LazyTensor, ...]:
+        """A, B and the kernel."""
+        return self.A, self.B, self.kernel

@@ -1,0 +1,161 @@
+"""Adapted models: linears, the branches beside them, and the tasks they serve."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from eptc.errors import InternalError
+from eptc.ir.deltas import Delta
+from eptc.ir.numbers import Float64
+from eptc.ir.routing import TaskRouter
+from eptc.tasks import Task
+from eptc.tensors import LazyTensor
+
+__all__ = ["AdaptedModel", "Adapter", "Branch", "Constant", "Gate", "PerTask"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A gate that depends on nothing: the number `factor`."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerTask:
+    """A gate that depends on the task: the router's weight for one expert.
+
+    Args:
+        router: the router of the adapted linear, shared by its branches.
+        expert: which expert the branch holds.
+    """
+
+    router: TaskRouter
+    expert: int
+
+
+Gate = Constant | PerTask
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """scale * gate * delta; `scale` has no unit."""
+
+    delta: Delta
+    gate: Gate
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The branches beside one linear.
+
+    Args:
+        target: path of the linear's module; its weight is the parameter `<target>.weight`.
+        branches: the branches; empty once they are folded.
+    """
+
+    target: str
+    branches: tuple[Branch, ...]
+
+    @property
+    def parameter(self) -> str:
+        """Name of the weight the branches stand beside."""
+        return f"{self.target}.weight"
+
+    @property
+    def router(self) -> TaskRouter | None:
+        """The router the branches share, None where every gate is constant."""
+        for branch in self.branches:
+            if isinstance(branch.gate, PerTask):
+                return branch.gate.router
+        return None
+
+    def factors(self, task_id: int | None) -> tuple[float, ...]:
+        """Return scale * gate of each branch for a task.
+
+        Raises:
+            InternalError: a gate depends on the task and none is given.
+        """
+        weights: Mapping[int, float] = {}
+        if (router := self.router) is not None:
+            if task_id is None:
+                raise InternalError(
+                    f"the routed adapter at {self.target} was asked without a task"
+                )
+            route = router.route(task_id)
+            weights = dict(zip(route.experts, route.weights, strict=True))
+        return tuple(
+            branch.scale
+            * (
+                branch.gate.factor
+                if isinstance(branch.gate, Constant)
+                else weights.get(branch.gate.expert, 0.0)
+            )
+            for branch in self.branches
+        )
+
+    def delta(self, task_id: int | None) -> Float64:
+        """Return the sum of the branches [out, in] in float64; zero where there are none."""
+        first = self.branches[0].delta
+        total = np.zeros((first.out_features, first.in_features))
+        for factor, branch in zip(self.factors(task_id), self.branches, strict=True):
+            if factor != 0.0:
+                total += factor * branch.delta.dense()
+        return total
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModel:
+    """A base model, the adapters beside its linears, and the tasks it was trained for.
+
+    Args:
+        config: the base's Hugging Face configuration as JSON values.
+        weights: every parameter of the task model by its name there; lazy, tied ones once.
+        adapters: by the path of their linear.
+        heads: parameters that replace the base's, by task name, then parameter name.
+        tasks: in the order of their ids.
+        task_id: the task the model is specialised for; None while it serves all.
+    """
+
+    config: Mapping[str, Any]
+    weights: Mapping[str, LazyTensor]
+    adapters: Mapping[str, Adapter]
+    heads: Mapping[str, Mapping[str, LazyTensor]]
+    tasks: tuple[Task, ...]
+    task_id: int | None = None
+
+    @property
+    def task(self) -> Task | None:
+        """The task the model is specialised for."""
+        return None if self.task_id is None else self.tasks[self.task_id]
+
+    def replace(self, **changes: Any) -> AdaptedModel:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def validate(self) -> None:
+        """Check the invariants every pass must keep.
+
+        Raises:
+            InternalError: an adapter without its weight or of another shape, a task id or head
+                that names no task, a gate that needs a task after the task was fixed.
+        """
+        if self.task_id is not None and not 0 <= self.task_id < len(self.tasks):
+            raise InternalError(f"task id {self.task_id} of {len(self.tasks)} tasks")
+        names = {task.name for task in self.tasks}
+        if unknown := [name for name in self.heads if name not in names]:
+            raise InternalError(f"a head names the unknown task {unknown[0]!r}")
+        for path, adapter in self.adapters.items():
+            if adapter.target != path or adapter.parameter not in self.weights:
+                raise InternalError(f"the adapter at {path!r} has no weight")
+            shape = self.weights[adapter.parameter].shape
+            for branch in adapter.branches:
+                if (branch.delta.out_features, branch.delta.in_features) != shape:
+                    raise InternalError(f"a branch at {path} does not fit its weight {shape}")
+                if self.task_id is not None and not isinstance(branch.gate, Constant):
+                    raise InternalError(f"{path} has a {type(branch.gate).__name__} gate left")

@@ -1,0 +1,96 @@
+"""Routers: which experts a task uses in a linear."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from eptc.ir.numbers import read, softmax
+from eptc.tensors import LazyTensor
+
+__all__ = ["Normalization", "Route", "TaskRouter"]
+
+Normalization = Literal["softmax", "sum", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Which experts a task uses in one linear.
+
+    Args:
+        experts: chosen experts, largest probability first.
+        weights: their mixing weights, in the same order.
+        margin: log p of the last expert chosen minus log p of the first one left out;
+            infinite where none is left out. Tiny margins can flip under other arithmetic.
+    """
+
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+    margin: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskRouter:
+    """A router that reads the task embedding alone: static for a fixed task.
+
+        p = softmax((G e_t + b) / temperature);  the top_k largest are kept, then normalised
+
+    Args:
+        weight: G [experts, in].
+        bias: b [experts], or None.
+        embedding: e [rows >= tasks, in].
+        top_k: how many experts are kept; clamped to [1, experts].
+        temperature: divides the logits.
+        normalization: `softmax` of the kept probabilities (released code), division by their
+            `sum` (paper), or `none`.
+    """
+
+    weight: LazyTensor
+    bias: LazyTensor | None
+    embedding: LazyTensor
+    top_k: int
+    temperature: float
+    normalization: Normalization
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts the router chooses from."""
+        return self.weight.shape[0]
+
+    def probabilities(self, task_id: int) -> tuple[float, ...]:
+        """Return p [experts] for the embedding row `task_id`, the same on every machine."""
+        embedding = read(self.embedding)[task_id]
+        bias = np.zeros(self.num_experts) if self.bias is None else read(self.bias)
+        logits = [
+            math.fsum((*row, b)) / self.temperature
+            for row, b in zip(read(self.weight) * embedding, bias, strict=True)
+        ]
+        return softmax(logits)
+
+    def route(self, task_id: int) -> Route:
+        """Return a task's experts and weights; of equal probabilities the lower index wins."""
+        p = self.probabilities(task_id)
+        k = min(max(self.top_k, 1), self.num_experts)
+        order = sorted(range(len(p)), key=lambda e: (-p[e], e))
+        kept = tuple(p[e] for e in order[:k])
+        if self.normalization == "softmax":
+            kept = softmax(kept)
+        elif self.normalization == "sum":
+            kept = tuple(value / math.fsum(kept) for value in kept)
+        return Route(tuple(order[:k]), kept, _margin([p[e] for e in order], k))
+
+    @property
+    def tensors(self) -> tuple[LazyTensor, ...]:
+        """The router's own tensors."""
+        return tuple(t for t in (self.weight, self.bias, self.embedding) if t is not None)
+
+
+def _margin(descending: Sequence[float], k: int) -> float:
+    """Log of the last probability kept over the first one left out."""
+    if k == len(descending) or descending[k] == 0.0:
+        return math.inf
+    return math.log(descending[k - 1]) - math.log(descending[k])
