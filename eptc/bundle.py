@@ -129,6 +129,13 @@ def _holds(out: Path, path: Path) -> bool:
 
 def _check_place(out: Path, *, force: bool) -> None:
     if not out.exists() and not out.is_symlink():
+        parent = next(p for p in out.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(
+                f"the output {out} cannot be written: {parent} is "
+                + ("a folder this user may not write to" if parent.is_dir() else "not a folder"),
+                fix="name another folder with --out",
+            )
         return
     if not out.is_dir() or out.is_symlink():
         raise OutputError(f"the output {out} is not a folder", expected="a new or empty folder")

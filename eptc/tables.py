@@ -10,10 +10,15 @@ from rich.table import Table
 
 __all__ = ["print_inspection"]
 
+# In a pipe nothing is cut off to fit a screen.
+_UNCUT = 10_000
+
 
 def print_inspection(report: Mapping[str, Any]) -> None:
     """Print what `eptc inspect` found."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = _UNCUT
     if report["what"] == "bundle":
         _bundle(console, report)
     else:

@@ -290,7 +290,7 @@ RELEASED = [
     case("base-config-with-a-bad-value", config("base/config.json", d_model="many"),
          "config.json"),
     case("base-config-with-an-impossible-value", config("base/config.json", num_layers=-1),
-         "12 tensors without a place|encoder.block.0"),
+         "17 tensors without a place|encoder.block.0"),
     case("base-config-with-an-unknown-activation",
          config("base/config.json", dense_act_fn="magic"), "config.json|KeyError: 'magic'"),
     case("base-config-with-heads-that-do-not-fit", config("base/config.json", num_heads=5),
@@ -345,7 +345,7 @@ RELEASED = [
     case("out-a-file", lambda f: f.out.write_text("x"), "is not a folder", "--force"),
     case("out-a-link", lambda f: f.out.symlink_to(f.base), "is not a folder", "--force"),
     case("out-a-dangling-link", lambda f: f.out.symlink_to("nowhere"), "is not a folder"),
-    case("out-below-a-file", nothing, "cannot be written", "-o", "{in}/base/config.json/x"),
+    case("out-below-a-file", nothing, "config.json is not a folder", "-o", "{in}/base/config.json/x"),
     case("out-with-a-long-name", nothing, "cannot be written|File name too long",
          "-o", "{in}/" + "x" * 300),
     case("out-is-the-checkpoint", nothing, "is or holds the checkpoint", "-o", "{in}/ckpt", "--force"),
@@ -388,3 +388,484 @@ def _refused(
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert tree(folders.root) == before
+
+
+def of_another(name: str) -> Callable[[Any, Path], None]:
+    """Put another recorded set's base in the place of the right one."""
+
+    def damage(folders: Any, golden: Path) -> None:
+        for path in (golden / "ept" / name / "base").iterdir():
+            (folders.base / path.name).write_bytes(path.read_bytes())
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "words"),
+    [
+        ("t5-tiny", "llama-tiny", ["in 32 of 32 linears", "SelfAttention.k is missing;", "--base"]),
+        ("llama-tiny", "t5-tiny", ["in 12 of 12 linears", "self_attn.k_proj is missing"]),
+        ("t5-tiny", "t5-gated-tiny",
+         ["decoder.block.0.layer.0.SelfAttention.k is [44, 56], adapted as [48, 64];"]),
+    ],
+)  # fmt: skip
+def test_a_base_of_another_shape(
+    copy_golden: Callable[..., Any],
+    cli: Callable[..., Any],
+    golden: Path,
+    name: str,
+    other: str,
+    words: list[str],
+) -> None:
+    """The first three linears that do not fit are named."""
+    folders = copy_golden(name)
+    of_another(other)(folders, golden)
+    _refused(folders, cli, COMPLETE, words)
+
+
+NATIVE_TASK = ("--task", "tone")
+QUERY = "bert.encoder.layer.0.attention.self.query"
+NATIVE_CASES = [
+    case("unknown-task", nothing, "no task 'tune'|nearest: tone|0 tone, 1 same, 2 score",
+         "--task", "tune"),
+    case("top-k-contradicts", nothing, "--top-k 3 contradicts the checkpoint, which says 2",
+         "--top-k", "3"),
+    case("tasks-contradict", nothing, "--tasks tone,same contradicts", "--tasks", "tone,same"),
+    case("task-spec", nothing, "describes its tasks itself", "--task-spec", "x.json"),
+    case("allow-pickle-changes-nothing", text(f"ckpt/{NATIVE}", None), f"no {NATIVE}",
+         "--allow-pickle"),
+    case("newer-schema", config(f"ckpt/{NATIVE_CONFIG}", schema_version=2),
+         "schema version 2|expected: 1 or older|upgrade ept-compiler"),
+    case("config-not-json", text(f"ckpt/{NATIVE_CONFIG}", "{"), "as JSON"),
+    case("unknown-key", config(f"ckpt/{NATIVE_CONFIG}", colour="red"), "'colour' was unexpected"),
+    case("no-top-k", config(f"ckpt/{NATIVE_CONFIG}", top_k=None), "'top_k' is a required"),
+    case("other-base-type", config(f"ckpt/{NATIVE_CONFIG}", base={"model_type": "roberta"}),
+         "trained on a roberta model|is a bert"),
+    case("empty", tensors(f"ckpt/{NATIVE}", dict.clear), "adapts no linear"),
+    case("cut-off", cut(f"ckpt/{NATIVE}", 5000), "truncated"),
+    case("missing-tensor", tensors(f"ckpt/{NATIVE}", lambda t: t.pop(f"{QUERY}.ept.kernels.2")),
+         f"no tensor {QUERY}.ept.kernels.2"),
+    case("extra-tensor", tensors(f"ckpt/{NATIVE}", put(f"{QUERY}.ept.kernels.4", np.ones((2, 2)))),
+         f"nothing uses: {QUERY}.ept.kernels.4"),
+    case("nan", tensors(f"ckpt/{NATIVE}", poison(f"{QUERY}.ept.B", np.nan)), f"{QUERY}.ept.B|nan"),
+    case("inf-in-a-head", tensors(f"ckpt/{NATIVE}", poison("heads.tone.classifier.weight", np.inf)),
+         "heads.tone.classifier.weight|inf"),
+    case("inf-in-the-head-of-another-task",
+         tensors(f"ckpt/{NATIVE}", poison("heads.score.classifier.bias", np.inf)),
+         "heads.score.classifier.bias|inf"),
+    case("head-of-no-task", tensors(f"ckpt/{NATIVE}", put("heads.mood.x", np.ones(2))),
+         "heads.mood.x|names no task"),
+    case("head-with-an-unknown-parameter",
+         tensors(f"ckpt/{NATIVE}", put("heads.tone.classifer.weight", np.ones(2, np.float32))),
+         "head of task 'tone'|the parameter classifer.weight"),
+    case("head-of-another-shape", tensors(f"ckpt/{NATIVE}", put(
+        "heads.tone.classifier.weight", np.ones((3, 34), np.float32))),
+         "classifier.weight is [3, 34], not [2, 34]"),
+    case("another-base-of-that-shape", tensors(
+        f"base/{MODEL}", poison("pooler.dense.weight", 1.0)),
+         "trained on another base model|(small-bert)|--base"),
+    case("nan-in-the-base", tensors(f"base/{MODEL}", poison("pooler.dense.weight", np.nan)),
+         "pooler.dense.weight|has nan at [33, 33]"),
+    case("base-tensor-missing", tensors(f"base/{MODEL}", lambda t: t.pop("pooler.dense.weight")),
+         "bert.pooler.dense.weight [34, 34] is missing"),
+    case("checkpoint-with-a-bad-tokenizer", text("ckpt/tokenizer.json", "{"),
+         "tokenizer in|ckpt cannot be loaded"),
+    case("checkpoint-with-a-tokenizer-outside",
+         text("ckpt/tokenizer_config.json", '{"vocab_file": "../base/vocab.txt"}'),
+         "vocab_file of|ckpt points outside"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("_", "damage", "arguments", "words"), NATIVE_CASES)
+def test_bad_native_input(
+    copy_native: Any,
+    cli: Callable[..., Any],
+    _: str,
+    damage: Damage,
+    arguments: tuple[str, ...],
+    words: list[str],
+) -> None:
+    damage(copy_native)
+    extra = arguments[len(COMPLETE) :]
+    _refused(copy_native, cli, (*NATIVE_TASK, *extra), words)
+
+
+@pytest.mark.parametrize("verb", ["export", "inspect", "convert"])
+def test_no_base(copy_golden: Callable[..., Any], cli: Callable[..., Any], verb: str) -> None:
+    folders = copy_golden()
+    before = tree(folders.root)
+    out = {"export": ("--task", "sst2", "-o", folders.out), "convert": ("-o", folders.out)}
+    result = cli(verb, folders.ckpt, *out.get(verb, ()), "--top-k", 2, "--tasks", NAMES)
+    assert result.code == 2
+    assert "no base model was given" in result.stderr
+    assert "calls './bases/t5-tiny'" in result.stderr
+    assert "pass --base DIR" in result.stderr
+    assert tree(folders.root) == before
+
+
+# ---- what works
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    small_native: Any, cli: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Bundles of each task of the small native checkpoint, `tone` verified."""
+    root = tmp_path_factory.mktemp("bundles")
+    for task in ("tone", "same", "score"):
+        verify = () if task == "tone" else ("--no-verify",)
+        place = ("--base", small_native.base, "-o", root / task)
+        result = cli("export", small_native.ckpt, "--task", task, *place, *verify)
+        assert result.code == 0, result
+    return root
+
+
+def test_export_says_what_it_did(
+    copy_native: Any, cli: Callable[..., Any], bundles: Path
+) -> None:
+    """One line for parity, one for the bundle; a pipe sees nothing else."""
+    place = ("--base", copy_native.base, "-o", copy_native.out)
+    result = cli("export", copy_native.ckpt, "--task", "sentiment", *place)
+    assert (result.code, result.stderr) == (0, "")
+    first, second = result.stdout.splitlines()
+    assert first.startswith("parity passed: 11 tensors, largest error ")
+    assert first.endswith(", 0 flips")
+    assert second.startswith(f"{copy_native.out}: ")
+    assert sorted(p.name for p in copy_native.out.iterdir()) == sorted(
+        p.name for p in (bundles / "tone").iterdir()
+    )
+
+
+def test_export_as_json(copy_native: Any, cli: Callable[..., Any]) -> None:
+    place = ("--base", copy_native.base, "-o", copy_native.out, "--no-verify")
+    result = cli("export", copy_native.ckpt, "--task", 1, *place, "--json")
+    assert (result.code, result.stderr) == (0, "")
+    report = result.json
+    assert report["bundle"] == str(copy_native.out)
+    assert report["task"] == "same"
+    assert report["parity"] == {"verified": False}
+    assert report["files"].keys() == {p.name for p in copy_native.out.iterdir()} - {"manifest.json"}
+    names = [record["name"] for record in report["passes"]]
+    assert names == [s["name"] for s in cli("inspect", copy_native.out, "--json").json["passes"]]
+    assert all(record["seconds"] >= 0 for record in report["passes"])
+    assert report["seconds"].keys() >= {"trace", "write"}
+
+
+def test_export_without_parity_says_so(copy_native: Any, cli: Callable[..., Any]) -> None:
+    place = ("--base", copy_native.base, "-o", copy_native.out, "--no-verify")
+    result = cli("export", copy_native.ckpt, "--task", "tone", *place)
+    assert "NOT VERIFIED" in result.stdout
+    assert "was not compared" in cli("verify", copy_native.out).stderr
+    assert "not verified" in cli("inspect", copy_native.out).stdout
+
+
+def test_verbose_shows_stages_and_passes(copy_native: Any, cli: Callable[..., Any]) -> None:
+    place = ("--base", copy_native.base, "-o", copy_native.out, "--no-verify", "--verbose")
+    result = cli("export", copy_native.ckpt, "--task", "tone", *place)
+    lines = [line.split()[0] for line in result.stderr.splitlines() if line.strip()]
+    assert [w for w in lines if w in ("read", "hash", "trace", "write")] == [
+        "read", "hash", "trace", "write",
+    ]  # fmt: skip
+    assert {"specialize-router", "fold-pyramid", "stable-names"} <= set(lines)
+
+
+def test_force_replaces_a_bundle(copy_native: Any, cli: Callable[..., Any]) -> None:
+    place = ("--base", copy_native.base, "-o", copy_native.out, "--no-verify")
+    assert cli("export", copy_native.ckpt, "--task", "tone", *place).code == 0
+    refused = cli("export", copy_native.ckpt, "--task", "same", *place)
+    assert refused.code == 2
+    assert "--force" in refused.stderr
+    assert cli("inspect", copy_native.out, "--json").json["task"]["name"] == "tone"
+    assert cli("export", copy_native.ckpt, "--task", "same", *place, "--force").code == 0
+    assert cli("inspect", copy_native.out, "--json").json["task"]["name"] == "same"
+    assert sorted(p.name for p in copy_native.root.iterdir()) == ["in", "out"]
+
+
+def test_inspect_a_released_checkpoint(golden: Path, cli: Callable[..., Any]) -> None:
+    folder = golden / "ept" / "t5-tiny"
+    source = (folder / "adapter", "--base", folder / "base", "--top-k", 2, "--tasks", NAMES)
+    report = cli("inspect", *source, "--json").json
+    assert report["what"] == "checkpoint"
+    assert report["format"] == report["variant"] == "released"
+    assert report["adapted_linears"] == 32
+    assert report["kernel_sizes"] == [2, 2, 4, 4, 6, 6, 8, 8]
+    assert [task["name"] for task in report["tasks"]] == NAMES.split(",")
+    recorded = json.loads((folder / "golden" / "routes.json").read_text())
+    for task_id, task in enumerate(report["tasks"]):
+        for path, route in report["routes"][task["name"]].items():
+            assert route["experts"] == recorded[str(task_id)][path]["experts"]
+            assert route["margin"] > 0
+    shown = cli("inspect", *source)
+    assert (shown.code, shown.stderr) == (0, "")
+    for words in ("released checkpoint", "sst2", "top-k 2"):
+        assert words in shown.stdout
+
+
+def test_inspect_a_native_checkpoint(small_native: Any, cli: Callable[..., Any]) -> None:
+    report = cli("inspect", small_native.ckpt, "--base", small_native.base, "--json").json
+    assert (report["format"], report["variant"], report["top_k"]) == ("native", "paper", 2)
+    assert [task["kind"] for task in report["tasks"]] == [
+        "classification", "classification", "regression",
+    ]  # fmt: skip
+    assert report["head_bytes"] > 0
+    shown = cli("inspect", small_native.ckpt, "--base", small_native.base).stdout
+    assert "native checkpoint" in shown
+    assert QUERY in shown
+
+
+def test_the_predicted_size_is_the_size(
+    small_native: Any, cli: Callable[..., Any], bundles: Path
+) -> None:
+    report = cli("inspect", small_native.ckpt, "--base", small_native.base, "--json").json
+    size = (bundles / "tone" / "weights.bin").stat().st_size
+    assert report["predicted_weight_bytes"] == pytest.approx(size, rel=0.1)
+
+
+def test_convert(
+    copy_golden: Callable[..., Any], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A converted folder needs no --top-k and no --tasks any more, and means the same."""
+    folders = copy_golden("llama-tiny")
+    source = (folders.ckpt, "--base", folders.base, "--top-k", 2, "--tasks", NAMES)
+    result = cli("convert", *source, "-o", folders.out, "--json")
+    assert result.json == {"checkpoint": str(folders.out)}
+    shown = cli("convert", *source, "-o", tmp_path / "again")
+    assert (shown.stdout, shown.stderr) == (f"{tmp_path / 'again'}\n", "")
+    released = cli("inspect", *source, "--json").json
+    native = cli("inspect", folders.out, "--base", folders.base, "--json").json
+    assert native["format"] == "native"
+    assert native["routes"] == released["routes"]
+    refused = cli("convert", *source, "-o", folders.out)
+    assert refused.code == 2
+    assert "--force" in refused.stderr
+    assert cli("convert", *source, "-o", folders.out, "--force").code == 0
+
+
+def test_parity_again(
+    copy_native: Any, cli: Callable[..., Any], bundles: Path, tmp_path: Path
+) -> None:
+    """The manifest supplies what the export was told; labelled data gives a score."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": "the film was good", "label": "good"}, {"text": "dull", "label": "bad"}]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    source = ("--reference", copy_native.ckpt, "--base", copy_native.base)
+    report = cli("parity", bundles / "tone", *source, "--data", data, "--json").json
+    assert report["summary"]["passed"]
+    assert report["scores"]["rows"] == 2
+    shown = cli("parity", bundles / "tone", *source)
+    assert shown.code == 0
+    assert shown.stdout.startswith("parity passed")
+
+
+def test_verify(cli: Callable[..., Any], bundles: Path, tmp_path: Path) -> None:
+    shown = cli("verify", bundles / "tone")
+    assert (shown.code, shown.stderr) == (0, "")
+    assert "sound" in shown.stdout
+    report = cli("verify", bundles / "tone", "--json")
+    assert report.code == 0
+    assert report.json["ok"]
+
+
+def _copy_bundle(bundle: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in bundle.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("verb", ["verify", "run", "inspect"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        pytest.param(
+            lambda b: (b / "manifest.json").unlink(), "no manifest.json|has neither", id="none"
+        ),
+        pytest.param(lambda b: (b / "manifest.json").write_text("{"), "manifest", id="no-json"),
+        pytest.param(
+            lambda b: (b / "manifest.json").write_text(
+                (b / "manifest.json").read_text().replace(
+                    '"schema_version": 1', '"schema_version": 2'
+                )
+            ),
+            "schema version 2|newer",
+            id="newer-manifest",
+        ),
+    ],
+)
+def test_bundles_that_are_refused(
+    cli: Callable[..., Any],
+    bundles: Path,
+    tmp_path: Path,
+    verb: str,
+    damage: Callable[[Path], object],
+    words: str,
+) -> None:
+    bundle = _copy_bundle(bundles / "tone", tmp_path / "b")
+    damage(bundle)
+    result = cli(verb, bundle, *(("good",) if verb == "run" else ()))
+    assert result.code == 2
+    assert any(word in result.stderr for word in words.split("|")), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("weights.bin", lambda data: data[:-1]),
+        ("weights.bin", lambda data: bytes([data[0] ^ 1]) + data[1:]),
+        ("model.onnx", lambda _: b""),
+        ("tokenizer.json", lambda data: data + b" "),
+        ("config.json", None),
+    ],
+)
+def test_verify_notices_every_change(
+    cli: Callable[..., Any],
+    bundles: Path,
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[bytes], bytes] | None,
+) -> None:
+    bundle = _copy_bundle(bundles / "tone", tmp_path / "b")
+    file = bundle / name
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    result = cli("verify", bundle)
+    assert result.code == 2
+    assert name in result.stderr
+    report = cli("verify", bundle, "--json")
+    assert report.code == 2
+    assert not report.json["ok"]
+
+
+def test_run(cli: Callable[..., Any], bundles: Path, tmp_path: Path) -> None:
+    """Texts, pairs and lines of a file, in this order; a line or one document a call."""
+    shown = cli("run", bundles / "tone", "the film was good", "bad and dull")
+    assert (shown.code, shown.stderr) == (0, "")
+    lines = [line.split("\t") for line in shown.stdout.splitlines()]
+    assert len(lines) == 2
+    assert all(label in ("bad", "good") and 0.5 <= float(sure) <= 1 for label, sure in lines)
+
+    answers = cli("run", bundles / "tone", "the film was good", "bad and dull", "--json").json
+    assert [answer["input"] for answer in answers["answers"]] == [
+        "the film was good", "bad and dull",
+    ]  # fmt: skip
+    assert [answer["label"] for answer in answers["answers"]] == [line[0] for line in lines]
+
+    data = tmp_path / "data.jsonl"
+    row = {"first": "a film", "second": "the film", "label": "yes"}
+    data.write_text(f"{json.dumps(row)}\n\n")
+    pairs = cli("run", bundles / "same", "--pair", "a film", "the film", "--data", data, "--json")
+    one, two = pairs.json["answers"]
+    assert one["input"] == ["a film", "the film"]
+    assert two["input"] == {"first": "a film", "second": "the film"}
+    assert one["probabilities"] == two["probabilities"]
+
+    value = cli("run", bundles / "score", "good").stdout
+    assert float(value) == pytest.approx(
+        cli("run", bundles / "score", "good", "--json").json["answers"][0]["value"], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "words"),
+    [
+        ("tone", (), "there is no text"),
+        ("tone", ("--pair", "a", "b"), "expected: 1 text"),
+        ("same", ("a",), "expected: 2 texts: first, second"),
+        ("tone", ("--data", "nowhere.jsonl"), "cannot be read as JSON lines"),
+        ("tone", ("--data", "{list}"), "JSON objects"),
+        ("tone", ("--data", "{other}"), "without 'text'"),
+        ("tone", ("good " * 300,), "truncate"),
+        ("tone", ("good", "--provider", "tpu"), "tpu"),
+        ("tone", ("good", "--max-new-tokens", "3"), "eptc: error"),
+    ],
+)
+def test_run_refuses(
+    cli: Callable[..., Any],
+    bundles: Path,
+    tmp_path: Path,
+    task: str,
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    files = {"{list}": "[1]", "{other}": '{"sentence": "a"}'}
+    for name, content in files.items():
+        (tmp_path / name.strip("{}")).write_text(content)
+    filled = [str(tmp_path / a.strip("{}")) if a in files else a for a in arguments]
+    result = cli("run", bundles / task, *filled)
+    assert result.code == 2, result
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+def test_run_truncates_when_asked(cli: Callable[..., Any], bundles: Path) -> None:
+    assert cli("run", bundles / "tone", "good " * 300, "--truncate").code == 0
+
+
+def test_doctor(cli: Callable[..., Any]) -> None:
+    shown = cli("doctor")
+    assert (shown.code, shown.stderr) == (0, "")
+    report = cli("doctor", "--json").json
+    assert report["targets"] == {"onnx": "ready"}
+    assert "starts" in report["providers"].values()
+    assert report["packages"]["numpy"] == np.__version__
+    assert "python" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "verb", ["export", "inspect", "convert", "parity", "verify", "run", "doctor"]
+)
+def test_help(cli: Callable[..., Any], verb: str) -> None:
+    for flag in ("--help", "-h"):
+        result = cli(verb, flag)
+        assert (result.code, result.stderr) == (0, "")
+        assert f"Usage: main {verb}" in result.stdout
+        assert "--json" in result.stdout
+    assert verb in cli("--help").stdout
+
+
+def test_errors_as_json(cli: Callable[..., Any], tmp_path: Path) -> None:
+    """One document on standard output also where a command fails."""
+    for verb, extra in (
+        ("export", ("--task", "a", "-o", tmp_path / "out")),
+        ("inspect", ()),
+        ("convert", ("-o", tmp_path / "out")),
+        ("verify", ()),
+        ("run", ("text",)),
+        ("parity", ("--reference", tmp_path)),
+    ):
+        result = cli(verb, tmp_path / "nowhere", *extra, "--json")
+        assert result.code == 2
+        assert result.json["exit_code"] == 2
+        assert result.json["error"] in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_is_called_one(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import eptc.inspection
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(eptc.inspection, "inspect", broken)
+    result = cli("inspect", tmp_path)
+    assert result.code == 70
+    assert "bug in eptc" in result.stderr
+    assert "eptc doctor --json" in result.stderr
+    monkeypatch.setattr(eptc.inspection, "inspect", _raise(MemoryError))
+    assert cli("inspect", tmp_path).code == 2
+    monkeypatch.setattr(eptc.inspection, "inspect", _raise(KeyboardInterrupt))
+    interrupted = cli("inspect", tmp_path)
+    assert interrupted.code == 130
+    assert "interrupted; nothing was published" in interrupted.stderr
+
+
+def _raise(error: type[BaseException]) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail

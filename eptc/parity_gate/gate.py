@@ -150,7 +150,8 @@ def _outcomes(
     """Return a probe's outcomes; an engine that cannot run it has failed it."""
     outcomes: list[Comparison | Decision] = []
     try:
-        outcomes.extend(check_outputs(engine, reference, task, probe, FP32))
+        for outcome in check_outputs(engine, reference, task, probe, FP32):
+            outcomes.append(outcome)  # noqa: PERF402  # what came before an error counts
     except (InputError, InternalError) as error:
         outcomes.append(not_run(f"{probe.name}: the engine does not run: {error.found}"))
     return outcomes

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import eptc
@@ -67,20 +69,34 @@ def recorded(golden: Path) -> Callable[[str], Subject]:
 def paper(small_native: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Subject]:
     """Return a function that makes a native checkpoint of the paper's variant on a tiny BERT.
 
-    Options are `EptConfig`'s. Nothing is zero, gates are soft (every expert kept counts), sizes
-    do not divide the linears. The tasks' labels are equal, so that all share one trace.
+    Options are `EptConfig`'s. Nothing is zero, the base's biases neither; gates are soft (every
+    expert kept counts); sizes do not divide the linears; all tasks share one trace.
     """
     made: dict[str, Subject] = {}
+    base = tmp_path_factory.mktemp("paper-base")
+    _jitter(small_native.base, base)
 
     def make(**options: Any) -> Subject:
         key = repr(sorted(options.items()))
         if key not in made:
             ckpt = tmp_path_factory.mktemp("paper")
-            _write_paper(ckpt, small_native.base, options)
-            made[key] = Subject(ckpt, small_native.base)
+            _write_paper(ckpt, base, options)
+            made[key] = Subject(ckpt, base)
         return made[key]
 
     return make
+
+
+def _jitter(source: Path, base: Path) -> None:
+    """Copy a base; biases of zero and norms of one get numbers a fault would show on."""
+    for path in source.iterdir():
+        shutil.copyfile(path, base / path.name)
+    generator = torch.Generator().manual_seed(2)
+    weights = {
+        name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in safetensors.torch.load_file(source / "model.safetensors").items()
+    }
+    safetensors.torch.save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_paper(ckpt: Path, base: Path, options: Mapping[str, Any]) -> None:
