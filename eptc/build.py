@@ -354,20 +354,22 @@ def _rewrite(
             source.model,
             adapter_passes(task_id),
             task_id=task_id,
-            measure=False,
+            probe=None,
             after=lambda record, _: progress(record),
         )
-    from eptc.parity_gate import check_layers
+    from eptc.parity_gate import LayerGate
 
     stage = f"the {source.contents.format} reader"
-    layers[stage] = check_layers(source.model, *twin, stage)
+    gate = LayerGate(*twin)
+    layers[stage] = gate.check(source.model, stage)
 
     def after(record: PassRecord, model: AdaptedModel) -> None:
         stage = f"the pass {record.name}"
-        layers[stage] = check_layers(model, *twin, stage)
+        layers[stage] = gate.check(model, stage)
         progress(record)
 
-    return run_adapter_passes(source.model, adapter_passes(task_id), task_id=task_id, after=after)
+    passes = adapter_passes(task_id)
+    return run_adapter_passes(source.model, passes, task_id=task_id, probe=gate.probe, after=after)
 
 
 def _prover(

@@ -73,7 +73,7 @@ def draft(out: Path, *, force: bool) -> Iterator[Draft]:
     Raises:
         OutputError: the place is taken, cannot be written, or the disk is full.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow the link it replaces
+    out = _absolute(out)
     check_place(out, force=force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +108,7 @@ def check_place(
         OutputError: it is a file, a folder with something in it and no `force`, a folder
             that no bundle could be (one with folders inside), or holds an input.
     """
+    out = _absolute(out)
     try:
         _check_place(out, force=force)
         for what, path in (inputs or {}).items():
@@ -121,6 +122,10 @@ def check_place(
         raise _cannot_write(out, error) from error
 
 
+def _absolute(out: Path) -> Path:
+    return Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow a link at `out`
+
+
 def _holds(out: Path, path: Path) -> bool:
     """Whether a path is a folder or something in it, under whatever name."""
     path = path.resolve()
@@ -129,7 +134,7 @@ def _holds(out: Path, path: Path) -> bool:
 
 def _check_place(out: Path, *, force: bool) -> None:
     if not out.exists() and not out.is_symlink():
-        parent = next(p for p in out.absolute().parents if p.exists())
+        parent = next(p for p in out.parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(
                 f"the output {out} cannot be written: {parent} is "

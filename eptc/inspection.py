@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eptc.ir import Adapter
 from eptc.runtime.spec import MANIFEST
+
+if TYPE_CHECKING:  # a bundle is inspected without the compiler's packages
+    from eptc.ir import Adapter
 
 __all__ = ["inspect"]
 

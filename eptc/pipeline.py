@@ -12,7 +12,8 @@ import onnx
 import onnx_ir
 
 from eptc.errors import EptcError, InternalError, ParityError
-from eptc.ir import AdaptedModel, Float64
+from eptc.ir import AdaptedModel
+from eptc.linear_probe import LinearProbe
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
@@ -94,7 +95,7 @@ def run_adapter_passes(
     passes: Iterable[AdapterPass],
     *,
     task_id: int,
-    measure: bool = True,
+    probe: LinearProbe | None,
     after: AfterAdapterPass | None = None,
 ) -> tuple[AdaptedModel, list[PassRecord]]:
     """Run passes over the adapter IR.
@@ -103,7 +104,7 @@ def run_adapter_passes(
         model: the model to start from.
         passes: what to run, in order.
         task_id: the task for which the model before and after each pass is compared.
-        measure: whether contracts are checked on probes, every adapted linear.
+        probe: checks contracts on every adapted linear; None: they are taken at their word.
         after: called with each record and the model the pass made.
 
     Raises:
@@ -117,7 +118,7 @@ def run_adapter_passes(
         rewritten = _guarded(step.name, step.rewrite, model)
         seconds = time.perf_counter() - start
         _guarded(step.name, rewritten.validate)
-        error = _measure(step, model, rewritten, task_id) if measure else None
+        error = _measure(step, model, rewritten, task_id, probe) if probe is not None else None
         records.append(
             PassRecord(
                 step.name, step.options(), step.contract, rewritten is not model,
@@ -170,40 +171,13 @@ def _guarded(name: str, action: Callable[P, R], *args: P.args, **kwargs: P.kwarg
         raise InternalError(f"the pass {name} failed: {type(error).__name__}: {error}") from error
 
 
-def layer_output(
-    model: AdaptedModel, path: str, x: Float64, task_id: int
-) -> tuple[Float64, Float64, Float64]:
-    """Return what an adapted linear adds up to, in float64, without its bias.
-
-    Args:
-        model: the model.
-        path: the linear.
-        x: [rows, in].
-        task_id: the task, used while the model is not specialised.
-
-    Returns:
-        y [rows, out]; the part its branches contribute; and sum |w| |x| over everything that was
-        summed, the scale of rounding.
-    """
-    adapter = model.adapters[path]
-    weight = model.weights[adapter.parameter].numpy().astype(np.float64)
-    y, scale = x @ weight.T, np.abs(x) @ np.abs(weight.T)
-    branches = np.zeros_like(y)
-    fixed = task_id if model.task_id is None else model.task_id
-    for factor, branch in zip(adapter.factors(fixed), adapter.branches, strict=True):
-        if factor != 0.0:
-            branches += factor * branch.delta.apply(x)
-    return y + branches, branches, scale + np.abs(branches)
-
-
-def probe_rows(path_index: int, width: int, rows: int = 4) -> Float64:
-    """Return seeded standard normal rows [rows, width] that exercise every column of a linear."""
-    return np.random.default_rng([path_index, width]).standard_normal((rows, width))
-
-
 def _measure(
-    step: AdapterPass, before: AdaptedModel, after: AdaptedModel, task_id: int
-) -> float | None:
+    step: AdapterPass,
+    before: AdaptedModel,
+    after: AdaptedModel,
+    task_id: int,
+    probe: LinearProbe,
+) -> float:
     """Return the largest deviation over all linears as a fraction of its bound.
 
     The bound of an `exact` pass: a weight it computed anew was rounded once to float32, so each
@@ -213,20 +187,19 @@ def _measure(
     if after is before:
         return 0.0
     worst = 0.0
-    for index, path in enumerate(sorted(before.adapters)):
+    for path in sorted(before.adapters):
         parameter = before.adapters[path].parameter
-        x = probe_rows(index, before.weights[parameter].shape[1])
-        old, _, old_scale = layer_output(before, path, x, task_id)
-        new, _, new_scale = layer_output(after, path, x, task_id)
+        old, new = (probe.output(model, path, task_id) for model in (before, after))
         rounded = after.weights[parameter] is not before.weights[parameter]
-        bound = 2.0**-40 * (old_scale + new_scale) + (2.0**-24 * new_scale if rounded else 0.0)
+        moved = np.abs(new.total - old.total)
+        bound = 2.0**-40 * (old.scale + new.scale) + (2.0**-24 * new.scale if rounded else 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.abs(new - old) / bound
+            ratio = moved / bound
         error = float(np.nan_to_num(np.max(ratio), nan=np.inf))
         if step.contract == "exact" and not error <= 1.0:
             raise ParityError(
                 f"the pass {step.name} is exact, but moved the output of {path} by "
-                f"{np.abs(new - old).max():.3g}, {error:.3g} times what rounding can do",
+                f"{moved.max():.3g}, {error:.3g} times what rounding can do",
                 fix="this is a bug in the pass: report it with the checkpoint's shapes",
             )
         worst = max(worst, error)

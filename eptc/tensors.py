@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -171,6 +172,8 @@ class StoredTensor(LazyTensor):
                 with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as m:
                     data = m[self.offset - start : length]
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise MemoryError(f"{self.name} has {self.nbytes:,} bytes") from error
             raise InputError(f"{self.path} cannot be read: {error.strerror or error}") from error
         return np.frombuffer(data, numpy_dtype(self.dtype)).reshape(self.shape)
 

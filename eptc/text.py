@@ -102,6 +102,7 @@ class TrainingTokenizer:
             max_length=min(known) if known else None,
             return_token_type_ids=token_types,
             truncation_side=self.tokenizer.truncation_side,
+            pair_types="token_type_ids" in self.tokenizer.model_input_names,
         )
 
 

@@ -678,7 +678,7 @@ def _copy_bundle(bundle: Path, target: Path) -> Path:
     ("damage", "words"),
     [
         pytest.param(
-            lambda b: (b / "manifest.json").unlink(), "no manifest.json|has neither", id="none"
+            lambda b: (b / "manifest.json").unlink(), "is not a bundle|has neither", id="none"
         ),
         pytest.param(lambda b: (b / "manifest.json").write_text("{"), "manifest", id="no-json"),
         pytest.param(

@@ -1,15 +1,15 @@
 """The parity gate: the engine against an independent PyTorch reference; a failure is fatal."""
 
 from eptc.parity_gate.gate import make_probes, prove, refuse
-from eptc.parity_gate.layers import check_layers
+from eptc.parity_gate.layers import LayerGate
 from eptc.parity_gate.probes import read_examples
 from eptc.parity_gate.recheck import parity
 from eptc.parity_gate.reference import load_reference
 from eptc.parity_gate.report import ParityReport
 
 __all__ = [
+    "LayerGate",
     "ParityReport",
-    "check_layers",
     "load_reference",
     "make_probes",
     "parity",

@@ -6,50 +6,67 @@ import numpy as np
 import torch
 
 from eptc.errors import ParityError
-from eptc.ir import AdaptedModel
-from eptc.nn import EptModel
-from eptc.pipeline import layer_output, probe_rows
+from eptc.ir import AdaptedModel, Float64
+from eptc.linear_probe import LinearOutput, LinearProbe
+from eptc.nn import EptLinear, EptModel
 
-__all__ = ["check_layers"]
+__all__ = ["LayerGate"]
 
 
-def check_layers(model: AdaptedModel, reference: EptModel, task_id: int, stage: str) -> float:
-    """Compare what every adapted linear adds up to, on seeded rows.
+class LayerGate:
+    """Compares what every adapted linear adds up to, on seeded rows, after any stage.
 
     The branches may differ by 1e-5 of their largest output (the reference sums in float32). A
     weight that was folded was rounded to float32 once, which may move each product by 2**-24 of
     itself.
 
     Args:
-        model: the IR after `stage`.
         reference: the unfolded PyTorch model.
-        task_id: the task.
-        stage: the reader or pass that made `model`, for the message.
-
-    Returns:
-        The largest deviation as a fraction of its bound.
-
-    Raises:
-        ParityError: a linear is off, missing, or adapted on one side only.
+        task_id: the task, by the reference's own list.
     """
-    if set(model.adapters) != set(reference.layers):
-        odd = sorted(set(model.adapters) ^ set(reference.layers))
-        raise ParityError(
-            f"after {stage}, {odd[0]} is adapted on one side only",
-            expected=f"the same {len(reference.layers)} linears as the reference adapts",
+
+    def __init__(self, reference: EptModel, task_id: int) -> None:
+        self.probe = LinearProbe()
+        self.task_id = task_id
+        self._wanted = {
+            path: self._reference_output(path, layer)
+            for path, layer in sorted(reference.layers.items())
+        }
+
+    def check(self, model: AdaptedModel, stage: str) -> float:
+        """Return the largest deviation of a linear as a fraction of its bound.
+
+        Args:
+            model: the IR after `stage`.
+            stage: the reader or pass that made `model`, for the message.
+
+        Raises:
+            ParityError: a linear is off, or adapted on one side only.
+        """
+        if set(model.adapters) != set(self._wanted):
+            odd = sorted(set(model.adapters) ^ set(self._wanted))
+            raise ParityError(
+                f"after {stage}, {odd[0]} is adapted on one side only",
+                expected=f"the same {len(self._wanted)} linears as the reference adapts",
+            )
+        return max(
+            self._check_linear(path, self.probe.output(model, path, self.task_id), stage)
+            for path in self._wanted
         )
-    worst = 0.0
-    for index, (path, layer) in enumerate(sorted(reference.layers.items())):
-        x = probe_rows(index, layer.in_features).astype(np.float32)
+
+    def _reference_output(self, path: str, layer: EptLinear) -> tuple[Float64, float]:
+        """Return the reference's output [rows, out], and the largest of its branches alone."""
+        rows = torch.from_numpy(self.probe.rows(path, layer.in_features))
         with torch.no_grad():
-            branch = layer.delta(torch.from_numpy(x), task_id).numpy().astype(np.float64)
-        weight = layer.weight.detach().numpy().astype(np.float64)
-        wide = x.astype(np.float64)
-        want = wide @ weight.T + branch
-        got, branches, scale = layer_output(model, path, wide, task_id)
-        bound = 1e-5 * np.abs(branch).max() + 2.0**-40 * scale
-        if not branches.any():
-            bound = bound + 2.0**-24 * scale
+            branch = layer.delta(rows.float(), self.task_id).double()
+            total = rows @ layer.weight.double().T + branch
+        return total.numpy(), float(branch.abs().max())
+
+    def _check_linear(self, path: str, output: LinearOutput, stage: str) -> float:
+        (want, largest), got = self._wanted[path], output.total
+        bound = 1e-5 * largest + 2.0**-40 * output.scale
+        if not output.branches.any():
+            bound = bound + 2.0**-24 * output.scale
         ratio = np.abs(got - want) / np.maximum(bound, np.finfo(np.float64).tiny)
         error = float(np.nan_to_num(ratio, nan=np.inf).max())
         if not error <= 1.0:
@@ -62,5 +79,4 @@ def check_layers(model: AdaptedModel, reference: EptModel, task_id: int, stage: 
                 fix="if top-k, the task list and the base are right, this is a bug in eptc: "
                 "report it with `eptc inspect --json` of the checkpoint",
             )
-        worst = max(worst, error)
-    return worst
+        return error

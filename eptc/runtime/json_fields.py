@@ -73,9 +73,9 @@ class Fields:
             return None
         return self.integer(key, at_least, default)
 
-    def flag(self, key: str) -> bool:
+    def flag(self, key: str, default: object = _REQUIRED) -> bool:
         """Return true or false."""
-        value = self.optional(key)
+        value = self.optional(key, default)
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true or false")
         return value

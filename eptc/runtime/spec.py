@@ -172,6 +172,8 @@ class TokenizerSpec:
         max_length: longest input in tokens, special tokens included; None where unbounded.
         return_token_type_ids: whether the engine reads token_type_ids.
         truncation_side: the end that truncation takes tokens from.
+        pair_types: whether training told the texts of a pair apart by token_type_ids; where its
+            tokenizer passed none to the model, they were all zero.
     """
 
     file: str
@@ -182,6 +184,7 @@ class TokenizerSpec:
     max_length: int | None
     return_token_type_ids: bool
     truncation_side: str = "right"
+    pair_types: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -201,6 +204,7 @@ class TokenizerSpec:
             fields.optional_integer("max_length", at_least=1),
             fields.flag("return_token_type_ids"),
             fields.choice("truncation_side", ("left", "right"), default="right"),
+            fields.flag("pair_types", default=True),
         )
         fields.finish()
         return spec

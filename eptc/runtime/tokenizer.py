@@ -100,7 +100,8 @@ class TextTokenizer:
             place = slice(shape[1] - length, None) if left else slice(0, length)
             ids[row, place] = encoding.ids
             mask[row, place] = 1
-            types[row, place] = encoding.type_ids
+            if self.spec.pair_types:
+                types[row, place] = encoding.type_ids
         feeds = {"input_ids": ids, "attention_mask": mask}
         return feeds | {"token_type_ids": types} if self.spec.return_token_type_ids else feeds
 

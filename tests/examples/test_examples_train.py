@@ -127,7 +127,7 @@ def test_two_runs_with_one_seed_are_equal_to_the_byte(
 def test_enough_steps_learn_the_synthetic_classes(
     base: Path, datasets: tuple[Dataset, ...], tmp_path: Path
 ) -> None:
-    options = ["--output", str(tmp_path / "c"), "--base", str(base), "--steps", "90"]
+    options = ["--output", str(tmp_path / "c"), "--base", str(base), "--steps", "200"]
 
     train_multitask.main(options)
 

@@ -478,6 +478,21 @@ def test_gate_in_bfloat16(recorded: Any, refused: Any, plant_in_reader: Any) -> 
     assert f"after the released reader, the linear {path} differs" in message
 
 
+def test_matrix_and_factors_differ(
+    recorded: Any, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers are measured by an expert's factors, the fold forms its matrix: both must hold."""
+    path, sound = "model.layers.0.mlp.down_proj", CellScaledLowRank.dense
+
+    def dense(self: CellScaledLowRank) -> Float64:
+        return sound(self) * (1.01 if path in self.A.name else 1.0)
+
+    monkeypatch.setattr(CellScaledLowRank, "dense", dense)
+    message = refused(recorded("llama-tiny"), 1)
+    assert "the pass fold-pyramid" in message
+    assert path in message
+
+
 def test_layer_adapted_on_one_side(recorded: Any, refused: Any, plant_in_reader: Any) -> None:
     path = "model.layers.1.mlp.up_proj"
     plant_in_reader(

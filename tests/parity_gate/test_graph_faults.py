@@ -235,10 +235,15 @@ def bias_table(change_table: Callable[[np.ndarray[Any, Any]], Any]) -> Change:
     return change
 
 
-def far_buckets(table: np.ndarray[Any, Any]) -> Any:
-    """Distances beyond 20, which no answer of 12 tokens has, share the bucket of 9."""
-    table[: 32 - 20] = table[32 - 9]
-    return table
+def far_buckets(near: int) -> Callable[[np.ndarray[Any, Any]], Any]:
+    """Distances beyond 20, which no answer of 12 tokens has, share the bucket of a near one."""
+
+    def change(table: np.ndarray[Any, Any]) -> Any:
+        assert table[0] != table[32 - near]
+        table[: 32 - 20] = table[32 - near]
+        return table
+
+    return change
 
 
 def decoder_bias_like_the_encoders(table: np.ndarray[Any, Any]) -> Any:
@@ -291,6 +296,18 @@ def scores_scaled(module: str, factor: float) -> Change:
     return change
 
 
+def scores_not_scaled(module: str) -> Change:
+    def change(model: ir.Model) -> None:
+        for scaling in nodes(model, module, "Mul"):
+            for index, value in enumerate(scaling.inputs):
+                if value is not None and value.const_value is not None:
+                    scaling.replace_input_with(index, constant(model, 1.0, like=value))
+                    return
+        raise AssertionError(f"{module} scales nothing")
+
+    return change
+
+
 def another_operator(module: str, op: str, wanted: str) -> Change:
     def change(model: ir.Model) -> None:
         old = node(model, module, op)
@@ -309,6 +326,7 @@ def heads_interleaved(module: str, heads: int, width: int) -> Change:
         ((transpose, _),) = reshape.outputs[0].uses()
         assert transpose.op_type == "Transpose"
         transpose.attributes["perm"] = ir.AttrInt64s("perm", [0, 3, 1, 2])
+        reshape.outputs[0].shape = transpose.outputs[0].shape = None
 
     return change
 
@@ -450,8 +468,8 @@ T5: dict[str, tuple[str, Change]] = {
     "position bias forgets the past": (DECODER, queries_start_at_zero(distance)),
     "position bias of an encoder": (DECODER, bias_table(decoder_bias_like_the_encoders)),
     "buckets off by one": (ENCODER, bias_table(lambda table: np.roll(table, 1))),
-    "far buckets wrong": (DECODER, bias_table(far_buckets)),
-    "far buckets of the encoder wrong": (ENCODER, bias_table(far_buckets)),
+    "far buckets wrong": (DECODER, bias_table(far_buckets(9))),
+    "far buckets of the encoder wrong": (ENCODER, bias_table(far_buckets(5))),
     "norm of another layer": (
         ENCODER,
         weight_for_another(f"{E1}.0.layer_norm.weight", f"{E0}.0.layer_norm.weight"),
@@ -491,7 +509,7 @@ LLAMA: dict[str, tuple[str, Change]] = {
     "another rotary base": (MODEL, another_rotary_base),
     "keys cached before rotation": (MODEL, keys_cached_before_rotation),
     "wrong key-value groups": (MODEL, wrong_key_value_groups),
-    "scores not scaled": (MODEL, number(f"{L0}.self_attn", "Mul", 0, 1.0)),
+    "scores not scaled": (MODEL, scores_not_scaled(f"{L0}.self_attn")),
     "cache of another layer": (MODEL, cache_of_another_layer("key")),
     "cached keys and values exchanged": (MODEL, past_exchanged),
     "past ignored": (MODEL, past_forgotten("past_key_values.0.value")),
@@ -526,7 +544,7 @@ BERT: dict[str, tuple[str, Change]] = {
         MODEL,
         weights_exchanged(f"{B0}.attention.self.query.weight", f"{B0}.attention.self.key.weight"),
     ),
-    "scores not scaled": (MODEL, number(f"{B0}.attention.self", "Mul", 1, 1.0)),
+    "scores not scaled": (MODEL, scores_not_scaled(f"{B0}.attention.self")),
     "last token pooled": (MODEL, last_token_pooled),
     "pooler without tanh": (MODEL, dropped("bert.pooler.activation", "Tanh")),
     "residual dropped": (MODEL, residual_dropped(f"{B0}.output")),

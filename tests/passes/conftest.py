@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eptc.ir import AdaptedModel, Adapter, Branch, CellScaledLowRank, Kronecker, PerTask, TaskRouter
+from eptc.ir import (
+    AdaptedModel,
+    Adapter,
+    Branch,
+    CellScaledLowRank,
+    Kronecker,
+    PerTask,
+    TaskRouter,
+)
 from eptc.tasks import Task
 from eptc.tensors import ArrayTensor, LazyTensor
 
@@ -16,7 +24,9 @@ def tensor(rng: np.random.Generator, name: str, *shape: int) -> LazyTensor:
     return ArrayTensor(name, rng.standard_normal(shape).astype(np.float32))
 
 
-def adapter(rng: np.random.Generator, path: str, out: int, columns: int, *, paper: bool) -> Adapter:
+def adapter(
+    rng: np.random.Generator, path: str, out: int, columns: int, *, paper: bool
+) -> Adapter:
     router = TaskRouter(
         tensor(rng, "G", len(SIZES), columns),
         None if paper else tensor(rng, "b", len(SIZES)),

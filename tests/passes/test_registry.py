@@ -13,6 +13,7 @@ import pytest
 
 import eptc.passes
 from eptc.ir import AdaptedModel
+from eptc.linear_probe import LinearProbe
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.pipeline import adapter_passes, check_graph, graph_passes, run_adapter_passes
 from eptc.registry import PASSES, find_pass, passes_table
@@ -52,12 +53,12 @@ def test_declaration(name: str) -> None:
 def test_adapter_pass_is_valid_and_idempotent(name: str, model: AdaptedModel) -> None:
     """From every state of the default pipeline: valid, within its contract, a second run no-op."""
     states = [model]
-    for step in adapter_passes(1):
-        states.append(step.rewrite(states[-1]))
+    for earlier in adapter_passes(1):
+        states.append(earlier.rewrite(states[-1]))
     step = instance(name)
     assert isinstance(step, AdapterPass)
     for state in states:
-        after, _ = run_adapter_passes(state, [step], task_id=1)
+        after, _ = run_adapter_passes(state, [step], task_id=1, probe=LinearProbe())
         assert step.rewrite(after) is after
 
 
@@ -70,7 +71,9 @@ def test_graph_pass_is_valid_and_idempotent(name: str) -> None:
     assert isinstance(step, GraphPass)
     step(graph)
     check_graph(graph)
-    assert [(v.name, str(v.shape)) for v in (*graph.graph.inputs, *graph.graph.outputs)] == interface
+    assert [
+        (v.name, str(v.shape)) for v in (*graph.graph.inputs, *graph.graph.outputs)
+    ] == interface
     before = onnx_ir.to_proto(graph).SerializeToString(deterministic=True)
     assert not step(copy.copy(graph)).modified
     assert onnx_ir.to_proto(graph).SerializeToString(deterministic=True) == before
@@ -86,7 +89,8 @@ def test_no_file_is_an_orphan() -> None:
 
 def test_default_pipelines_are_registered() -> None:
     """The default pipelines run exactly the registered passes, in that order."""
-    assert [p.name for p in (*adapter_passes(0), *graph_passes())] == list(PASSES)
+    names = [p.name for p in adapter_passes(0)] + [p.name for p in graph_passes()]
+    assert names == list(PASSES)
 
 
 def test_readme_has_the_table() -> None:

@@ -1,0 +1,71 @@
+"""What adapted linears add up to on seeded rows: how passes and readers are measured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from eptc.ir import AdaptedModel, Float64
+from eptc.tensors import LazyTensor
+
+__all__ = ["LinearOutput", "LinearProbe"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearOutput:
+    """Output of one adapted linear in float64, without its bias.
+
+    Args:
+        weight: what its weight contributes [rows, out].
+        branches: what its branches contribute [rows, out].
+        scale: sum of |w| |x| over everything that was summed: the scale of rounding.
+    """
+
+    weight: Float64
+    branches: Float64
+    scale: Float64
+
+    @property
+    def total(self) -> Float64:
+        """What the linear adds up to [rows, out]."""
+        return self.weight + self.branches
+
+
+class LinearProbe:
+    """Runs adapted linears of any stage of a model on the same rows.
+
+    A weight is read, or computed, once for all stages that have the very same tensor.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[LazyTensor, Float64, Float64]] = {}
+
+    def rows(self, path: str, width: int) -> Float64:
+        """Return the rows [4, width] a linear is run on: standard normal, exact in float32."""
+        seed = [width, *path.encode()]
+        rows = np.random.default_rng(seed).standard_normal((4, width))
+        return rows.astype(np.float32).astype(np.float64)
+
+    def output(self, model: AdaptedModel, path: str, task_id: int) -> LinearOutput:
+        """Return the output of a linear.
+
+        Args:
+            model: the model at some stage.
+            path: the linear.
+            task_id: the task, used while the model is not specialised.
+        """
+        adapter = model.adapters[path]
+        tensor = model.weights[adapter.parameter]
+        x = self.rows(path, tensor.shape[1])
+        known = self._known.get(path)
+        if known is None or known[0] is not tensor:
+            weight = tensor.numpy().astype(np.float64)
+            known = self._known[path] = tensor, x @ weight.T, np.abs(x) @ np.abs(weight).T
+        _, output, scale = known
+        branches = np.zeros_like(output)
+        fixed = task_id if model.task_id is None else model.task_id
+        for factor, branch in zip(adapter.factors(fixed), adapter.branches, strict=True):
+            if factor != 0.0:
+                branches += factor * branch.delta.apply(x)
+        return LinearOutput(output, branches, scale + np.abs(branches))

@@ -1,0 +1,307 @@
+"""Export from end to end: recorded answers, equal inputs in other clothes, what is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import safetensors.numpy
+from onnx import numpy_helper
+
+import eptc
+from eptc import checkpoint
+from eptc.build import SMALL_MARGIN, Bundle, _skeleton, precise_routes
+from eptc.errors import OptionError, ParityError, TaskError
+from eptc.pipeline import PassRecord
+from eptc.runtime import Engine
+
+NAMES = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
+Float32 = npt.NDArray[np.float32]
+
+
+def _export(folders: Any, out: Path, task: str | int = "tone", **options: Any) -> Bundle:
+    options = {"verify": False, **options}
+    return eptc.export(folders.ckpt, base=folders.base, task=task, out=out, **options)
+
+
+def _weights(bundle: Path) -> dict[str, Float32]:
+    """Every initializer of a bundle's graphs, by its name."""
+    found = {}
+    for path in sorted(bundle.glob("*.onnx")):
+        for tensor in onnx.load(path).graph.initializer:
+            found[f"{path.stem}/{tensor.name}"] = numpy_helper.to_array(tensor)
+    return found
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ---- recorded answers
+
+
+def _t5_logits(engine: Engine, recorded: Mapping[str, Any]) -> Float32:
+    feeds = {name: recorded[name] for name in ("input_ids", "attention_mask")}
+    encoded = engine.run(feeds, "encoder")
+    state = encoded["last_hidden_state"]
+    valid = recorded["attention_mask"].astype(bool)
+    np.testing.assert_allclose(state[valid], recorded["encoder_last_hidden_state"][valid],
+                               rtol=0, atol=5e-5)  # fmt: skip
+    feeds = {
+        "input_ids": recorded["decoder_input_ids"],
+        "encoder_attention_mask": recorded["attention_mask"],
+    }
+    for spec in engine.manifest.graphs["decoder"].inputs:
+        if ".encoder." in spec.name:
+            feeds[spec.name] = encoded[spec.name.replace("past_key_values", "present")]
+        elif ".decoder." in spec.name:
+            feeds[spec.name] = _no_past(spec.shape, len(state))
+    return engine.run(feeds, "decoder")["logits"]
+
+
+def _llama_logits(engine: Engine, recorded: Mapping[str, Any]) -> Float32:
+    mask = recorded["attention_mask"]
+    feeds = {
+        "input_ids": recorded["input_ids"],
+        "attention_mask": mask,
+        "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
+    }
+    for spec in engine.manifest.graphs["model"].inputs:
+        if spec.name.startswith("past_key_values"):
+            feeds[spec.name] = _no_past(spec.shape, len(mask))
+    return engine.run(feeds)["logits"]
+
+
+def _no_past(shape: tuple[int | str, ...], batch: int) -> Float32:
+    return np.zeros((batch, int(shape[1]), 0, int(shape[3])), np.float32)
+
+
+@pytest.mark.parametrize("name", ["t5-tiny", "llama-tiny"])
+def test_engines_give_the_recorded_logits(golden: Path, tmp_path: Path, name: str) -> None:
+    """Every task of a checkpoint; what the original code computed is not part of the parity gate."""
+    folder = golden / "ept" / name
+    options: dict[str, Any] = {"base": folder / "base", "top_k": 2, "tasks": NAMES}
+    for task_id in range(len(NAMES)):
+        built = eptc.export(
+            folder / "adapter", task=task_id, out=tmp_path / str(task_id), verify=False, **options
+        )
+        with (
+            built.load(providers=["cpu"]) as engine,
+            np.load(folder / "golden" / f"task{task_id}.npz", allow_pickle=False) as recorded,
+        ):
+            got = (_t5_logits if name.startswith("t5") else _llama_logits)(engine, recorded)
+            want = recorded["logits"]
+            if name.startswith("llama"):
+                valid = recorded["attention_mask"].astype(bool)
+                got, want = got[valid], want[valid]
+            np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
+
+
+# ---- the same input in other clothes
+
+
+def test_shards_give_the_same_bundle(copy_native: Any, tmp_path: Path) -> None:
+    whole = _export(copy_native, tmp_path / "whole")
+    file = copy_native.base / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    file.unlink()
+    index = {}
+    for i in range(3):
+        part = dict(list(tensors.items())[i::3])
+        safetensors.numpy.save_file(part, copy_native.base / f"model-{i}.safetensors")
+        index |= dict.fromkeys(part, f"model-{i}.safetensors")
+    (copy_native.base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": index})
+    )
+    sharded = _export(copy_native, tmp_path / "sharded")
+    assert _files(sharded.path) == _files(whole.path)
+
+
+def test_a_pickle_gives_the_same_bundle(copy_golden: Callable[..., Any], tmp_path: Path) -> None:
+    plain = _export(copy_golden(), tmp_path / "a", "sst2", top_k=2, tasks=NAMES)
+    shutil.rmtree(tmp_path / "in")
+    pickled = _export(
+        copy_golden(adapter="adapter_bin"), tmp_path / "b", "sst2", top_k=2, tasks=NAMES,
+        allow_pickle=True,
+    )  # fmt: skip
+    assert _files(pickled.path) == _files(plain.path)
+
+
+def test_a_converted_checkpoint_gives_the_same_engine(
+    copy_golden: Callable[..., Any], tmp_path: Path
+) -> None:
+    folders = copy_golden()
+    released = _export(folders, tmp_path / "a", "sst2", top_k=2, tasks=NAMES)
+    eptc.convert(folders.ckpt, base=folders.base, out=tmp_path / "n", top_k=2, tasks=NAMES)
+    native = eptc.export(
+        tmp_path / "n", base=folders.base, task="sentiment", out=tmp_path / "b", verify=False
+    )
+    one, two = _files(released.path), _files(native.path)
+    assert [name for name in one if one[name] != two[name]] == ["manifest.json"]
+    assert native.manifest.checkpoint["format"] == "native"
+    assert native.manifest.generation == released.manifest.generation
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_base_in_half_precision(copy_native: Any, tmp_path: Path, dtype: Any) -> None:
+    """Upcast exactly; a folded weight is rounded once, from float64."""
+    _edit_json(copy_native.ckpt / "ept_config.json", lambda c: c["base"].update(sha256=None))
+    file = copy_native.base / "model.safetensors"
+    halves = {n: t.astype(dtype) for n, t in safetensors.numpy.load_file(file).items()}
+    safetensors.numpy.save_file(halves, file)
+    built = _export(copy_native, tmp_path / "out", verify=True)
+
+    source = checkpoint.read(copy_native.ckpt, copy_native.base)
+    written = list(_weights(built.path).values())
+    for name, tensor in source.model.weights.items():
+        want = tensor.numpy().astype(np.float64)
+        adapter = source.model.adapters.get(name.removesuffix(".weight"))
+        if adapter is not None:
+            want = want + adapter.delta(0)
+        rounded = want.astype(np.float32)
+        assert any(
+            w.shape in (rounded.shape, rounded.T.shape)
+            and (np.array_equal(w, rounded) or np.array_equal(w, rounded.T))
+            for w in written
+            if w.size == rounded.size
+        ), name
+
+
+def _edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_settings_that_the_configuration_leaves_out(copy_native: Any, tmp_path: Path) -> None:
+    """Transformers' own defaults stand in for them: here 512 positions, so texts may be longer."""
+    _edit_json(copy_native.ckpt / "ept_config.json", lambda c: c["base"].update(sha256=None))
+    _edit_json(copy_native.base / "config.json", lambda c: c.pop("max_position_embeddings"))
+    file = copy_native.base / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = "embeddings.position_embeddings.weight"
+    tensors[name] = np.resize(tensors[name], (512, 34))
+    safetensors.numpy.save_file(tensors, file)
+    built = _export(copy_native, tmp_path / "out", verify=True)
+    assert built.manifest.tokenizer is not None
+    assert built.manifest.tokenizer.max_length == 512
+    with built.load() as engine:
+        assert engine.classify(["good " * 500])[0].label in ("good", "bad")
+
+
+# ---- what is traced, told and warned of
+
+
+def test_tasks_share_a_trace(copy_native: Any, tmp_path: Path) -> None:
+    """Also where their labels have other names; another number of outputs is another graph."""
+    _export(copy_native, tmp_path / "tone", "tone")
+    misses = _skeleton.cache_info().misses
+    _export(copy_native, tmp_path / "same", "same")
+    assert _skeleton.cache_info().misses == misses
+    labels = json.loads((tmp_path / "same" / "config.json").read_text())["id2label"]
+    assert labels == {"0": "no", "1": "yes"}
+
+
+def test_progress_tells_stages_and_passes(copy_native: Any, tmp_path: Path) -> None:
+    events: list[str | PassRecord] = []
+    built = _export(copy_native, tmp_path / "out", verify=True, progress=events.append)
+    stages = [e for e in events if isinstance(e, str) and not e.startswith("parity:")]
+    assert stages == list(built.seconds)
+    assert tuple(e for e in events if isinstance(e, PassRecord)) == built.passes
+    assert [step["name"] for step in built.manifest.passes] == [r.name for r in built.passes]
+
+
+def test_a_name_an_alias_and_an_id_give_the_same_bundle(
+    copy_native: Any, tmp_path: Path
+) -> None:
+    bundles = [
+        _files(_export(copy_native, tmp_path / str(i), task).path)
+        for i, task in enumerate(("tone", "Sentiment", "0", 0))
+    ]
+    assert all(bundle == bundles[0] for bundle in bundles)
+
+
+def test_a_choice_of_experts_that_is_nearly_a_tie(copy_native: Any, cli: Any) -> None:
+    file = copy_native.ckpt / "ept_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    path = "bert.encoder.layer.0.attention.self.query"
+    tensors[f"{path}.ept.router.weight"] *= 1e-7
+    safetensors.numpy.save_file(tensors, file)
+    source = checkpoint.read(copy_native.ckpt, copy_native.base)
+    router = source.contents.adapters[path].router
+    assert router is not None
+    assert router.route(0).margin < SMALL_MARGIN
+    assert [note.split(":")[0] for note in precise_routes(source, 0)] == [path]
+    options = ("--base", copy_native.base, "--task", "tone", "--no-verify")
+    result = cli("export", copy_native.ckpt, *options, "-o", copy_native.out)
+    assert result.code == 0
+    assert result.stderr.startswith(f"eptc: warning: {path}: the last expert chosen leads by only")
+
+
+def test_the_checkpoints_tokenizer_comes_first(copy_native: Any, tmp_path: Path) -> None:
+    first = _export(copy_native, tmp_path / "base")
+    for path in copy_native.base.glob("*token*"):
+        shutil.copy(path, copy_native.ckpt)
+    second = _export(copy_native, tmp_path / "ckpt")
+    sources = [b.manifest.tokenizer.source for b in (first, second) if b.manifest.tokenizer]
+    assert sources == ["base", "checkpoint"]
+
+
+def test_no_tokenizer_at_all(copy_native: Any, cli: Any) -> None:
+    """An engine for token ids: text is refused with a reason."""
+    for path in copy_native.base.glob("*token*"):
+        path.unlink()
+    built = _export(copy_native, copy_native.out)
+    assert built.manifest.tokenizer is None
+    assert not list(built.path.glob("*token*"))
+    result = cli("run", built.path, "good")
+    assert result.code == 2
+    assert "tokenizer" in result.stderr
+
+
+# ---- what Python callers get
+
+
+def test_errors_are_raised(copy_native: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OptionError, match="target is 'tensorrt'"):
+        _export(copy_native, out, target="tensorrt")
+    with pytest.raises(OptionError, match="no base model"):
+        eptc.export(copy_native.ckpt, task="tone", out=out)
+    with pytest.raises(OptionError, match="--probe was given"):
+        _export(copy_native, out, probe=tmp_path / "x")
+    with pytest.raises(TaskError, match="no task 'stone'; nearest: tone"):
+        _export(copy_native, out, "stone")
+    assert not out.exists()
+
+
+def test_nothing_is_published_where_parity_fails(
+    copy_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    """A wrong fold: exit code 1, and the old bundle stays."""
+    from eptc.passes.fold_pyramid import FoldPyramid
+
+    _export(copy_native, copy_native.out)
+    before = _files(copy_native.out)
+    fold = FoldPyramid._fold
+
+    def wrong(self: Any, base: Any, adapter: Any) -> Any:
+        return fold(self, base, adapter) * np.float32(1.001)
+
+    monkeypatch.setattr(FoldPyramid, "_fold", wrong)
+    with pytest.raises(ParityError):
+        _export(copy_native, tmp_path / "new", verify=True)
+    options = ("--base", copy_native.base, "--task", "tone", "--force", "-o", copy_native.out)
+    result = cli("export", copy_native.ckpt, *options)
+    assert result.code == 1
+    assert "fold-pyramid" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    assert _files(copy_native.out) == before
