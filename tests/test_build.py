@@ -86,7 +86,7 @@ def _no_past(shape: tuple[int | str, ...], batch: int) -> Float32:
 
 @pytest.mark.parametrize("name", ["t5-tiny", "llama-tiny"])
 def test_engines_give_the_recorded_logits(golden: Path, tmp_path: Path, name: str) -> None:
-    """Every task of a checkpoint; what the original code computed is not part of the parity gate."""
+    """Every task of a checkpoint; the parity gate knows nothing of these numbers."""
     folder = golden / "ept" / name
     options: dict[str, Any] = {"base": folder / "base", "top_k": 2, "tasks": NAMES}
     for task_id in range(len(NAMES)):
@@ -113,7 +113,7 @@ def test_shards_give_the_same_bundle(copy_native: Any, tmp_path: Path) -> None:
     file = copy_native.base / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     file.unlink()
-    index = {}
+    index: dict[str, str] = {}
     for i in range(3):
         part = dict(list(tensors.items())[i::3])
         safetensors.numpy.save_file(part, copy_native.base / f"model-{i}.safetensors")
@@ -197,6 +197,80 @@ def test_settings_that_the_configuration_leaves_out(copy_native: Any, tmp_path: 
         assert engine.classify(["good " * 500])[0].label in ("good", "bad")
 
 
+# ---- every option of the native format, trained and saved by eptc.nn
+
+
+def _scale(rule: str, number: float) -> Any:
+    from eptc.nn import ScaleConfig
+
+    return ScaleConfig(rule, **{"denominator" if rule == "d/T" else "alpha": number})  # type: ignore[arg-type]  # tables of plain values
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"sharing": "model"}, id="shared"),
+        pytest.param({"scale": ("d/T", 3)}, id="d-over-t"),
+        pytest.param({"scale": ("alpha/sqrt(r)", 5)}, id="root"),
+        pytest.param({"gate": (0.5, "none")}, id="weights-as-they-are"),
+        pytest.param({"gate": (0.2, "softmax")}, id="second-softmax"),
+        pytest.param({"kernel_sizes": (1, 5, 37, 64), "top_k": 4}, id="odd-and-large-kernels"),
+        pytest.param({"variant": "released", "kernel_sizes": (2, 3, 16, 40)}, id="released"),
+        pytest.param(
+            {"modules": ("bert.encoder.layer.0.output.dense", 5, 2.5)}, id="a-linear-of-its-own"
+        ),
+    ],
+)
+def test_options_of_the_native_format(
+    copy_native: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Each passes the gate, whose reference reads the folder with code of its own."""
+    import torch
+
+    from eptc.nn import EptConfig, EptModel, GateConfig, ModuleConfig, load_base
+    from eptc.tasks import Task
+
+    values: dict[str, Any] = {"kernel_sizes": (2, 3, 4), "top_k": 2, "variant": "paper", **options}
+    if "scale" in values:
+        values["scale"] = _scale(*values["scale"])
+    if "gate" in values:
+        values["gate"] = GateConfig("task", *values["gate"])
+    if "modules" in values:
+        path, rank, alpha = values["modules"]
+        values["modules"] = {path: ModuleConfig(rank, alpha)}
+    config = EptConfig(
+        targets=("key", "dense"),
+        rank=3,
+        tasks=(
+            Task("one", "classification", labels=("a", "b")),
+            Task("two", "classification", labels=("c", "d")),
+        ),
+        **values,
+    )
+    model = EptModel.attach(load_base(copy_native.base), config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    model.save(tmp_path / "trained", base_dir=copy_native.base)
+
+    built = eptc.export(
+        tmp_path / "trained", base=copy_native.base, task="two", out=tmp_path / "out"
+    )
+
+    assert built.manifest.parity["passed"]
+    contents = checkpoint.read(tmp_path / "trained", copy_native.base).contents
+    rng = np.random.default_rng(0)
+    with torch.no_grad(), model.eval().task("two"):
+        for path, adapter in contents.adapters.items():
+            layer = model.layers[path]
+            delta = adapter.delta(1)
+            x = rng.standard_normal((5, delta.shape[1])).astype(np.float32)
+            both = layer(torch.from_numpy(x)) - layer.base(torch.from_numpy(x))
+            np.testing.assert_allclose(x @ delta.T, both.numpy(), rtol=1e-4, atol=1e-4)
+            assert np.abs(delta).max() > 0
+
+
 # ---- what is traced, told and warned of
 
 
@@ -219,12 +293,10 @@ def test_progress_tells_stages_and_passes(copy_native: Any, tmp_path: Path) -> N
     assert [step["name"] for step in built.manifest.passes] == [r.name for r in built.passes]
 
 
-def test_a_name_an_alias_and_an_id_give_the_same_bundle(
-    copy_native: Any, tmp_path: Path
-) -> None:
+def test_a_name_an_alias_and_an_id_give_the_same_bundle(copy_native: Any, tmp_path: Path) -> None:
+    tasks: tuple[str | int, ...] = ("tone", "Sentiment", "0", 0)
     bundles = [
-        _files(_export(copy_native, tmp_path / str(i), task).path)
-        for i, task in enumerate(("tone", "Sentiment", "0", 0))
+        _files(_export(copy_native, tmp_path / str(i), task).path) for i, task in enumerate(tasks)
     ]
     assert all(bundle == bundles[0] for bundle in bundles)
 
@@ -294,7 +366,7 @@ def test_nothing_is_published_where_parity_fails(
     fold = FoldPyramid._fold
 
     def wrong(self: Any, base: Any, adapter: Any) -> Any:
-        return fold(self, base, adapter) * np.float32(1.001)
+        return np.asarray(fold(self, base, adapter), np.float32) * np.float32(1.001)
 
     monkeypatch.setattr(FoldPyramid, "_fold", wrong)
     with pytest.raises(ParityError):

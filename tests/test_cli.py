@@ -152,7 +152,9 @@ def first_as(convert: Callable[[Any], object]) -> Damage:
 def untrusted_tokenizer(folders: Any) -> None:
     """A tokenizer that wants to run a program of its own."""
     (folders.base / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "Owned", "auto_map": {"AutoTokenizer": ["own.Owned", None]}})
+        json.dumps(
+            {"tokenizer_class": "Owned", "auto_map": {"AutoTokenizer": ["own.Owned", None]}}
+        )
     )
     (folders.base / "own.py").write_text(
         f"import os\nos.mkdir({str(folders.root / 'owned')!r})\nclass Owned: pass\n"
@@ -223,7 +225,8 @@ RELEASED = [
          "{in}/x.jsonl"),
     case("empty-probe", text("x.jsonl", "\n"), "no examples", "--probe", "{in}/x.jsonl"),
     case("no-task-spec", nothing, "x.json cannot be read", "--task-spec", "{in}/x.json"),
-    case("bad-task-spec", text("x.json", '[{"name": "sst2", "kind": "text-to-text", "lables": []}]'),
+    case("bad-task-spec",
+         text("x.json", '[{"name": "sst2", "kind": "text-to-text", "lables": []}]'),
          "unknown key 'lables'|nearest: labels", "--task-spec", "{in}/x.json"),
     case("classifier-spec-for-t5", text(
         "x.json", '[{"name": "sst2", "kind": "classification", "labels": ["a", "b"]}]'),
@@ -284,7 +287,8 @@ RELEASED = [
          "{in}/nowhere"),
     case("base-is-a-file", nothing, "is not a folder", "--base", "{in}/base/config.json"),
     case("base-without-config", text("base/config.json", None), "has no config.json"),
-    case("base-unsupported", config("base/config.json", model_type="gpt2"), "'gpt2'|expected: bert"),
+    case("base-unsupported", config("base/config.json", model_type="gpt2"),
+         "'gpt2'|expected: bert"),
     case("base-config-not-json", text("base/config.json", "{"), "config.json|as JSON"),
     case("base-config-without-type", config("base/config.json", model_type=None), "type is None"),
     case("base-config-with-a-bad-value", config("base/config.json", d_model="many"),
@@ -331,7 +335,8 @@ RELEASED = [
          "transformers_weights|outside its folder"),
     case("tokenizer-outside", config("base/tokenizer_config.json", vocab_file="/etc/passwd"),
          "vocab_file|outside its folder"),
-    case("tokenizer-damaged", text("base/spiece.model", b"\x01\x02"), "tokenizer|cannot be loaded"),
+    case("tokenizer-damaged", text("base/spiece.model", b"\x01\x02"),
+         "tokenizer|cannot be loaded"),
     case("tokenizer-with-a-program", untrusted_tokenizer, "tokenizer|cannot be loaded"),
     case("generation-config-not-json", text("base/generation_config.json", "{"),
          "generation_config.json|as JSON"),
@@ -345,10 +350,12 @@ RELEASED = [
     case("out-a-file", lambda f: f.out.write_text("x"), "is not a folder", "--force"),
     case("out-a-link", lambda f: f.out.symlink_to(f.base), "is not a folder", "--force"),
     case("out-a-dangling-link", lambda f: f.out.symlink_to("nowhere"), "is not a folder"),
-    case("out-below-a-file", nothing, "config.json is not a folder", "-o", "{in}/base/config.json/x"),
+    case("out-below-a-file", nothing, "config.json is not a folder",
+         "-o", "{in}/base/config.json/x"),
     case("out-with-a-long-name", nothing, "cannot be written|File name too long",
          "-o", "{in}/" + "x" * 300),
-    case("out-is-the-checkpoint", nothing, "is or holds the checkpoint", "-o", "{in}/ckpt", "--force"),
+    case("out-is-the-checkpoint", nothing, "is or holds the checkpoint",
+         "-o", "{in}/ckpt", "--force"),
     case("out-is-the-base", nothing, "is or holds the base model", "-o", "{in}/base", "--force"),
     case("out-is-the-base-by-another-name", lambda f: (f.root / "l").symlink_to(f.root / "in"),
          "is or holds the base model", "-o", "{in}/../l/base", "--force"),
@@ -403,7 +410,8 @@ def of_another(name: str) -> Callable[[Any, Path], None]:
 @pytest.mark.parametrize(
     ("name", "other", "words"),
     [
-        ("t5-tiny", "llama-tiny", ["in 32 of 32 linears", "SelfAttention.k is missing;", "--base"]),
+        ("t5-tiny", "llama-tiny",
+         ["in 32 of 32 linears", "SelfAttention.k is missing;", "--base"]),
         ("llama-tiny", "t5-tiny", ["in 12 of 12 linears", "self_attn.k_proj is missing"]),
         ("t5-tiny", "t5-gated-tiny",
          ["decoder.block.0.layer.0.SelfAttention.k is [44, 56], adapted as [48, 64];"]),
@@ -448,7 +456,8 @@ NATIVE_CASES = [
     case("extra-tensor", tensors(f"ckpt/{NATIVE}", put(f"{QUERY}.ept.kernels.4", np.ones((2, 2)))),
          f"nothing uses: {QUERY}.ept.kernels.4"),
     case("nan", tensors(f"ckpt/{NATIVE}", poison(f"{QUERY}.ept.B", np.nan)), f"{QUERY}.ept.B|nan"),
-    case("inf-in-a-head", tensors(f"ckpt/{NATIVE}", poison("heads.tone.classifier.weight", np.inf)),
+    case("inf-in-a-head",
+         tensors(f"ckpt/{NATIVE}", poison("heads.tone.classifier.weight", np.inf)),
          "heads.tone.classifier.weight|inf"),
     case("inf-in-the-head-of-another-task",
          tensors(f"ckpt/{NATIVE}", poison("heads.score.classifier.bias", np.inf)),
@@ -520,9 +529,7 @@ def bundles(
     return root
 
 
-def test_export_says_what_it_did(
-    copy_native: Any, cli: Callable[..., Any], bundles: Path
-) -> None:
+def test_export_says_what_it_did(copy_native: Any, cli: Callable[..., Any], bundles: Path) -> None:
     """One line for parity, one for the bundle; a pipe sees nothing else."""
     place = ("--base", copy_native.base, "-o", copy_native.out)
     result = cli("export", copy_native.ckpt, "--task", "sentiment", *place)
@@ -544,7 +551,9 @@ def test_export_as_json(copy_native: Any, cli: Callable[..., Any]) -> None:
     assert report["bundle"] == str(copy_native.out)
     assert report["task"] == "same"
     assert report["parity"] == {"verified": False}
-    assert report["files"].keys() == {p.name for p in copy_native.out.iterdir()} - {"manifest.json"}
+    assert report["files"].keys() == {p.name for p in copy_native.out.iterdir()} - {
+        "manifest.json"
+    }
     names = [record["name"] for record in report["passes"]]
     assert names == [s["name"] for s in cli("inspect", copy_native.out, "--json").json["passes"]]
     assert all(record["seconds"] >= 0 for record in report["passes"])
@@ -621,9 +630,7 @@ def test_the_predicted_size_is_the_size(
     assert report["predicted_weight_bytes"] == pytest.approx(size, rel=0.1)
 
 
-def test_convert(
-    copy_golden: Callable[..., Any], cli: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_convert(copy_golden: Callable[..., Any], cli: Callable[..., Any], tmp_path: Path) -> None:
     """A converted folder needs no --top-k and no --tasks any more, and means the same."""
     folders = copy_golden("llama-tiny")
     source = (folders.ckpt, "--base", folders.base, "--top-k", 2, "--tasks", NAMES)
@@ -657,7 +664,7 @@ def test_parity_again(
     assert shown.stdout.startswith("parity passed")
 
 
-def test_verify(cli: Callable[..., Any], bundles: Path, tmp_path: Path) -> None:
+def test_verify(cli: Callable[..., Any], bundles: Path) -> None:
     shown = cli("verify", bundles / "tone")
     assert (shown.code, shown.stderr) == (0, "")
     assert "sound" in shown.stdout
@@ -683,9 +690,9 @@ def _copy_bundle(bundle: Path, target: Path) -> Path:
         pytest.param(lambda b: (b / "manifest.json").write_text("{"), "manifest", id="no-json"),
         pytest.param(
             lambda b: (b / "manifest.json").write_text(
-                (b / "manifest.json").read_text().replace(
-                    '"schema_version": 1', '"schema_version": 2'
-                )
+                (b / "manifest.json")
+                .read_text()
+                .replace('"schema_version": 1', '"schema_version": 2')
             ),
             "schema version 2|newer",
             id="newer-manifest",

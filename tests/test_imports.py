@@ -110,9 +110,7 @@ def test_doctor_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers", "onnx_ir", "onnx", "jsonschema"])
-def test_an_extra_that_is_not_installed(
-    small_native: Any, tmp_path: Path, missing: str
-) -> None:
+def test_an_extra_that_is_not_installed(small_native: Any, tmp_path: Path, missing: str) -> None:
     """The message names the package and the extra; nothing is written."""
     options = ("--base", small_native.base, "--task", "tone", "-o", tmp_path / "out")
     done = _run(_WITHOUT + _COMMAND.replace("not end.code", "end.code == 2"), missing,

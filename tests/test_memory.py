@@ -29,7 +29,7 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
 def test_folding_streams(tmp_path: Path) -> None:
-    """The weights are three times what the process may still ask for; a control cannot hold them."""
+    """The weights are three times what the process may still ask for."""
     try:
         child = subprocess.run(
             [sys.executable, __file__, str(tmp_path)],
@@ -58,7 +58,8 @@ def write_model(root: Path, width: int, layers: int) -> int:
     base, ckpt = root / "base", root / "ckpt"
     base.mkdir(parents=True)
     ckpt.mkdir()
-    index, total = {}, 0
+    index: dict[str, str] = {}
+    total = 0
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         shapes: dict[str, tuple[int, ...]] = {
@@ -77,7 +78,7 @@ def write_model(root: Path, width: int, layers: int) -> int:
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (base / "config.json").write_text(json.dumps(_base_config(width, layers)))
     sizes = (2, 4, 8)
-    adapters = {}
+    adapters: dict[str, Any] = {}
     for path in (f"model.layers.{n}.{linear}" for n in range(layers) for linear in LINEARS):
         parts: dict[str, tuple[int, ...]] = {
             "A": (4, width // 2),
@@ -86,7 +87,9 @@ def write_model(root: Path, width: int, layers: int) -> int:
             "task_embedding": (1, width),
             **{f"kernels.{e}": (s, s) for e, s in enumerate(sizes)},
         }
-        adapters |= {f"{path}.ept.{part}": np.resize(block, shape) for part, shape in parts.items()}
+        adapters |= {
+            f"{path}.ept.{part}": np.resize(block, shape) for part, shape in parts.items()
+        }
     safetensors.numpy.save_file(adapters, ckpt / "ept_model.safetensors")
     (ckpt / "ept_config.json").write_text(json.dumps(_ept_config(sizes)))
     return total

@@ -141,13 +141,13 @@ def test_the_schema_is_one() -> None:
     jsonschema.Draft202012Validator.check_schema(_schema())
 
 
-def test_schema_and_configuration_agree(
-    golden: Path, small_native: Any, tmp_path: Path
-) -> None:
+def test_schema_and_configuration_agree(golden: Path, small_native: Any, tmp_path: Path) -> None:
     """On a converted checkpoint, on a trained one, and on what either refuses."""
     folder = golden / "ept" / "t5-tiny"
     tasks = json.loads((folder / "meta.json").read_text())["tasks"]
-    eptc.convert(folder / "adapter", base=folder / "base", out=tmp_path / "c", top_k=2, tasks=tasks)
+    eptc.convert(
+        folder / "adapter", base=folder / "base", out=tmp_path / "c", top_k=2, tasks=tasks
+    )
     validator = jsonschema.Draft202012Validator(_schema())
     for directory in (tmp_path / "c", small_native.ckpt):
         config = json.loads((directory / "ept_config.json").read_text())

@@ -89,6 +89,7 @@ class EptModel(nn.Module):
             )
         elif head_modules:
             raise OptionError(f"{type(hf_model).__name__} has no heads for each task")
+        _refuse_overlap(linears, self.heads)
         self.shared = shared_factors(linears, config)
         self.layers = {
             path: EptLinear(
@@ -292,3 +293,15 @@ class EptModel(nn.Module):
             fill_parameter(self.shared.A, stored.shared["A"], "shared.ept.A", spare=1)
             fill_parameter(self.shared.B, stored.shared["B"], "shared.ept.B", spare=0)
         fill_heads(self.heads, self.tasks, stored.heads, needed)
+
+
+def _refuse_overlap(linears: Collection[str], heads: Collection[str]) -> None:
+    """Refuse a linear that is to be adapted and that each task has its own copy of."""
+    for path in linears:
+        for head in heads:
+            if path == head or path.startswith(f"{head}."):
+                raise OptionError(
+                    f"the target {path} is part of {head}, which each task has its own copy of",
+                    fix="give targets that name the shared linears only, such as "
+                    "'attention.output.dense' instead of 'dense'",
+                )

@@ -122,8 +122,6 @@ def compare(
         difference = np.abs(a - b)
     difference[~(np.isfinite(a) & np.isfinite(b))] = np.inf
     worst = np.unravel_index(int(np.argmax(difference)), difference.shape)
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    finite = np.isfinite(norms) and norms > 0
     return Comparison(
         what,
         got.shape,
@@ -132,5 +130,14 @@ def compare(
         tuple(int(i) for i in worst),
         float(a[worst]),
         float(b[worst]),
-        float((a * b).sum() / norms) if finite else (1.0 if norms == 0 else math.nan),
+        _cosine(a, b),
     )
+
+
+def _cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    """Return the cosine of the angle between two tensors; of none with zero, NaN."""
+    if not a.any() and not b.any():
+        return 1.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+        return float((a * b).sum() / norms) if math.isfinite(norms) and norms > 0 else math.nan

@@ -81,7 +81,13 @@ def parity(
         task = manifest.task
         if task is None:
             raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
-        task_id = [t.name for t in model.tasks].index(task.name)
+        names = [t.name for t in model.tasks]
+        if task.name not in names:
+            raise BundleError(
+                f"{folder} was built for task {task.name!r}, which the checkpoint does not have",
+                expected=", ".join(names),
+            )
+        task_id = names.index(task.name)
         examples = read_examples(Path(data), task, labelled=True) if data is not None else None
         if examples is not None and task.kind == "generation":
             raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
@@ -113,6 +119,19 @@ def _check_origin(folder: Path, manifest: Manifest, source: checkpoint.Checkpoin
                 f"{folder} was made from another {what}: SHA-256 {recorded[:16]}..., "
                 f"the one given has {found[:16]}...",
                 fix=f"give the {what} it was made from, or build it again",
+            )
+    # The hash covers the tensors; this is said beside them.
+    given: dict[str, object] = {
+        "variant": source.contents.variant,
+        "top_k": source.contents.top_k,
+        "kernel_sizes": list(source.contents.kernel_sizes),
+    }
+    for key, value in given.items():
+        if manifest.checkpoint.get(key) != value:
+            raise BundleError(
+                f"{folder} was made with {key} {manifest.checkpoint.get(key)}, the checkpoint "
+                f"given has {value}",
+                fix="give the checkpoint it was made from, or build it again",
             )
 
 

@@ -81,7 +81,7 @@ def write_released(tmp_path: Path, write_base: Callable[..., Path]) -> Callable[
         def draw(*shape: int) -> Float32:
             return rng.standard_normal(shape).astype(np.float32)
 
-        tensors = {}
+        tensors: dict[str, Float32] = {}
         for path, (out, columns) in shapes.items():
             r = (ranks or {}).get(path, rank)
             tensors |= {
@@ -146,7 +146,7 @@ def write_paper(tmp_path: Path, write_base: Callable[..., Path]) -> Callable[...
         if shared:
             tallest, widest = (max(s[axis] for s in shapes.values()) for axis in (0, 1))
             pairs = {"shared": ((tallest, widest), rank)}
-        tensors = {}
+        tensors: dict[str, Float32] = {}
         for path, ((out, columns), r) in pairs.items():
             height, width = -(-out // min(sizes)), -(-columns // min(sizes))
             tensors |= {
@@ -155,8 +155,8 @@ def write_paper(tmp_path: Path, write_base: Callable[..., Path]) -> Callable[...
             }
         for path, (_, columns) in shapes.items():
             tensors |= {
-                f"{path}.router.weight": draw(len(sizes), columns) / 8,
-                f"{path}.task_embedding": draw(rows, columns) / 8,
+                f"{path}.router.weight": draw(len(sizes), columns) / np.float32(8),
+                f"{path}.task_embedding": draw(rows, columns) / np.float32(8),
             }
             for e, s in enumerate(sizes):
                 tensors[f"{path}.kernels.{e}"] = draw(s, s)

@@ -218,9 +218,7 @@ def test_a_configuration_that_is_no_json_object(
         (f"{UP}.ept.kernels.0", np.ones((2, 2), np.int64), "type int64"),
     ],
 )
-def test_bad_tensors(
-    write_paper: Callable[..., Any], name: str, value: Any, words: str
-) -> None:
+def test_bad_tensors(write_paper: Callable[..., Any], name: str, value: Any, words: str) -> None:
     written = write_paper({UP: (12, 10)}, (2, 3))
     file = written.ckpt / "ept_model.safetensors"
     tensors = safetensors.numpy.load_file(file)

@@ -34,9 +34,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", ["t5-tiny", "t5-gated-tiny", "llama-tiny"])
-def test_inspect_reads_no_number_of_the_base(
-    golden: Path, reads: list[Path], name: str
-) -> None:
+def test_inspect_reads_no_number_of_the_base(golden: Path, reads: list[Path], name: str) -> None:
     folder = golden / "ept" / name
     report = eptc.inspect(folder / "adapter", base=folder / "base", top_k=2, tasks=NAMES)
     assert len(report["routes"]) == 8
@@ -186,6 +184,4 @@ def test_task_descriptions(golden: Path, tmp_path: Path, wrapped: bool) -> None:
     assert described["sst2"].labels == ("negative", "positive")
     file.write_text(file.read_text().replace('"rte"', '"rta"'))
     with pytest.raises(TaskError, match=r"names 'rta'\nexpected: one of cola"):
-        checkpoint.read(
-            folder / "adapter", folder / "base", top_k=2, tasks=NAMES, task_spec=file
-        )
+        checkpoint.read(folder / "adapter", folder / "base", top_k=2, tasks=NAMES, task_spec=file)

@@ -273,9 +273,7 @@ def test_parameters_in_a_pickle(write_released: Callable[..., Any]) -> None:
     want = plain.sha256
     file.unlink()
     torch.save(parameters, written.ckpt / "adapter_model.bin")
-    pickled = checkpoint.read(
-        written.ckpt, written.base, top_k=2, tasks=NAMES, allow_pickle=True
-    )
+    pickled = checkpoint.read(written.ckpt, written.base, top_k=2, tasks=NAMES, allow_pickle=True)
     assert pickled.sha256 == want
 
 
@@ -286,8 +284,8 @@ def test_a_trainer_folder_with_everything_it_writes(copy_golden: Callable[..., A
     (folders.ckpt / "trainer_state.json").write_text("{}")
     source = checkpoint.read(folders.ckpt, folders.base, top_k=2, tasks=NAMES)
     assert len(source.contents.adapters) == 32
-    with pytest.raises(CheckpointError, match="such as .*checkpoint-300"):
-        shutil.copytree(folders.ckpt, folders.root / "runs" / "checkpoint-300")
+    shutil.copytree(folders.ckpt, folders.root / "runs" / "checkpoint-300")
+    with pytest.raises(CheckpointError, match=r"such as .*checkpoint-300"):
         checkpoint.read(folders.root / "runs", folders.base, top_k=2, tasks=NAMES)
 
 
@@ -320,7 +318,7 @@ def test_top_k_is_suggested_from_the_gates(golden: Path, name: str, says: str) -
 def _shape_cases() -> list[Any]:
     """Any part of an adapter that is not what the format says."""
     a, b, gate = "lora_A.weight", "lora_B.weight", "lora_gate.0.weight"
-    cases = [
+    return [
         pytest.param(part, shape, id=f"{part}-{'x'.join(map(str, shape))}")
         for part, shapes in {
             a: [(), (4,), (4, 9), (5, 10), (0, 10), (4, 10, 1)],
@@ -332,7 +330,6 @@ def _shape_cases() -> list[Any]:
         }.items()
         for shape in shapes
     ]
-    return cases
 
 
 @pytest.mark.parametrize("top_k", [None, 2])

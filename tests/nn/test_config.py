@@ -175,6 +175,11 @@ BAD_SITES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "an embedding": ({"targets": ("word_embeddings",)}, {}, "is a Embedding"),
     "an override of nothing": ({"modules": {"query": ModuleConfig(rank=1)}}, {}, "modules names"),
     "a head the base has not": ({}, {"head_modules": ["pre"]}, "no module 'pre'"),
+    "a target in a head": (
+        {"targets": ("dense",)},
+        {"head_modules": ["bert.pooler.dense"]},
+        "bert.pooler.dense is part of bert.pooler.dense",
+    ),
     "a task without labels": ({"tasks": (GLUE["rte"],)}, {}, "'rte' is 'text-to-text'"),
 }
 

@@ -143,7 +143,6 @@ BAD_RELEASED: dict[str, tuple[Change, type[EptcError], str]] = {
     "another method": (options(peft_type="IA3"), CheckpointError, "peft_type is 'IA3'"),
     "trained biases": (options(bias="all"), CheckpointError, "bias is 'all'"),
     "modules to save": (options(modules_to_save=["lm_head"]), CheckpointError, "modules_to_save"),
-    "some layers": (options(layers_to_transform=[0]), CheckpointError, "layers_to_transform"),
     "no r": (options(r="gone"), CheckpointError, "no 'r'"),
     "alpha is text": (options(lora_alpha="16"), CheckpointError, "scale.alpha is '16'"),
     "targets are a number": (options(target_modules=3), CheckpointError, "target_modules is 3"),

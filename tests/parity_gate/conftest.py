@@ -88,12 +88,18 @@ def paper(small_native: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 def _jitter(source: Path, base: Path) -> None:
-    """Copy a base; biases of zero and norms of one get numbers a fault would show on."""
+    """Copy a base; biases of zero and norms of one get numbers a fault would show on.
+
+    Its tokenizer tells the texts of a pair apart, as BERT's own does.
+    """
     for path in source.iterdir():
         shutil.copyfile(path, base / path.name)
+    path = base / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_input_names": names}))
     generator = torch.Generator().manual_seed(2)
     weights = {
-        name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
         for name, tensor in safetensors.torch.load_file(source / "model.safetensors").items()
     }
     safetensors.torch.save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
@@ -122,7 +128,7 @@ def _write_paper(ckpt: Path, base: Path, options: Mapping[str, Any]) -> None:
         model = EptModel.attach(load_base(base), EptConfig(**{**defaults, **options}))
         for parameter in model.parameters():
             if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.3)
+                torch.nn.init.normal_(parameter, std=0.2)
         model.save(ckpt, base_dir=base, base_name="small-bert")
 
 
@@ -135,6 +141,12 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def as_subject() -> type[Subject]:
+    """Return what makes a subject of two folders."""
+    return Subject
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eptc import build
+from eptc import build, describe
 from eptc.runtime import decoding
 from eptc.runtime.manifest import Manifest
 from eptc.text import TrainingTokenizer
@@ -41,12 +41,12 @@ def manifest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that lets the manifest say something else."""
 
     def plant(change: Callable[[Manifest], Manifest]) -> None:
-        sound = build.describe
+        sound = describe.describe
 
-        def describe(*arguments: Any) -> Manifest:
+        def changed(*arguments: Any) -> Manifest:
             return change(sound(*arguments))
 
-        monkeypatch.setattr(build, "describe", describe)
+        monkeypatch.setattr(build, "describe", changed)
 
     return plant
 
@@ -139,6 +139,12 @@ MANIFESTS: dict[str, tuple[str, Any, Callable[[Manifest], Manifest], str]] = {
         tokenizer_spec(truncation_side="left"),
         "the engine's tokenizer differs",
     ),
+    "types of a pair ignored": (
+        "bert",
+        "same",
+        tokenizer_spec(pair_types=False),
+        "token_type_ids of",
+    ),
     "pads behind what is continued": (
         "llama-tiny",
         0,
@@ -186,6 +192,15 @@ def test_tokenizer(subject: Any, refused: Any, tokenizer_file: Any, what: str) -
     tokenizer_file(change)
     message = refused(subject(name), task)
     assert "the engine's tokenizer differs from the training tokenizer" in message
+
+
+def test_types_that_training_did_not_have(
+    small_native: Any, refused: Any, manifest: Any, as_subject: Any
+) -> None:
+    """A tokenizer that passes no types to the model trained it on zeros, in pairs too."""
+    manifest(tokenizer_spec(pair_types=True))
+    message = refused(as_subject(small_native.ckpt, small_native.base), "same")
+    assert "token_type_ids of" in message
 
 
 def test_tokenizer_of_a_task_without_a_form(
