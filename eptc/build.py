@@ -18,7 +18,14 @@ import onnx_ir
 from eptc import bundle, checkpoint, lower, text
 from eptc.architectures import architecture
 from eptc.describe import OPSET, describe, write_texts
-from eptc.errors import BaseModelError, CheckpointError, OptionError, TaskError
+from eptc.errors import (
+    BaseModelError,
+    BundleError,
+    CheckpointError,
+    OptionError,
+    ParityError,
+    TaskError,
+)
 from eptc.ir import AdaptedModel
 from eptc.pipeline import (
     PassRecord,
@@ -383,7 +390,11 @@ def _prover(
     from eptc.parity_gate import prove
 
     def compare(directory: Path) -> ParityReport:
-        with Engine.load(directory, providers=["cpu"]) as engine:
+        try:
+            engine = Engine.load(directory, providers=["cpu"])
+        except BundleError as error:
+            raise ParityError(f"the engine that was written does not load: {error}") from error
+        with engine:
             return prove(
                 directory, engine, *twin, tokenizer,
                 examples=examples, layers=layers, progress=progress,

@@ -58,11 +58,14 @@ class Draft:
             _sync(file)
         _sync(self.path)
         check_place(self.out, force=self.force)
-        if self.out.exists() and any(self.out.iterdir()):
+        try:
+            self.path.rename(self.out)  # replaces an empty folder
+        except OSError as error:
+            # Somebody else's bundle may have come after the check: without `force` it stays.
+            if not self.force or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
             _exchange(self.path, self.out)
             shutil.rmtree(self.path, ignore_errors=True)  # now the old content
-        else:
-            self.path.rename(self.out)  # replaces an empty folder
         _sync(self.out.parent)
 
 
@@ -206,15 +209,21 @@ def _remove_abandoned(out: Path) -> None:
 
 
 def _locked_folder(out: Path) -> tuple[Path, int]:
-    """Return a new folder beside `out` and the open lock that says it is being written."""
+    """Return a new folder beside `out` and the open lock that says it is being written.
+
+    Another build may find it before it is locked, take it for abandoned and remove it: then
+    there is a next one.
+    """
     while True:
         path = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-        lock = os.open(path, os.O_RDONLY)
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return path, lock
-        # Another build found it before it was locked, took it for abandoned and removed it.
         os.close(lock)
 
 

@@ -83,6 +83,10 @@ class Task:
                 f"the prompt of task {self.name!r} names {unknown[0]!r}",
                 expected=f"only its fields: {', '.join(self.fields)}",
             )
+        try:
+            self.prompt.format(**dict.fromkeys(self.fields, ""))
+        except (LookupError, TypeError, ValueError) as error:
+            raise TaskError(f"task {self.name!r}: bad prompt {self.prompt!r}: {error}") from error
 
     @property
     def num_outputs(self) -> int:

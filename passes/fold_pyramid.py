@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from eptc.errors import CheckpointError
 from eptc.ir import AdaptedModel, Adapter, Constant
 from eptc.pass_base import AdapterPass, Contract
 from eptc.tensors import Array, ComputedTensor, LazyTensor, cast
@@ -50,7 +51,14 @@ class FoldPyramid(AdapterPass):
 
     def _fold(self, base: LazyTensor, adapter: Adapter) -> Array:
         weight = base.numpy().astype(np.float64)
-        return cast(weight + adapter.delta(None), self.dtype)
+        with np.errstate(over="ignore"):
+            folded = cast(weight + adapter.delta(None), self.dtype)
+        if not np.isfinite(folded).all():
+            raise CheckpointError(
+                f"folding the experts of {adapter.target} into its weight overflows {self.dtype}",
+                fix="the checkpoint's kernels or alpha are beyond what it can have trained with",
+            )
+        return folded
 
 
 def _foldable(adapter: Adapter) -> bool:

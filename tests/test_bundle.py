@@ -130,25 +130,29 @@ def test_the_place_is_taken_meanwhile(tmp_path: Path) -> None:
 def test_the_place_is_taken_at_the_last_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the check and the rename: the rename itself refuses."""
+    """Between the check and the rename: the rename itself refuses, or swaps with force."""
     out = tmp_path / "out"
-    rename = Path.rename
+    check_place = bundle.check_place
 
-    def late(path: Path, target: Path) -> Path:
-        write(out, theirs="1")
-        return rename(path, target)
+    def late(place: Path, *, force: bool) -> None:
+        check_place(place, force=force)
+        if list(tmp_path.glob(".out*")):
+            write(out, theirs="1")
 
-    monkeypatch.setattr(Path, "rename", late)
+    monkeypatch.setattr(bundle, "check_place", late)
 
-    def build() -> None:
-        with bundle.draft(out, force=False) as draft:
+    def build(*, force: bool) -> None:
+        with bundle.draft(out, force=force) as draft:
             write(draft.path, ours="1")
             draft.publish()
 
-    with pytest.raises(OutputError, match="cannot be written"):
-        build()
+    with pytest.raises(OutputError, match="cannot be written: Directory not empty"):
+        build(force=False)
     assert names(tmp_path) == ["out"]
     assert names(out) == ["theirs"]
+    build(force=True)
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["ours"]
 
 
 # ---- abandoned drafts
@@ -191,20 +195,22 @@ def test_a_lock_that_others_hold(tmp_path: Path) -> None:
         assert not theirs.exists()
 
 
+@pytest.mark.parametrize("moment", ["opened", "locked"])
 def test_a_draft_taken_for_abandoned_is_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Another build may look between the moment a draft is made and the moment it is locked."""
-    flock = fcntl.flock
+    where, name = (os, "open") if moment == "opened" else (fcntl, "flock")
+    function = getattr(where, name)
     removed: list[Path] = []
 
-    def late(lock: int, operation: int) -> None:
+    def late(*arguments: Any) -> Any:
         if not removed:
             removed.append(next(tmp_path.iterdir()))
             removed[0].rmdir()
-        flock(lock, operation)
+        return function(*arguments)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(where, name, late)
     with bundle.draft(tmp_path / "out", force=False) as draft:
         assert draft.path != removed[0]
         draft.publish()
@@ -494,7 +500,7 @@ def test_several_builds_into_one_place(small_native: Any, tmp_path: Path, force:
     """One wins; the others say why not, or replace it whole. Nothing is mixed, nothing left."""
     _export(small_native, tmp_path / "warm")
     shutil.rmtree(tmp_path / "warm")
-    barrier = threading.Barrier(4)
+    barrier = threading.Barrier(4, timeout=60)
     draft = bundle.draft
 
     @contextlib.contextmanager

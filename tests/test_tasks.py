@@ -70,6 +70,8 @@ def test_name_beats_alias() -> None:
         ({"name": "a", "kind": "generation", "prompt": "{"}, "bad prompt"),
         ({"name": "a", "kind": "generation", "prompt": "{} {text}"}, "names ''"),
         ({"name": "a", "kind": "generation", "prompt": "{text.x}"}, "names 'text.x'"),
+        ({"name": "a", "kind": "generation", "prompt": "{text!x}"}, "bad prompt"),
+        ({"name": "a", "kind": "generation", "prompt": "{text:{w}}"}, "bad prompt"),
         ({"name": "a", "kind": "generation", "labels": "ab"}, "expected: a list"),
         ({"name": "a", "kind": "generation", "labels": [1]}, "expected: strings"),
         ({"name": "a", "kind": "generation", "labels": ["x", "x"]}, "label twice"),

@@ -86,7 +86,7 @@ def test_worst_element() -> None:
     assert (result.got, result.want, result.error) == (-3, 0, 3)
     assert result.explain() == (
         "logits, a batch [2, 3, 4]: element [1, 2, 0] is -3, the reference has 0: off by 3, "
-        "allowed 1e-05 (cosine nan)"
+        "allowed 3e-05 (cosine nan)"
     )
 
 

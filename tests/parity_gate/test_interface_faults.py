@@ -270,7 +270,7 @@ def test_engine_that_does_not_load(
 ) -> None:
     """Nothing is published either where the fault shows before anything is compared."""
     from eptc import lower
-    from eptc.errors import EptcError
+    from eptc.errors import ParityError
 
     sound = lower.write
 
@@ -281,6 +281,6 @@ def test_engine_that_does_not_load(
 
     monkeypatch.setattr(lower, "write", write)
     (tmp_path / "place").mkdir()
-    with pytest.raises(EptcError):
+    with pytest.raises(ParityError, match="does not load"):
         paper().export(tmp_path / "place" / "out", "tone")
     assert list((tmp_path / "place").iterdir()) == []

@@ -56,7 +56,7 @@ def test_passed() -> None:
             (GOOD, BAD, NAN),
             "2 of 3 output tensors differ.*\nfirst: logits, c .*\nworst: logits, d",
         ),
-        ((GOOD, BAD), r"element \[1\] is 5, the reference has 4: off by 1, allowed 4e-05"),
+        ((GOOD, BAD), r"element \[1\] is 5, the reference has 4: off by 1, allowed 0.00012"),
         ((GOOD, BAD), "0.25 would have passed"),
         ((GOOD, SURE, TIE), "1 decisions differ.* on a, row 3, step 2: .*sure by 0.5, noise"),
         ((not_run("a: the engine does not run: no"),), "1 of 1 .*\nfirst: a: the engine does not"),

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from eptc.errors import CheckpointError
 from eptc.ir import AdaptedModel, Delta
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.specialize_router import SpecializeRouter
@@ -68,6 +69,15 @@ def test_second_run_changes_nothing(fixed: AdaptedModel) -> None:
     """Nothing is left to fold."""
     folded = FoldPyramid().rewrite(fixed)
     assert FoldPyramid().rewrite(folded) is folded
+
+
+def test_an_overflow_is_refused(fixed: AdaptedModel) -> None:
+    """An infinite weight is never written."""
+    adapter = fixed.adapters["a"]
+    huge = tuple(dataclasses.replace(b, scale=1e39) for b in adapter.branches)
+    changed = fixed.replace(adapters={"a": dataclasses.replace(adapter, branches=huge)})
+    with pytest.raises(CheckpointError, match="experts of a into its weight overflows float32"):
+        FoldPyramid().rewrite(changed).weights["a.weight"].numpy()
 
 
 def test_scale_counts(fixed: AdaptedModel) -> None:
