@@ -385,7 +385,7 @@ def _progress(as_json: bool, verbose: bool = False) -> Iterator[Callable[[Event]
             elif console.is_terminal:
                 status.update(event)
             else:
-                console.print(event)
+                console.print(event, soft_wrap=True)
 
         yield show
 
@@ -398,7 +398,8 @@ def _show_pass(console: Console, record: PassRecord) -> None:
     )
     error = "" if record.error is None else f"  {record.error:.2g} of its bound"
     console.print(
-        f"  {record.name:20s} {record.contract:6s} {record.seconds * 1e3:8.1f} ms{error}  {sizes}"
+        f"  {record.name:20s} {record.contract:6s} {record.seconds * 1e3:8.1f} ms{error}  {sizes}",
+        soft_wrap=True,
     )
 
 

@@ -25,7 +25,7 @@ MANIFEST: Final = "manifest.json"
 
 DTYPES: Final = ("bfloat16", "bool", "float16", "float32", "int32", "int64")
 
-# What the runtime feeds and reads, by kind of engine and graph; more may be there (DESIGN 5).
+# What the runtime feeds and reads, by kind of engine and graph; more may be there.
 INTERFACES: Final[dict[str, dict[str, tuple[frozenset[str], frozenset[str]]]]] = {
     "encoder-classifier": {
         "model": (frozenset({"input_ids", "attention_mask"}), frozenset({"logits"})),
