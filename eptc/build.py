@@ -49,8 +49,6 @@ TARGETS = ("onnx",)
 # A log-probability gap below this can flip under other float32 arithmetic.
 SMALL_MARGIN = 1e-4
 
-_GRAPH_FILES = ("encoder.onnx", "decoder.onnx", "model.onnx", "weights.bin")
-
 # What transformers raises where a configuration has values of the wrong kind.
 _BAD_CONFIG = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
@@ -420,13 +418,14 @@ def _refuse(
 
     steps = graph_passes()
     guilty = f"the pass {steps[-1].name}"
+    written = {lower.WEIGHTS, *(graph.file for graph in manifest.graphs.values())}
     for count in range(len(steps)):
         graphs = _bound(config, model)
         run_graph_passes(graphs, steps[:count])
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             trial = Path(folder)
             for name in manifest.files:
-                if name not in _GRAPH_FILES:
+                if name not in written:
                     shutil.copy(directory / name, trial / name)
             lower.write(graphs, trial)
             bundle.write_manifest(trial, dataclasses.replace(manifest, files={}))

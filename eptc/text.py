@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eptc.bundle import write_json
-from eptc.checkpoint.base import refuse_outside
+from eptc.checkpoint.base import read_json, refuse_outside
 from eptc.errors import BaseModelError
 from eptc.runtime.spec import TokenizerSpec
 from eptc.tasks import Task
@@ -153,12 +153,7 @@ def generation_config(base: Path) -> dict[str, Any]:
     path = base / "generation_config.json"
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise BaseModelError(f"{path} holds a {type(data).__name__}", expected="a JSON object")
+    data = read_json(path, BaseModelError)
     for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
         value = data.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]

@@ -78,35 +78,37 @@ class CellScaledLowRank(Delta):
         shape = self.kernel.shape
         return (shape[1], shape[2]) if len(shape) == 4 else (shape[0], shape[1])
 
+    @property
+    def _columns(self) -> int:
+        """How many inputs it reads: a."""
+        return max(1, self.in_features // self.size)
+
     def factors(self) -> tuple[Float64, Float64]:
         """Return U [out, r] = K[o // s, o % s] B[o // s] and V [r, in] = A, cropped and padded."""
         cells, s = self._cells_and_size
-        columns = max(1, self.in_features // s)
         kernel = read(self.kernel).reshape(cells, s, 1)
         rows = (kernel * read(self.B)[:cells, None, :]).reshape(cells * s, -1)
         u = np.zeros((self.out_features, rows.shape[1]))
         kept = min(self.out_features, cells * s)
         u[:kept] = rows[:kept]
         v = np.zeros((self.A.shape[0], self.in_features))
-        v[:, :columns] = read(self.A)[:, :columns]
+        v[:, : self._columns] = read(self.A)[:, : self._columns]
         return u, v
 
     def dense(self) -> Float64:
         """Return D [out, in]: each cell's row of B A repeated s times and scaled."""
         cells, s = self._cells_and_size
-        columns = max(1, self.in_features // s)
-        z = product(read(self.B)[:cells], read(self.A)[:, :columns])
+        z = product(read(self.B)[:cells], read(self.A)[:, : self._columns])
         rows = (read(self.kernel).reshape(cells, s, 1) * z[:, None, :]).reshape(cells * s, -1)
         kept = min(self.out_features, cells * s)
         d = np.zeros((self.out_features, self.in_features))
-        d[:kept, :columns] = rows[:kept]
+        d[:kept, : self._columns] = rows[:kept]
         return d
 
     @property
     def rank_bound(self) -> int:
         """The smallest of r, a and out."""
-        columns = max(1, self.in_features // self.size)
-        return min(self.A.shape[0], columns, self.out_features)
+        return min(self.A.shape[0], self._columns, self.out_features)
 
     @property
     def tensors(self) -> tuple[LazyTensor, ...]:
