@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import json
 import shutil
 import tempfile
 import time
@@ -16,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
-from eptc.architectures import architecture
 from eptc.describe import OPSET, describe, write_texts
 from eptc.errors import (
     BaseModelError,
@@ -36,6 +33,7 @@ from eptc.pipeline import (
 )
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
+from eptc.skeletons import known_parameters, skeleton
 from eptc.tasks import Task, resolve
 from eptc.tensors import as_dtype
 
@@ -181,7 +179,7 @@ def export(
     with clock.stage("specialise and fold"):
         model, records = _rewrite(source, task_id, twin, layers, progress)
     with clock.stage("trace"):
-        graphs = _bound(config, model)
+        graphs = _bound(config, model, source.base.tied_head)
     with clock.stage("graph passes"):
         graph_records = run_graph_passes(graphs, graph_passes())
         for record in graph_records:
@@ -201,7 +199,9 @@ def export(
                 prove = _prover(twin, tokenizer, examples, layers, progress)
                 report = prove(draft.path)
                 if not report.passed:
-                    _refuse(report, config, model, manifest, draft.path, prove)
+                    _refuse(
+                        report, config, model, source.base.tied_head, manifest, draft.path, prove
+                    )
                 bundle.write_json(draft.path / "parity.json", report.to_json())
                 manifest = dataclasses.replace(manifest, parity=report.summary())
         manifest = bundle.write_manifest(draft.path, manifest)
@@ -265,7 +265,7 @@ def _expected_parameters(
     source: checkpoint.Checkpoint, config: Any
 ) -> Mapping[str, tuple[int, ...]]:
     try:
-        return lower.expected_parameters(config, tied_head=source.base.tied_head)
+        return known_parameters(config, opset=OPSET, tied_head=source.base.tied_head)
     except _BAD_CONFIG as error:
         raise _no_model(source, error) from error
 
@@ -307,29 +307,9 @@ def _task_config(source: checkpoint.Checkpoint, task_id: int) -> Any:
         raise _no_model(source, error) from error
 
 
-@functools.lru_cache(maxsize=4)
-def _skeleton(config: str, model_type: str, tied_head: bool) -> dict[str, onnx_ir.Model]:
-    from transformers import CONFIG_MAPPING
-
-    parsed = CONFIG_MAPPING[model_type].from_dict(json.loads(config))
-    return lower.trace(parsed, opset=OPSET, tied_head=tied_head)
-
-
-def _traced(config: Any, tied_head: bool) -> dict[str, onnx_ir.Model]:
-    """Return unbound graphs of a configuration; tasks of one checkpoint share the trace.
-
-    A graph depends on how many labels there are, not on what they are called.
-    """
-    names = {i: f"LABEL_{i}" for i in range(config.num_labels)}
-    unnamed = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
-    settings = json.dumps({**config.to_dict(), **unnamed}, sort_keys=True)
-    skeleton = _skeleton(settings, config.model_type, tied_head)
-    return {key: model.clone() for key, model in skeleton.items()}
-
-
-def _bound(config: Any, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
+def _bound(config: Any, model: AdaptedModel, tied_head: bool) -> dict[str, onnx_ir.Model]:
     """Return the graphs of a configuration with a model's weights, none of them read."""
-    graphs = _traced(config, architecture(config).head not in model.weights)
+    graphs = skeleton(config, opset=OPSET, tied_head=tied_head).copy_graphs()
     lower.bind(graphs, {name: as_dtype(t, "float32") for name, t in model.weights.items()})
     return graphs
 
@@ -405,6 +385,7 @@ def _refuse(
     report: ParityReport,
     config: Any,
     model: AdaptedModel,
+    tied_head: bool,
     manifest: Manifest,
     directory: Path,
     prove: Callable[[Path], ParityReport],
@@ -420,7 +401,7 @@ def _refuse(
     guilty = f"the pass {steps[-1].name}"
     written = {lower.WEIGHTS, *(graph.file for graph in manifest.graphs.values())}
     for count in range(len(steps)):
-        graphs = _bound(config, model)
+        graphs = _bound(config, model, tied_head)
         run_graph_passes(graphs, steps[:count])
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             trial = Path(folder)

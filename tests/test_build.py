@@ -17,8 +17,8 @@ import safetensors.numpy
 from onnx import numpy_helper
 
 import eptc
-from eptc import checkpoint
-from eptc.build import SMALL_MARGIN, Bundle, _skeleton, precise_routes
+from eptc import checkpoint, skeletons
+from eptc.build import SMALL_MARGIN, Bundle, precise_routes
 from eptc.errors import OptionError, ParityError, TaskError
 from eptc.pipeline import PassRecord
 from eptc.runtime import Engine
@@ -277,9 +277,9 @@ def test_options_of_the_native_format(
 def test_tasks_share_a_trace(copy_native: Any, tmp_path: Path) -> None:
     """Also where their labels have other names; another number of outputs is another graph."""
     _export(copy_native, tmp_path / "tone", "tone")
-    misses = _skeleton.cache_info().misses
+    misses = skeletons._skeleton.cache_info().misses
     _export(copy_native, tmp_path / "same", "same")
-    assert _skeleton.cache_info().misses == misses
+    assert skeletons._skeleton.cache_info().misses == misses
     labels = json.loads((tmp_path / "same" / "config.json").read_text())["id2label"]
     assert labels == {"0": "no", "1": "yes"}
 
