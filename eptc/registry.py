@@ -16,6 +16,7 @@ PASSES: dict[str, str] = {
     "drop-dead-experts": "eptc.passes.drop_dead_experts:DropDeadExperts",
     "fold-pyramid": "eptc.passes.fold_pyramid:FoldPyramid",
     "fold-transposes": "eptc.passes.fold_transposes:FoldTransposes",
+    "narrow-weights": "eptc.passes.narrow_weights:NarrowWeights",
     "stable-names": "eptc.passes.stable_names:StableNames",
 }
 

@@ -274,10 +274,10 @@ def test_engine_that_does_not_load(
 
     sound = lower.write
 
-    def write(graphs: Any, directory: Path) -> Any:
-        paths = sound(graphs, directory)
+    def write(graphs: Any, directory: Path, **options: Any) -> Any:
+        digests = sound(graphs, directory, **options)
         (directory / "weights.bin").write_bytes(b"")
-        return paths
+        return digests
 
     monkeypatch.setattr(lower, "write", write)
     (tmp_path / "place").mkdir()
