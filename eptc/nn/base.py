@@ -18,7 +18,15 @@ from eptc.nn.stored import name_some
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["base_sha256", "is_classifier", "load_base", "read_base", "refusing", "require", "task_class"]
+__all__ = [
+    "base_sha256",
+    "is_classifier",
+    "load_base",
+    "read_base",
+    "refusing",
+    "require",
+    "task_class",
+]
 
 
 def load_base(base_dir: str | Path, *, allow_missing: Collection[str] = ()) -> PreTrainedModel:

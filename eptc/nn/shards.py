@@ -60,9 +60,7 @@ class Shards:
                 name: tensor for path in _files(directory) for name, tensor in _header(path)
             }
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            raise BaseModelError(
-                f"the weights in {directory} cannot be read: {error}"
-            ) from error
+            raise BaseModelError(f"the weights in {directory} cannot be read: {error}") from error
 
     def stored(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a tensor's bytes.
@@ -110,6 +108,9 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            yield name, StoredTensor(
-                path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin
+            yield (
+                name,
+                StoredTensor(
+                    path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin
+                ),
             )
