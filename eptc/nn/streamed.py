@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ class _Memory:
 
     def __init__(self, blocks: Sequence[Sequence[str]]) -> None:
         self.present: str | None = None
-        self._next = {a: b for stack in blocks for a, b in zip(stack, stack[1:], strict=False)}
+        self._next = {a: b for stack in blocks for a, b in itertools.pairwise(stack)}
         self._given: dict[tuple[str, int, int], Any] = {}
         self._inputs: dict[tuple[str, int], Tensor] = {}
         self._calls: dict[str, int] = {}

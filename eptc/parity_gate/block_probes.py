@@ -84,6 +84,7 @@ def _translated(manifest: Manifest, probe: Probe) -> Batch:
     assert generation is not None
     tokens = probe.answer
     if tokens is None:
+        assert generation.decoder_start_token_id is not None
         tokens = _drawn(manifest, len(probe.input_ids), _FED)
         tokens[:, 0] = generation.decoder_start_token_id
     feeds = probe.feeds()

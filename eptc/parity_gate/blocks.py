@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from eptc.checkpoint import Checkpoint
 from eptc.errors import ParityError
-from eptc.nn.streamed import StreamedModel, Visit
+from eptc.nn.streamed import StreamedModel
 from eptc.parity_gate.block_probes import Batch, few, make_batch
-from eptc.parity_gate.block_runs import Run, Runner, as_past
+from eptc.parity_gate.block_runs import Runner, as_past
 from eptc.parity_gate.compare import FP32, Bound, Comparison, compare, not_run
 from eptc.parity_gate.gate import make_probes, with_outcomes
 from eptc.parity_gate.interface import check_manifest
@@ -204,7 +204,7 @@ class _Walk:
             if "logits" in made:
                 outcomes += _logits(what, batch, role, made["logits"], after[i])
                 continue
-            got = sum(made[value] for value in part.result)
+            got = np.sum([made[value] for value in part.result], axis=0)
             sizes = _by_token(
                 after[i] if before is None else np.maximum(np.abs(before[i]), np.abs(after[i]))
             )
@@ -244,7 +244,7 @@ def _numpy(tensors: Iterable[Any]) -> list[Float32]:
 
 
 class _Parameters(Mapping[str, Float32]):
-    """The reference's parameters by the names the plain task model has, each read when asked for."""
+    """The reference's parameters by their names in the plain task model, read when asked for."""
 
     def __init__(self, reference: StreamedModel, task_id: int) -> None:
         self._reference = reference

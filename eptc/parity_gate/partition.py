@@ -100,7 +100,7 @@ class Partition:
         self.parts = self._cut([name for name in order if name in found])
 
     def _placed(self) -> dict[ir.Node, str]:
-        """Return the part of each node that has one; the others are made wherever they are read."""
+        """Return the part of each node that has one; others are made wherever they are read."""
         given = {v.name for v in self._graph.inputs}
         cached = {name for name in given if name is not None and name.startswith(PAST)}
         of_cache = _depend(self._nodes, cached, through_shapes=False)
@@ -112,7 +112,8 @@ class Partition:
             if node in self._known:
                 place[node] = self._own[node] or self._follow(latest)
             elif node in of_inputs and node not in of_cache and latest == BEFORE:
-                if all(p in place for p in _producers(node) if p in of_inputs):
+                made = [p for p in _producers(node) if p in of_inputs]
+                if all(p in place for p in made):
                     place[node] = BEFORE
         return place
 

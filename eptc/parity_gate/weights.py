@@ -168,7 +168,7 @@ def _check_close(name: str, array: npt.NDArray[Any], base: Float32, delta: Float
 
 def _rounding(dtype: np.dtype[Any]) -> tuple[float, float]:
     """Return what one rounding to a type may move a number by: a part of it, and at least."""
-    info = ml_dtypes.finfo(dtype)
+    info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     # float32 was given a whole step: the fold may add up in another order.
     steps = 1.0 if dtype == np.float32 else 0.5
     return steps * float(info.eps), 0.5 * float(info.smallest_subnormal)
