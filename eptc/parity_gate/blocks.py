@@ -132,6 +132,7 @@ class _Walk:
             block: role for role, runner in runners.items() for block in runner.partition.blocks
         }
         self._encoded: Sequence[Float32] = ()
+        self._tokens: dict[int, int] = {}  # that the engine's last part gave, by batch
 
     def outcomes(self, task_id: int, progress: Callable[[str], None]) -> Iterator[list[Outcome]]:
         """Yield what was found for each part."""
@@ -148,7 +149,7 @@ class _Walk:
                     yield self._compare(role, BEFORE, None, before)
                 self._hand_over(role, visit.path)
                 yield self._compare(role, visit.path, before, after)
-                state = after
+                state = [new[:, : self._tokens[i]] for i, new in enumerate(after)]
             elif role == "encoder" and not self._encoded:
                 # The norm that ends the encoder.
                 yield self._compare(role, AFTER, state, _numpy(visit.outputs))
@@ -204,11 +205,14 @@ class _Walk:
             if "logits" in made:
                 outcomes += _logits(what, batch, role, made["logits"], after[i])
                 continue
-            got = np.sum([made[value] for value in part.result], axis=0)
-            sizes = _by_token(
-                after[i] if before is None else np.maximum(np.abs(before[i]), np.abs(after[i]))
-            )
-            outcomes.append(compare(what, got, after[i], STATE, batch.valid[role], sizes=sizes))
+            got: Float32 = np.sum([made[value] for value in part.result], axis=0)
+            self._tokens[i] = got.shape[1]
+            want, old, valid = after[i], None if before is None else before[i], batch.valid[role]
+            if batch.decided is None and name == runner.partition.blocks[-1] and len(got[0]) == 1:
+                # A class follows from the first token: the last block may make that one alone.
+                want, old, valid = want[:, :1], None if old is None else old[:, :1], None
+            sizes = _by_token(want if old is None else np.maximum(np.abs(old), np.abs(want)))
+            outcomes.append(compare(what, got, want, STATE, valid, sizes=sizes))
         return outcomes
 
 
