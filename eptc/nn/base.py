@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,21 @@ import safetensors
 import torch
 
 from eptc.errors import BaseModelError
+from eptc.nn.shards import Shards
 from eptc.nn.stored import name_some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["base_sha256", "is_classifier", "load_base", "read_base", "require"]
+__all__ = [
+    "base_sha256",
+    "is_classifier",
+    "load_base",
+    "read_base",
+    "refusing",
+    "require",
+    "task_class",
+]
 
 
 def load_base(base_dir: str | Path, *, allow_missing: Collection[str] = ()) -> PreTrainedModel:
@@ -47,6 +55,18 @@ def read_base(directory: Path) -> tuple[PreTrainedModel, list[str]]:
     Raises:
         BaseModelError: the folder cannot be used.
     """
+    with refusing(directory):
+        model, report = _from_pretrained(directory)
+    return model.eval(), sorted(report["missing_keys"])
+
+
+@contextlib.contextmanager
+def refusing(directory: Path) -> Iterator[None]:
+    """Read a base quietly, its random numbers apart, and say so where it cannot be used.
+
+    Raises:
+        BaseModelError: the folder cannot be used.
+    """
     if not (directory / "config.json").is_file():
         raise BaseModelError(
             f"{directory} has no config.json", expected="a Hugging Face model folder"
@@ -54,10 +74,9 @@ def read_base(directory: Path) -> tuple[PreTrainedModel, list[str]]:
     with _quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the folder lacks is drawn: the same each time
         try:
-            model, report = _from_pretrained(directory)
+            yield
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             raise BaseModelError(f"{directory} cannot be loaded: {error}") from error
-    return model.eval(), sorted(report["missing_keys"])
 
 
 def require(directory: Path, missing: Sequence[str]) -> None:
@@ -71,16 +90,7 @@ def require(directory: Path, missing: Sequence[str]) -> None:
 
 
 def _from_pretrained(directory: Path) -> tuple[Any, dict[str, Any]]:
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    if config.is_encoder_decoder:
-        auto = transformers.AutoModelForSeq2SeqLM
-    elif config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        auto = transformers.AutoModelForSequenceClassification
-    else:
-        auto = transformers.AutoModelForCausalLM
+    auto, config = task_class(directory)
     model, report = auto.from_pretrained(
         directory,
         config=config,
@@ -91,6 +101,19 @@ def _from_pretrained(directory: Path) -> tuple[Any, dict[str, Any]]:
         output_loading_info=True,
     )
     return model, report
+
+
+def task_class(directory: Path) -> tuple[Any, Any]:
+    """Return the auto class of a base's task model, and the base's configuration."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM, config
+    if config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return transformers.AutoModelForSequenceClassification, config
+    return transformers.AutoModelForCausalLM, config
 
 
 @contextlib.contextmanager
@@ -122,29 +145,9 @@ def base_sha256(base_dir: str | Path) -> str:
     Raises:
         BaseModelError: the folder has no readable safetensors weights.
     """
-    directory = Path(base_dir)
-    digest = hashlib.sha256()
-    try:
-        with contextlib.ExitStack() as stack:
-            files = {
-                path: stack.enter_context(safetensors.safe_open(path, framework="pt"))
-                for path in _weight_files(directory)
-            }
-            places = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
-            for name in sorted(places):
-                stored = places[name].get_slice(name)
-                shape = ",".join(map(str, stored.get_shape()))
-                digest.update(f"{name}\n{stored.get_dtype()}\n{shape}\n".encode())
-                flat = places[name].get_tensor(name).contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy())
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise BaseModelError(f"the weights in {directory} cannot be read: {error}") from error
+    shards, digest = Shards(Path(base_dir)), hashlib.sha256()
+    for name, stored in sorted(shards.tensors.items()):
+        shape = ",".join(map(str, stored.shape))
+        digest.update(f"{name}\n{stored.dtype}\n{shape}\n".encode())
+        digest.update(shards.stored(name).data)
     return digest.hexdigest()
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return [directory / "model.safetensors"]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [directory / name for name in sorted(set(names))]

@@ -27,6 +27,8 @@ from eptc.tasks import Task, resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from eptc.nn.meta_base import MetaBase
+
 __all__ = ["EptModel"]
 
 
@@ -231,7 +233,7 @@ class EptModel(nn.Module):
             CheckpointError: the checkpoint is damaged or does not fit the base.
             BaseModelError: the base cannot be used, or is another than the recorded one.
         """
-        return cls._restore(native.read(Path(directory)), Path(base_dir))
+        return cls.restore(native.read(Path(directory)), Path(base_dir))
 
     @classmethod
     def load_released(
@@ -260,11 +262,22 @@ class EptModel(nn.Module):
         stored = released.read(
             Path(directory), top_k=top_k, tasks=tasks, allow_pickle=allow_pickle
         )
-        return cls._restore(stored, Path(base_dir))
+        return cls.restore(stored, Path(base_dir))
 
     @classmethod
-    def _restore(cls, stored: Stored, base_dir: Path) -> EptModel:
-        prepared = prepare(stored, base_dir)
+    def restore(cls, stored: Stored, base_dir: Path, base: MetaBase | None = None) -> EptModel:
+        """Return a checkpoint that was read on its base, in eval mode.
+
+        Args:
+            stored: the checkpoint.
+            base_dir: the base's folder.
+            base: it, where it is not to be in memory as a whole; the adapters and the heads are.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or does not fit the base.
+            BaseModelError: the base cannot be used, or is another than the recorded one.
+        """
+        prepared = prepare(stored, base_dir, base)
         try:
             model = cls(prepared.hf_model, prepared.config, head_modules=prepared.head_modules)
         except OptionError as error:

@@ -1,4 +1,4 @@
-"""`load_reference`: a checkpoint of either format, by what its folder holds."""
+"""A checkpoint of either format, by what its folder holds: `read_stored`, `load_reference`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from eptc.errors import CheckpointError, OptionError
 from eptc.nn import native, released
 from eptc.nn.config import EptConfig
 from eptc.nn.model import EptModel
+from eptc.nn.stored import Stored
 from eptc.tasks import Task
 
-__all__ = ["load_reference"]
+__all__ = ["load_reference", "read_stored"]
 
 
 def load_reference(
@@ -36,6 +37,18 @@ def load_reference(
         CheckpointError: the folder is no checkpoint, is damaged or does not fit the base.
         BaseModelError: the base cannot be used, or is another than the recorded one.
     """
+    stored = read_stored(checkpoint, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle)
+    return EptModel.restore(stored, Path(base_dir))
+
+
+def read_stored(
+    checkpoint: str | Path,
+    *,
+    top_k: int | None = None,
+    tasks: Sequence[str | Task] | None = None,
+    allow_pickle: bool = False,
+) -> Stored:
+    """Return what a folder of either format holds; arguments and errors as `load_reference`."""
     directory = Path(checkpoint)
     formats = [name for name in (native.CONFIG, released.CONFIG) if (directory / name).is_file()]
     if len(formats) != 1:
@@ -46,12 +59,10 @@ def load_reference(
             fix=f"name one of its folders, such as {inner[-1]}" if inner else None,
         )
     if formats == [released.CONFIG]:
-        return EptModel.load_released(
-            directory, base_dir, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle
-        )
-    model = EptModel.load(directory, base_dir)
-    _check_given(model.config, top_k, tasks)
-    return model
+        return released.read(directory, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle)
+    stored = native.read(directory)
+    _check_given(stored.config, top_k, tasks)
+    return stored
 
 
 def _check_given(config: EptConfig, top_k: int | None, tasks: Sequence[str | Task] | None) -> None:

@@ -17,6 +17,8 @@ from eptc.nn.stored import Stored
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from eptc.nn.meta_base import MetaBase
+
 __all__ = ["Prepared", "prepare"]
 
 
@@ -36,8 +38,13 @@ class Prepared(NamedTuple):
     needed: dict[str, set[str]]
 
 
-def prepare(stored: Stored, base_dir: Path) -> Prepared:
+def prepare(stored: Stored, base_dir: Path, base: MetaBase | None = None) -> Prepared:
     """Load the base of a checkpoint and see what the checkpoint must bring.
+
+    Args:
+        stored: the checkpoint.
+        base_dir: the base's folder.
+        base: it, where it is not to be in memory as a whole; what tasks have copies of is loaded.
 
     Raises:
         BaseModelError: the base cannot be used, is another than the recorded one, or lacks
@@ -50,8 +57,11 @@ def prepare(stored: Stored, base_dir: Path) -> Prepared:
             f"the weights in {base_dir} have the SHA-256 {found}",
             expected=f"{wanted}, the base the checkpoint was trained on",
         )
-    hf_model, missing = read_base(base_dir)
+    hf_model, missing = read_base(base_dir) if base is None else (base.hf, base.missing)
     modules, needed = _head_needs(hf_model, stored, missing)
+    if base is not None and is_classifier(hf_model):
+        for path in (head_module(hf_model), *modules):
+            base.keep(hf_model.get_submodule(path))
     brought = set.intersection(*needed.values())
     require(base_dir, [name for name in missing if name not in brought])
     # Trainers list names of several architectures; what has tensors is compared later.

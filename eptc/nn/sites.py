@@ -16,7 +16,7 @@ from eptc.nn.experts import Factors, PaperExperts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["contributing", "named", "shared_factors", "target_linears"]
+__all__ = ["block_lists", "contributing", "named", "shared_factors", "target_linears"]
 
 
 def named(target: str, paths: Iterable[str]) -> bool:
@@ -68,3 +68,21 @@ def contributing(
         encoder = next(path for path, module in hf_model.named_modules() if module is inner)
     kind = hf_model.config.model_type
     return tuple(path for path in layers if losses.contributes(config, kind, path, encoder))
+
+
+def block_lists(hf_model: nn.Module, heads: Iterable[str] = ()) -> list[list[str]]:
+    """Return the full names of the blocks of each stack: the outermost lists of modules.
+
+    Args:
+        hf_model: the model.
+        heads: modules that stand for one a task; their lists are no stacks.
+    """
+    lists: list[str] = []
+    for path, module in hf_model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in (*lists, *heads))
+        if isinstance(module, nn.ModuleList) and not inside:
+            lists.append(path)
+    return [
+        [f"{path}.{name}" for name, _ in hf_model.get_submodule(path).named_children()]
+        for path in lists
+    ]

@@ -26,10 +26,9 @@ class Bound:
     floor: float
     why: str
 
-    def absolute(self, want: npt.NDArray[np.floating[Any]]) -> float:
-        """Return the bound for a tensor of expected values."""
-        largest = float(np.abs(want).max()) if want.size else 0.0
-        return self.relative * max(self.floor, largest)
+    def absolute(self, sizes: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Return the bound of elements that belong to tensors, or rows, of these magnitudes."""
+        return self.relative * np.maximum(self.floor, np.asarray(sizes, np.float64))
 
 
 FP32 = Bound(
@@ -100,6 +99,8 @@ def compare(
     want: npt.NDArray[np.floating[Any]],
     bound: Bound,
     where: npt.NDArray[np.bool_] | None = None,
+    *,
+    sizes: npt.NDArray[np.floating[Any]] | None = None,
 ) -> Comparison:
     """Compare two arrays of one shape.
 
@@ -109,6 +110,8 @@ def compare(
         want: the reference's.
         bound: what is allowed.
         where: elements that count (broadcast over trailing axes); None: all. Padding does not.
+        sizes: magnitudes that the elements' bounds go by (broadcast); the worst element is then
+            the one furthest past its own. None: all go by the tensor's largest.
     """
     if got.shape != want.shape:
         failed = not_run(f"{what}: shape {list(got.shape)}, the reference has {list(want.shape)}")
@@ -122,12 +125,15 @@ def compare(
     with np.errstate(invalid="ignore"):
         difference = np.abs(a - b)
     difference[~(np.isfinite(a) & np.isfinite(b))] = np.inf
-    worst = np.unravel_index(int(np.argmax(difference)), difference.shape)
+    if sizes is None:
+        sizes = np.abs(np.where(np.isfinite(b), b, 0.0)).max()
+    allowed = np.broadcast_to(bound.absolute(sizes), b.shape)
+    worst = np.unravel_index(int(np.argmax(difference / allowed)), difference.shape)
     return Comparison(
         what,
         got.shape,
         float(difference[worst]),
-        bound.absolute(np.where(np.isfinite(b), b, 0.0)),
+        float(allowed[worst]),
         tuple(int(i) for i in worst),
         float(a[worst]),
         float(b[worst]),

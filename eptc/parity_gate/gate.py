@@ -11,6 +11,7 @@ from eptc.errors import InputError, InternalError, ParityError
 from eptc.nn import EptModel
 from eptc.parity_gate.compare import FP32, Comparison, not_run
 from eptc.parity_gate.interface import (
+    Tokenizes,
     check_layout,
     check_manifest,
     check_text,
@@ -30,11 +31,11 @@ from eptc.parity_gate.weights import check_weights
 from eptc.runtime import Engine
 from eptc.text import TrainingTokenizer
 
-__all__ = ["make_probes", "prove", "refuse"]
+__all__ = ["make_probes", "prove", "refuse", "with_outcomes"]
 
 
 def make_probes(
-    engine: Engine,
+    engine: Tokenizes,
     reference: EptModel,
     task_id: int,
     tokenizer: TrainingTokenizer | None,
@@ -43,7 +44,7 @@ def make_probes(
     """Return the probes of an engine, and how many texts both tokenizers agreed on.
 
     Args:
-        engine: the engine, for its own tokenizer.
+        engine: the engine, or its bundle, for its own tokenizer.
         reference: the unfolded model, for its vocabulary and its limits.
         task_id: position of the engine's task in the reference's list.
         tokenizer: the tokenizer of training; None where there is none.
@@ -90,7 +91,7 @@ def make_probes(
     return probes, agreed
 
 
-def _start(engine: Engine) -> int:
+def _start(engine: Tokenizes) -> int:
     generation = engine.manifest.generation
     assert generation is not None
     assert generation.decoder_start_token_id is not None
@@ -138,7 +139,7 @@ def prove(
     report = ParityReport((), FP32, dict(layers or {}), weights, (), (), tokenized)
     for probe in probes:
         progress(f"parity: {probe.name}")
-        report = _with(report, probe, _outcomes(engine, reference, task, probe))
+        report = with_outcomes(report, probe, _outcomes(engine, reference, task, probe))
         if not report.passed:
             break
     return report
@@ -157,9 +158,10 @@ def _outcomes(
     return outcomes
 
 
-def _with(
+def with_outcomes(
     report: ParityReport, probe: Probe, outcomes: Sequence[Comparison | Decision]
 ) -> ParityReport:
+    """Return a report with a probe more, and what was found on it."""
     entry = {"name": probe.name, "shape": list(probe.shape), "synthetic": probe.synthetic}
     return dataclasses.replace(
         report,

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from eptc.errors import ParityError
 from eptc.nn import EptModel
 from eptc.parity_gate.probes import Example
-from eptc.runtime import Engine, Manifest
+from eptc.runtime import Manifest
 from eptc.runtime.manifest import bundle_file
 from eptc.runtime.tokenizer import TextTokenizer
 from eptc.tasks import Task, fill
 from eptc.text import TrainingTokenizer
 
-__all__ = ["check_layout", "check_manifest", "check_text", "position_limit"]
+__all__ = ["Tokenizes", "check_layout", "check_manifest", "check_text", "position_limit"]
 
 _FIX = "this is a bug in eptc: report it with the base's configuration files"
+
+
+class Tokenizes(Protocol):
+    """A bundle that turns text into token ids as its engine does: the engine itself is one."""
+
+    @property
+    def directory(self) -> Path:
+        """Its folder."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest."""
+
+    def tokenize(
+        self, texts: Iterable[Any], *, truncate: bool = False
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return input_ids, attention_mask[, token_type_ids], int64 [batch, longest text]."""
 
 
 def position_limit(model: Any) -> int | None:
@@ -88,7 +106,7 @@ def check_layout(feeds: Mapping[str, npt.NDArray[Any]], kind: str) -> None:
 
 
 def check_text(
-    engine: Engine, tokenizer: TrainingTokenizer, task: Task, examples: Sequence[Example]
+    engine: Tokenizes, tokenizer: TrainingTokenizer, task: Task, examples: Sequence[Example]
 ) -> int:
     """Compare the engine's ids with those of the tokenizer of training, and the text back.
 

@@ -15,7 +15,7 @@ from eptc.parity_gate.compare import Bound, Comparison, compare
 from eptc.parity_gate.probes import Ints, Probe
 from eptc.runtime import Engine
 
-__all__ = ["Decision", "check_outputs"]
+__all__ = ["Decision", "check_outputs", "decide"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -77,8 +77,13 @@ def _classifier(
     yield comparison
     if want.shape[1] > 1:
         for row in range(len(want)):
-            agrees = bool(got[row].argmax() == want[row].argmax())
-            yield Decision(probe.name, row, 0, agrees, _margin(want[row]), 2 * comparison.bound)
+            yield decide(probe.name, row, 0, got[row], want[row], 2 * comparison.bound)
+
+
+def decide(probe: str, row: int, step: int, got: Float32, want: Float32, noise: float) -> Decision:
+    """Return whether the largest logit [choices] is the same on both sides."""
+    agrees = bool(got.argmax() == want.argmax())
+    return Decision(probe, row, step, agrees, _margin(want), noise)
 
 
 def _encoder_decoder(

@@ -25,6 +25,7 @@ class ParityReport:
         decisions: every choice that was compared.
         tokenized: how many texts were tokenized by both sides and were equal.
         scores: metric of engine and reference on labelled data, where there was some.
+        mode: `whole model`, or `block by block` where each block was given the reference's state.
     """
 
     probes: tuple[Mapping[str, Any], ...]
@@ -35,6 +36,7 @@ class ParityReport:
     decisions: tuple[Decision, ...]
     tokenized: int
     scores: Mapping[str, Any] | None = None
+    mode: str = "whole model"
 
     @property
     def worst(self) -> Comparison:
@@ -55,7 +57,7 @@ class ParityReport:
         return {
             "verified": True,
             "passed": self.passed,
-            "mode": "whole model",
+            "mode": self.mode,
             "reference": "unfolded PyTorch model, float32",
             "tensors": len(self.tensors),
             "largest_error": _digits(self.worst.error),

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
 from eptc.errors import ParityError
-from eptc.nn import EptModel
+from eptc.nn import EptLinear, EptModel
 
-__all__ = ["check_weights"]
+__all__ = ["check_stored", "check_weights", "plain_name"]
 
 Float32 = npt.NDArray[np.float32]
+# Compared at once, in float64: beside a large matrix there is no room for several copies of it.
+_ROWS = 1024
 
 
 def check_weights(directory: Path, files: list[str], reference: EptModel, task_id: int) -> float:
     """Compare every weight in the engine's files with the reference's parameter of that name.
 
     A weight without adapters must be equal to the bit. An adapted one may differ by one rounding
-    to float32 and by 1e-5 of the largest element of its branches. Weights may be stored
+    to its stored type and by 1e-5 of the largest element of its branches. Weights may be stored
     transposed: whether they are used that way round is seen in the outputs.
 
     Returns:
@@ -31,23 +34,36 @@ def check_weights(directory: Path, files: list[str], reference: EptModel, task_i
     Raises:
         ParityError: a weight is off, or an adapted one is in no file.
     """
-    parameters = _parameters(reference, task_id)
-    adapted = {f"{path}.weight": layer for path, layer in reference.layers.items()}
+    parameters = {
+        plain: parameter.detach().numpy()
+        for name, parameter in reference.hf.named_parameters(remove_duplicate=False)
+        if (plain := plain_name(name, reference, task_id))
+    }
+    return check_stored(directory, files, parameters, reference.layers, task_id)
+
+
+def check_stored(
+    directory: Path,
+    files: list[str],
+    parameters: Mapping[str, Float32],
+    layers: Mapping[str, EptLinear],
+    task_id: int,
+) -> float:
+    """Compare as `check_weights` does, with parameters that may be read when they are asked for.
+
+    Args:
+        directory: the bundle's folder.
+        files: its graphs.
+        parameters: the reference's, by the names the plain task model has.
+        layers: the adapted linears, by their full names; their base need not be in memory.
+        task_id: the task, by the reference's own list.
+    """
+    adapted = {f"{path}.weight": layer for path, layer in layers.items()}
     seen, worst = set(), 0.0
     for name, array in _stored(directory, files):
-        if name not in parameters and name not in adapted:
-            continue
-        seen.add(name)
-        if name not in adapted:
-            _check_equal(name, array, parameters[name])
-            continue
-        layer = adapted[name]
-        # From the experts' definitions; the layer gate compares the module's own forward.
-        delta = layer.dense(task_id).numpy()
-        base = layer.weight.detach().numpy()
-        want = base.astype(np.float64) + delta.astype(np.float64)
-        bound = 2.0**-23 * np.abs(want) + 1e-5 * np.abs(delta).max()
-        worst = max(worst, _check_close(name, array, want, bound))
+        if name in parameters:
+            seen.add(name)
+            worst = max(worst, _check_one(name, array, parameters, adapted, task_id))
     if missing := sorted(set(adapted) - seen):
         raise ParityError(
             f"the engine has no weight {missing[0]}, which the checkpoint adapts",
@@ -56,23 +72,34 @@ def check_weights(directory: Path, files: list[str], reference: EptModel, task_i
     return worst
 
 
-def _parameters(reference: EptModel, task_id: int) -> dict[str, Float32]:
-    """The reference's parameters under the names the plain task model has."""
-    parameters = {}
-    for name, parameter in reference.hf.named_parameters(remove_duplicate=False):
-        if ".experts." in name or ".router." in name or name.endswith(".task_embedding"):
-            continue
-        plain = name
-        for path in reference.layers:
-            if name.startswith(f"{path}.base."):
-                plain = f"{path}.{name.removeprefix(f'{path}.base.')}"
-        for head in reference.heads:
-            if name.startswith(f"{head}.tasks."):
-                number, _, rest = name.removeprefix(f"{head}.tasks.").partition(".")
-                plain = f"{head}.{rest}" if int(number) == task_id else ""
-        if plain:
-            parameters[plain] = parameter.detach().numpy()
-    return parameters
+def _check_one(
+    name: str,
+    array: npt.NDArray[Any],
+    parameters: Mapping[str, Float32],
+    adapted: Mapping[str, EptLinear],
+    task_id: int,
+) -> float:
+    """Return an adapted weight's largest deviation as a fraction of its bound, else 0."""
+    base = parameters[name]
+    if name not in adapted:
+        _check_equal(name, array, base)
+        return 0.0
+    # From the experts' definitions; the layer gate compares the module's own forward.
+    return _check_close(name, array, base, adapted[name].dense(task_id).numpy())
+
+
+def plain_name(name: str, reference: EptModel, task_id: int) -> str:
+    """Return the name a reference's parameter has in the plain task model; empty where none."""
+    if ".experts." in name or ".router." in name or name.endswith(".task_embedding"):
+        return ""
+    for path in reference.layers:
+        if name.startswith(f"{path}.base."):
+            return f"{path}.{name.removeprefix(f'{path}.base.')}"
+    for head in reference.heads:
+        if name.startswith(f"{head}.tasks."):
+            number, _, rest = name.removeprefix(f"{head}.tasks.").partition(".")
+            return f"{head}.{rest}" if int(number) == task_id else ""
+    return name
 
 
 def _stored(directory: Path, files: list[str]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -114,22 +141,34 @@ def _check_equal(name: str, array: npt.NDArray[Any], want: Float32) -> None:
         )
 
 
-def _check_close(
-    name: str,
-    array: npt.NDArray[Any],
-    want: npt.NDArray[np.float64],
-    bound: npt.NDArray[np.float64],
-) -> float:
-    found = _oriented(array, want)
-    if found.shape != want.shape:
+def _check_close(name: str, array: npt.NDArray[Any], base: Float32, delta: Float32) -> float:
+    found = _oriented(array, base + delta)
+    if found.shape != base.shape:
         raise ParityError(f"the weight {name} in the engine has the shape {list(found.shape)}")
-    ratio = np.abs(found - want) / np.maximum(bound, np.finfo(np.float64).tiny)
-    error = float(np.nan_to_num(ratio, nan=np.inf).max())
-    if not error <= 1.0:
-        at = np.unravel_index(int(np.argmax(ratio)), want.shape)
-        raise ParityError(
-            f"the weight {name} in the engine is off at {[int(i) for i in at]}: {found[at]:.7g}, "
-            f"base and experts give {want[at]:.7g}, {error:.3g} times the bound",
-            fix="this is a bug in the fold or the lowering: report it",
-        )
-    return error
+    rounding, smallest = _rounding(array.dtype)
+    branches, worst = 1e-5 * float(np.abs(delta).max()), 0.0
+    for start in range(0, len(base), _ROWS):
+        rows = slice(start, start + _ROWS)
+        want = base[rows].astype(np.float64) + delta[rows].astype(np.float64)
+        bound = np.maximum(rounding * np.abs(want), smallest) + branches
+        ratio = np.abs(found[rows].astype(np.float64) - want)
+        ratio /= np.maximum(bound, np.finfo(np.float64).tiny)
+        error = float(np.nan_to_num(ratio, nan=np.inf).max())
+        if not error <= 1.0:
+            row, column = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+            raise ParityError(
+                f"the weight {name} in the engine is off at {[start + int(row), int(column)]}: "
+                f"{found[rows][row, column]:.7g}, base and experts give "
+                f"{want[row, column]:.7g}, {error:.3g} times the bound",
+                fix="this is a bug in the fold or the lowering: report it",
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _rounding(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Return what one rounding to a type may move a number by: a part of it, and at least."""
+    info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    # float32 was given a whole step: the fold may add up in another order.
+    steps = 1.0 if dtype == np.float32 else 0.5
+    return steps * float(info.eps), 0.5 * float(info.smallest_subnormal)

@@ -195,3 +195,56 @@ def plant_in_pass(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(step, "rewrite", lambda self, model: sound(self, fault(model)))
 
     return plant
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Subject]:
+    """Return a function that gives a native checkpoint on a RoBERTa of two layers, no tokenizer."""
+    made: list[Subject] = []
+
+    def make() -> Subject:
+        if not made:
+            made.append(_write_roberta(tmp_path_factory.mktemp("roberta")))
+        return made[0]
+
+    return make
+
+
+def _write_roberta(root: Path) -> Subject:
+    import transformers
+
+    from eptc.nn import EptConfig, EptModel, load_base
+    from eptc.tasks import Task
+
+    shape = transformers.RobertaConfig(
+        vocab_size=50,
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=51,
+        max_position_embeddings=60,
+        type_vocab_size=1,
+        pad_token_id=1,
+        initializer_range=0.3,
+    )
+    subject = Subject(root / "ckpt", root / "base")
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        base = transformers.RobertaModel(shape, add_pooling_layer=False)
+        for parameter in base.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+        base.save_pretrained(subject.base)
+        config = EptConfig(
+            variant="paper",
+            targets=("query", "value"),
+            kernel_sizes=(2, 3, 4),
+            top_k=2,
+            rank=3,
+            tasks=(Task("mood", "classification", labels=("bad", "fair", "good")),),
+        )
+        model = EptModel.attach(load_base(subject.base), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save(subject.ckpt, base_dir=subject.base, base_name="small-roberta")
+    return subject

@@ -1,0 +1,214 @@
+"""The reference for a machine it does not fit on: one block of the base in memory at a time.
+
+The model's own forward runs again and again, each time one module further: modules that were run
+before give back what they gave then, the next one is loaded, runs on every batch and is dropped,
+and the forward stops at the one after it. So a pass over the weights serves all batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eptc.nn.linear import EptLinear
+from eptc.nn.meta_base import MetaBase
+from eptc.nn.model import EptModel
+from eptc.nn.reference import read_stored
+from eptc.nn.sites import block_lists
+from eptc.tasks import Task
+
+__all__ = ["StreamedModel", "Visit", "stream_reference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """One module that has run.
+
+    Args:
+        path: its full name: a block, or a module outside of the blocks that owns parameters.
+        inputs: its first argument, by batch.
+        outputs: what it returned (the first of several tensors), by batch.
+    """
+
+    path: str
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+
+
+class _NotLoadedError(Exception):
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+class StreamedModel:
+    """An `EptModel` whose base is not in memory; its adapters and heads are.
+
+    Args:
+        model: the model on the base.
+        base: the base.
+
+    Attributes:
+        blocks: full names of the blocks of each stack, in order.
+    """
+
+    def __init__(self, model: EptModel, base: MetaBase) -> None:
+        self.model = model
+        self.blocks = block_lists(model.hf, model.heads)
+        self._base = base
+
+    @contextlib.contextmanager
+    def loaded(self, module: nn.Module) -> Iterator[None]:
+        """Have a module's parameters in memory for a while.
+
+        Raises:
+            BaseModelError: a weight cannot be read.
+        """
+        with self._base.loaded(module):
+            yield
+
+    def run(
+        self, task: str | int, batches: Sequence[Mapping[str, Any]], outputs: list[Any]
+    ) -> Iterator[Visit]:
+        """Run batches, yielding each module once all have passed it; nothing is loaded then.
+
+        Args:
+            task: name, alias or id.
+            batches: what the Hugging Face model takes.
+            outputs: what it returns for each is put here at the end.
+
+        Raises:
+            TaskError: there is no such task.
+            BaseModelError: a weight cannot be read.
+        """
+        units = dict(_units(self.model.hf, self.blocks))
+        memory = _Memory(self.blocks)
+        with torch.no_grad(), self.model.task(task), _intercepted(units, memory.recall):
+            while True:
+                stops = [memory.forward(self.model.hf, i, b) for i, b in enumerate(batches)]
+                waiting = {stop for stop in stops if isinstance(stop, str)}
+                if not waiting:
+                    outputs += stops
+                    return
+                assert len(waiting) == 1, "batches take different ways through the model"
+                path = waiting.pop()
+                with self._base.loaded(units[path]):
+                    memory.present = path
+                    for i, batch in enumerate(batches):
+                        memory.forward(self.model.hf, i, batch)
+                    memory.present = None
+                yield memory.visit(path, len(batches))
+
+
+class _Memory:
+    """What the modules gave, by name, batch and how often they were called before in a forward."""
+
+    def __init__(self, blocks: Sequence[Sequence[str]]) -> None:
+        self.present: str | None = None
+        self._next = {a: b for stack in blocks for a, b in itertools.pairwise(stack)}
+        self._given: dict[tuple[str, int, int], Any] = {}
+        self._inputs: dict[tuple[str, int], Tensor] = {}
+        self._calls: dict[str, int] = {}
+        self._batch = 0
+
+    def forward(self, hf: nn.Module, index: int, batch: Mapping[str, Any]) -> Any:
+        """Return the model's output, or the name of the module it has to wait for."""
+        self._batch, self._calls = index, {}
+        try:
+            return hf(**batch)
+        except _NotLoadedError as stop:
+            return stop.path
+
+    def recall(
+        self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]
+    ) -> Any:
+        """Return what a module gave in an earlier forward, or run it where it is present.
+
+        Raises:
+            _NotLoadedError: it has to be loaded first.
+        """
+        call = self._calls[path] = self._calls.get(path, -1) + 1
+        key = path, self._batch, call
+        if key not in self._given:
+            if path != self.present:
+                raise _NotLoadedError(path)
+            self._inputs[path, self._batch] = args[0] if args else next(iter(named.values()))
+            self._given[key] = forward(*args, **named)
+        return self._given[key]
+
+    def visit(self, path: str, batches: int) -> Visit:
+        """Return what a module gave, and forget what only it needed."""
+        inputs = [self._inputs.pop((path, i)) for i in range(batches)]
+        last = {batch: call for name, batch, call in self._given if name == path}
+        outputs = [_first(self._given[path, i, last[i]]) for i in range(batches)]
+        for key in self._given:
+            # The block before: no other module reads its state. NaN would betray one that does.
+            if self._next.get(key[0]) == path:
+                self._given[key] = _emptied(self._given[key])
+        return Visit(path, inputs, outputs)
+
+
+def _first(output: Any) -> Tensor:
+    tensor = output[0] if isinstance(output, tuple) else output
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _emptied(output: Any) -> Any:
+    """Return an output with the shape of its state and none of its numbers."""
+    state = _first(output)
+    empty = state.new_full((1,) * state.dim(), torch.nan).expand(state.shape)
+    return (empty, *output[1:]) if isinstance(output, tuple) else empty
+
+
+@contextlib.contextmanager
+def _intercepted(units: Mapping[str, nn.Module], recall: Callable[..., Any]) -> Iterator[None]:
+    """Let `recall` answer for some modules."""
+
+    def through(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **named: recall(path, forward, args, named)
+
+    try:
+        for path, module in units.items():
+            module.forward = through(path, module.forward)
+        yield
+    finally:
+        for module in units.values():
+            module.__dict__.pop("forward", None)
+
+
+def _units(
+    hf: nn.Module, blocks: Sequence[Sequence[str]], path: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what is loaded as a whole: blocks, and other modules that own parameters."""
+    names = {name for stack in blocks for name in stack}
+    for name, module in hf.named_children():
+        full = f"{path}.{name}" if path else name
+        owns = any(parameter is not None for parameter in module._parameters.values())
+        if full in names or isinstance(module, EptLinear) or owns:
+            yield full, module
+        else:
+            yield from _units(module, blocks, full)
+
+
+def stream_reference(
+    checkpoint: str | Path,
+    base_dir: str | Path,
+    *,
+    top_k: int | None = None,
+    tasks: Sequence[str | Task] | None = None,
+    allow_pickle: bool = False,
+) -> StreamedModel:
+    """Return a checkpoint of either format on a base that is not in memory.
+
+    Arguments and errors are those of `load_reference`.
+    """
+    stored = read_stored(checkpoint, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle)
+    base = MetaBase(Path(base_dir))
+    return StreamedModel(EptModel.restore(stored, Path(base_dir), base), base)
