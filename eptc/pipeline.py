@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import onnx
@@ -18,16 +18,20 @@ from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
+from eptc.passes.gather_early import GatherEarly
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
 
 __all__ = [
+    "OptimizeFor",
     "PassRecord",
     "adapter_passes",
     "graph_passes",
     "run_adapter_passes",
     "run_graph_passes",
 ]
+
+OptimizeFor = Literal["any", "cpu", "cuda"]
 
 
 def adapter_passes(task_id: int) -> list[AdapterPass]:
@@ -39,10 +43,22 @@ def adapter_passes(task_id: int) -> list[AdapterPass]:
     ]
 
 
-def graph_passes() -> list[GraphPass]:
-    """Return the default passes over each ONNX graph, in order."""
+def graph_passes(optimize_for: OptimizeFor = "cpu") -> list[GraphPass]:
+    """Return the passes over each ONNX graph, in order.
+
+    Args:
+        optimize_for: the execution provider whose kernels the graphs are fused for; `any`:
+            standard operators only, which every runtime has.
+    """
+    fusions: dict[OptimizeFor, list[GraphPass]] = {
+        "any": [],
+        "cpu": [],
+        "cuda": [],
+    }
     return [
         FoldTransposes(),  # weights are bound by now: a transpose is a matter of how one is read
+        GatherEarly(),  # before fusions: it knows the standard operators
+        *fusions[optimize_for],
         StableNames(),  # last: nothing after it may add a node or a name
     ]
 

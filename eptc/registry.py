@@ -16,6 +16,7 @@ PASSES: dict[str, str] = {
     "drop-dead-experts": "eptc.passes.drop_dead_experts:DropDeadExperts",
     "fold-pyramid": "eptc.passes.fold_pyramid:FoldPyramid",
     "fold-transposes": "eptc.passes.fold_transposes:FoldTransposes",
+    "gather-early": "eptc.passes.gather_early:GatherEarly",
     "stable-names": "eptc.passes.stable_names:StableNames",
 }
 
