@@ -18,6 +18,7 @@ from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
+from eptc.passes.fuse_attention import FuseAttention
 from eptc.passes.gather_early import GatherEarly
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
@@ -52,8 +53,13 @@ def graph_passes(optimize_for: OptimizeFor = "cpu") -> list[GraphPass]:
     """
     fusions: dict[OptimizeFor, list[GraphPass]] = {
         "any": [],
-        "cpu": [],
-        "cuda": [],
+        "cpu": [
+            # Batches of tokens spend their time in MatMul; a token at a time, in launching.
+            FuseAttention(only_cached=True),
+        ],
+        "cuda": [
+            FuseAttention(),
+        ],
     }
     return [
         FoldTransposes(),  # weights are bound by now: a transpose is a matter of how one is read

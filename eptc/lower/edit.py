@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from eptc.tensors import Array
 
-__all__ = ["MICROSOFT", "constant", "insert", "module", "replace"]
+__all__ = ["MICROSOFT", "constant", "drop", "insert", "made_by", "module", "replace"]
 
 MICROSOFT = "com.microsoft"
 
@@ -18,6 +18,12 @@ MICROSOFT = "com.microsoft"
 def module(node: ir.Node) -> str:
     """Return the path of the module a node came from, as its name says; may be empty."""
     return (node.name or "").rpartition("/")[0]
+
+
+def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """Return the node that makes a value if it is this standard operator, else None."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_identifier() == ("", op_type, "") else None
 
 
 def insert(
@@ -85,3 +91,23 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     if old.is_graph_output():
         old.name, new.name = None, old.name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def drop(*values: ir.Value | None) -> None:
+    """Remove the nodes that made these values, and what only they read, where nothing reads them.
+
+    Initializers that nothing reads any more go too.
+    """
+    for value in values:
+        if value is None or value.uses() or value.is_graph_output() or value.is_graph_input():
+            continue
+        node = value.producer()
+        if node is None:
+            if value.is_initializer() and isinstance(value.graph, ir.Graph):
+                del value.graph.initializers[str(value.name)]
+        elif node.graph is not None and not any(
+            output.uses() or output.is_graph_output() for output in node.outputs
+        ):
+            inputs = list(dict.fromkeys(node.inputs))
+            node.graph.remove(node, safe=True)
+            drop(*inputs)
