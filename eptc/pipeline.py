@@ -19,6 +19,7 @@ from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
 from eptc.passes.fuse_attention import FuseAttention
+from eptc.passes.fuse_rotary import FuseRotary
 from eptc.passes.gather_early import GatherEarly
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
@@ -54,10 +55,12 @@ def graph_passes(optimize_for: OptimizeFor = "cpu") -> list[GraphPass]:
     fusions: dict[OptimizeFor, list[GraphPass]] = {
         "any": [],
         "cpu": [
+            FuseRotary(),  # before attention: queries and keys are split after it, not before
             # Batches of tokens spend their time in MatMul; a token at a time, in launching.
             FuseAttention(only_cached=True),
         ],
         "cuda": [
+            FuseRotary(),  # as above
             FuseAttention(),
         ],
     }

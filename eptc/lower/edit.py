@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,8 +39,8 @@ def insert(
 ) -> ir.Node:
     """Insert a node before another.
 
-    The node is called `<path>/<op_type>`, its values alike; StableNames numbers what is called
-    the same. The type of its values is that of its first input, their shape unknown.
+    The node is called `<path>/<op_type>`, with a number where that is taken. The type of its
+    values is that of its first input, their shape unknown.
 
     Args:
         before: the node that comes after it.
@@ -53,7 +54,11 @@ def insert(
     graph = before.graph
     assert isinstance(graph, ir.Graph)
     path = module(before) if path is None else path
-    name = f"{path}/{op_type}" if path else op_type
+    base = f"{path}/{op_type}" if path else op_type
+    taken = {node.name for node in graph}
+    name = next(
+        name for i in itertools.count() if (name := f"{base}_{i}" if i else base) not in taken
+    )
     node = ir.node(
         op_type, inputs, attributes=attributes, domain=domain, num_outputs=outputs, name=name
     )

@@ -30,10 +30,10 @@ FUSED: dict[tuple[str, OptimizeFor], dict[str, int]] = {
     ("t5", "cpu"): {"MultiHeadAttention": 4},
     ("t5", "cuda"): {"MultiHeadAttention": 6},
     ("gated-t5", "cuda"): {"MultiHeadAttention": 6},
-    ("llama", "cpu"): {"MultiHeadAttention": 2},
-    ("llama", "cuda"): {"MultiHeadAttention": 2},
-    ("grouped-llama", "cpu"): {"MultiHeadAttention": 0},
-    ("grouped-llama", "cuda"): {"MultiHeadAttention": 0},
+    ("llama", "cpu"): {"RotaryEmbedding": 4, "MultiHeadAttention": 2},
+    ("llama", "cuda"): {"RotaryEmbedding": 4, "MultiHeadAttention": 2},
+    ("grouped-llama", "cpu"): {"RotaryEmbedding": 4, "MultiHeadAttention": 0},
+    ("grouped-llama", "cuda"): {"RotaryEmbedding": 4, "MultiHeadAttention": 0},
 }
 
 
