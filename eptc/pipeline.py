@@ -21,6 +21,7 @@ from eptc.passes.fold_transposes import FoldTransposes
 from eptc.passes.fuse_attention import FuseAttention
 from eptc.passes.fuse_rotary import FuseRotary
 from eptc.passes.gather_early import GatherEarly
+from eptc.passes.pack_projections import PackProjections
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
 
@@ -60,6 +61,7 @@ def graph_passes(optimize_for: OptimizeFor = "cpu") -> list[GraphPass]:
             FuseAttention(only_cached=True),
         ],
         "cuda": [
+            PackProjections(),  # after transposes are folded: it joins columns
             FuseRotary(),  # as above
             FuseAttention(),
         ],

@@ -135,17 +135,13 @@ def _match(softmax: ir.Node) -> _Attention:
 
 def _reader(value: ir.Value, op_type: str, perm: tuple[int, ...] | None = None) -> ir.Node:
     """Return the one node that reads a value, as its first input."""
-    uses = value.uses()
-    node, index = uses[0] if len(uses) == 1 else (None, 0)
-    if (
-        node is None
-        or value.is_graph_output()
-        or node.op_identifier() != ("", op_type, "")
-        or index != 0
-        or (perm is not None and _perm(node) != perm)
-    ):
-        raise _LeftAloneError(f"{op_type} is not what reads {value.name}, or not alone")
-    return node
+    uses = tuple(value.uses())
+    if len(uses) == 1 and not value.is_graph_output():
+        node, index = uses[0]
+        fits = perm is None or _perm(node) == perm
+        if node.op_identifier() == ("", op_type, "") and index == 0 and fits:
+            return node
+    raise _LeftAloneError(f"{op_type} is not what reads {value.name}, or not alone")
 
 
 def _operands(value: ir.Value | None, op_type: str) -> tuple[ir.Value | None, ir.Value | None]:

@@ -89,13 +89,14 @@ def _match(node: ir.Node, concat: ir.Node) -> _Rotation | str:
     if split is None or transpose is None or reshape is None:
         return "what is rotated is not split into heads"
     target, x = reshape.inputs[1], reshape.inputs[0]
-    sizes = [] if target is None or target.const_value is None else target.const_value.numpy()
+    known = None if target is None else target.const_value
+    sizes: list[int] = [] if known is None else known.numpy().tolist()
     perm = tuple(transpose.attributes.get_ints("perm", ()))
     if perm != _HEADS_FIRST or len(sizes) != 4 or sizes[0] or sizes[1] or min(sizes[2:]) < 1:
         return "what is rotated is not split into heads"
     assert x is not None
     assert target is not None
-    heads, width = int(sizes[2]), int(sizes[3])
+    heads, width = sizes[2:]
     halves = (_bounds(concat.inputs[1], split), _bounds(negated.inputs[0], split))
     if width % 2 or halves[0] != (0, width // 2) or not _from_half(halves[1], width):
         return "it does not turn one half into the other"
@@ -108,8 +109,8 @@ def _match(node: ir.Node, concat: ir.Node) -> _Rotation | str:
     assert angle is not None
     if angle.shape is None or x.shape is None or list(angle.shape) != [*x.shape[:2], width // 2]:
         return "the angles are not known to be one row for each token"
-    inside = [plain, turned, concat, negated]
-    inside += [made_by(value, "Slice") for value in (concat.inputs[1], negated.inputs[0])]
+    slices = [made_by(value, "Slice") for value in (concat.inputs[1], negated.inputs[0])]
+    inside = [plain, turned, concat, negated, *slices]
     if any(n is None or len(n.outputs[0].uses()) != 1 for n in inside) or len(split.uses()) != 3:
         return "something else reads what is inside"
     if any(n is not None and n.outputs[0].is_graph_output() for n in (*inside, transpose)):

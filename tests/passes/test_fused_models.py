@@ -119,8 +119,8 @@ def outputs(engine: Engine, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int
         encoded = engine.run("encoder", masked)
         found = dict(encoded)
         cache = past(encoded)
-        for step, part in enumerate((ids[:, :3], ids[:, 3:4], ids[:, 1:])):
-            feeds = {"input_ids": part, "encoder_attention_mask": mask, **cache}
+        for step, written in enumerate((ids[:, :3], ids[:, 3:4], ids[:, 1:])):
+            feeds = {"input_ids": written, "encoder_attention_mask": mask, **cache}
             made = engine.run("decoder", feeds)
             cache |= past(made)
             found |= {f"{step}.{name}": value for name, value in made.items()}
@@ -132,16 +132,16 @@ def outputs(engine: Engine, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     found, cache = {}, {}
     for start, end in ((0, 3), (3, 4), (4, 5)):
-        step = slice(start, end)
+        part = slice(start, end)
         feeds = {
-            "input_ids": ids[:, step],
+            "input_ids": ids[:, part],
             "attention_mask": mask[:, :end],
-            "position_ids": positions[:, step],
+            "position_ids": positions[:, part],
             **cache,
         }
         made = engine.run("model", feeds)
         cache = past(made)
-        found[f"{start}.logits"] = made["logits"][mask[:, step].astype(bool)]
+        found[f"{start}.logits"] = made["logits"][mask[:, part].astype(bool)]
     return found
 
 
