@@ -181,7 +181,7 @@ def export(
     with clock.stage("trace"):
         graphs = _bound(config, model, source.base.tied_head)
     with clock.stage("graph passes"):
-        graph_records = run_graph_passes(graphs, graph_passes())
+        graph_records = run_graph_passes(graphs, graph_passes("cpu"))
         for record in graph_records:
             progress(record)
     records += graph_records
@@ -397,7 +397,7 @@ def _refuse(
     """
     from eptc.parity_gate import refuse
 
-    steps = graph_passes()
+    steps = graph_passes("cpu")
     guilty = f"the pass {steps[-1].name}"
     written = {lower.WEIGHTS, *(graph.file for graph in manifest.graphs.values())}
     for count in range(len(steps)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import onnx
@@ -18,16 +18,26 @@ from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
+from eptc.passes.fuse_attention import FuseAttention
+from eptc.passes.fuse_rotary import FuseRotary
+from eptc.passes.gather_early import GatherEarly
+from eptc.passes.narrow_weights import NarrowWeights
+from eptc.passes.pack_projections import PackProjections
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
 
 __all__ = [
+    "OptimizeFor",
     "PassRecord",
+    "Precision",
     "adapter_passes",
     "graph_passes",
     "run_adapter_passes",
     "run_graph_passes",
 ]
+
+OptimizeFor = Literal["any", "cpu", "cuda"]
+Precision = Literal["fp32", "keep"]
 
 
 def adapter_passes(task_id: int) -> list[AdapterPass]:
@@ -39,10 +49,35 @@ def adapter_passes(task_id: int) -> list[AdapterPass]:
     ]
 
 
-def graph_passes() -> list[GraphPass]:
-    """Return the default passes over each ONNX graph, in order."""
+def graph_passes(
+    optimize_for: OptimizeFor = "cpu", precision: Precision = "fp32"
+) -> list[GraphPass]:
+    """Return the passes over each ONNX graph, in order.
+
+    Args:
+        optimize_for: the execution provider whose kernels the graphs are fused for; `any`:
+            standard operators only, which every runtime has.
+        precision: `fp32`, or `keep` for weights in the 16-bit type they came in.
+    """
+    fusions: dict[OptimizeFor, list[GraphPass]] = {
+        "any": [],
+        "cpu": [
+            FuseRotary(),  # before attention: queries and keys are split after it, not before
+            # Batches of tokens spend their time in MatMul; a token at a time, in launching.
+            FuseAttention(only_cached=True),
+        ],
+        "cuda": [
+            PackProjections(),  # after transposes are folded: it joins columns
+            FuseRotary(),  # as above
+            FuseAttention(),
+        ],
+    }
     return [
         FoldTransposes(),  # weights are bound by now: a transpose is a matter of how one is read
+        GatherEarly(),  # before fusions: it knows the standard operators
+        *fusions[optimize_for],
+        # Behind fusions, which know float32 weights: a Cast would stand in their way.
+        *([NarrowWeights()] if precision == "keep" else []),
         StableNames(),  # last: nothing after it may add a node or a name
     ]
 

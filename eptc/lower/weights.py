@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from eptc.tensors import Array, LazyTensor, as_dtype, numpy_dtype
 
-__all__ = ["WeightTensor", "bound", "derive"]
+__all__ = ["PACKED", "WeightTensor", "bound", "derive", "join"]
+
+# Between the names of the parts in the name of a packed weight: no parameter's name has it.
+PACKED = "+"
 
 
 class WeightTensor(ir.LazyTensor):
@@ -75,6 +79,32 @@ def derive(
         (source, step),
         tensor.name,
         None if narrow is None else derive(narrow, step, compute, shape=shape),
+    )
+
+
+def join(tensors: Sequence[ir.TensorProtocol], *, axis: int, name: str) -> WeightTensor:
+    """Return the lazy concatenation of tensors of one type along an axis.
+
+    Args:
+        tensors: the parts, in order; not read before the result is.
+        axis: along which they are joined; the other sizes are equal.
+        name: the initializer's name: those of its parts with `PACKED` between them.
+    """
+    shapes = [list(tensor.shape.numpy()) for tensor in tensors]
+    shape = [*shapes[0][:axis], sum(s[axis] for s in shapes), *shapes[0][axis + 1 :]]
+    keys = tuple(
+        tensor.key if isinstance(tensor, WeightTensor) else ("tensor", _Identity(tensor))
+        for tensor in tensors
+    )
+    narrow = [t.narrow for t in tensors if isinstance(t, WeightTensor) and t.narrow is not None]
+    alike = len(narrow) == len(tensors) and len({t.dtype for t in narrow}) == 1
+    return WeightTensor(
+        lambda: np.concatenate([tensor.numpy() for tensor in tensors], axis=axis),
+        tensors[0].dtype,
+        tuple(shape),
+        (keys, ("join", axis)),
+        name,
+        join(narrow, axis=axis, name=name) if alike else None,
     )
 
 
