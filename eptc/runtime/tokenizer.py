@@ -65,9 +65,18 @@ class TextTokenizer:
             )
 
     def encode(
-        self, texts: Sequence[tuple[str, ...]], *, truncate: bool = False
+        self,
+        texts: Sequence[tuple[str, ...]],
+        *,
+        truncate: bool = False,
+        add_special_tokens: bool = True,
     ) -> list[tokenizers.Encoding]:
         """Return one encoding per text or pair, not padded.
+
+        Args:
+            texts: texts and pairs.
+            truncate: cut what is too long.
+            add_special_tokens: False where the text already has them.
 
         Raises:
             TextTooLongError: a text above `max_length`, unless `truncate`.
@@ -75,7 +84,7 @@ class TextTokenizer:
         """
         tokenizer = self._cutting if truncate else self._plain
         batch = [text[0] if len(text) == 1 else text for text in texts]
-        encodings = tokenizer.encode_batch(batch)
+        encodings = tokenizer.encode_batch(batch, add_special_tokens=add_special_tokens)
         limit = self.spec.max_length
         for position, encoding in enumerate(encodings):
             length = len(encoding.ids)
@@ -108,6 +117,19 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids without special tokens."""
         return str(self._plain.decode(list(ids), skip_special_tokens=True))
+
+    def answer_ids(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of an answer, without special tokens."""
+        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def name(self, token: int) -> str:
+        """Return a token as the vocabulary spells it; empty where it is not in it."""
+        return self._plain.id_to_token(token) or ""
+
+    def special_token(self, name: str) -> int | None:
+        """Return the id of a special token; None where no special token has that name."""
+        added = self._plain.get_added_tokens_decoder()
+        return next((i for i, t in added.items() if t.special and t.content == name), None)
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:
