@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eptc import build, describe
-from eptc.runtime import decoding, engine
+from eptc.runtime import decoding, generation
 from eptc.runtime.manifest import Manifest
 from eptc.text import TrainingTokenizer
 
@@ -255,12 +255,12 @@ def test_goes_on_after_the_end(
     recorded: Any, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer that ended goes on: its stop token is taken for another one."""
-    sound = engine.greedy
+    sound = generation.greedy
 
     def greedy(steps: Any, settings: Any, limit: int) -> Any:
         return [row[:-1] for row in sound(steps, settings, limit)]
 
-    monkeypatch.setattr(engine, "greedy", greedy)
+    monkeypatch.setattr("eptc.runtime.engine.greedy", greedy)
     assert "decisions differ from the reference" in refused(recorded("t5-gated-tiny"), 0)
 
 
