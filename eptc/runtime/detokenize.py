@@ -38,6 +38,8 @@ class TextStream:
     def push(self, token: int) -> str:
         """Return the text that is certain now and was not before; often empty."""
         self._ids.append(token)
+        if self._tokenizer.has_no_text(token):  # a run of bytes goes on behind it
+            return ""
         if _BYTE.fullmatch(self._tokenizer.name(token)):
             return ""
         text = self._tokenizer.decode(self._ids)

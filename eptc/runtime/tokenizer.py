@@ -57,6 +57,8 @@ class TextTokenizer:
     def __init__(self, path: Path, spec: TokenizerSpec) -> None:
         self.spec = spec
         self._plain = _read(path)
+        added = self._plain.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special}
         self._cutting = self._plain
         if spec.max_length is not None:
             self._cutting = _read(path)
@@ -126,10 +128,13 @@ class TextTokenizer:
         """Return a token as the vocabulary spells it; empty where it is not in it."""
         return self._plain.id_to_token(token) or ""
 
+    def has_no_text(self, token: int) -> bool:
+        """Return whether `decode` leaves a token out: a special one, or none of the vocabulary."""
+        return token in self._special.values() or not self.name(token)
+
     def special_token(self, name: str) -> int | None:
         """Return the id of a special token; None where no special token has that name."""
-        added = self._plain.get_added_tokens_decoder()
-        return next((i for i, t in added.items() if t.special and t.content == name), None)
+        return self._special.get(name)
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:
