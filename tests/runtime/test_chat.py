@@ -88,7 +88,7 @@ def test_no_template(tmp_path: Path, source: str) -> None:
 
 REFUSING = {
     "its own words": ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    "an unknown attribute": ("{{ messages.nothing.at.all }}", "undefined"),
+    "an unknown attribute": ("{{ messages.nothing.at.all }}", "no attribute"),
     "a number": ("{{ 1 / (messages | length - 1) }}", "division"),
     "a type": ("{{ messages + 1 }}", "can only concatenate"),
     "Python's internals": ("{{ ''.__class__.__mro__ }}", "__class__"),

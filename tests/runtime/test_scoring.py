@@ -142,7 +142,7 @@ def test_agrees_with_greedy(tokens: list[tuple[int, ...]], seed: int, rounded: b
 
 
 def test_agrees_with_what_a_trained_engine_writes(golden: Path, tmp_path: Path) -> None:
-    """The recorded checkpoint writes labels of several tokens; each is the one chosen."""
+    """The recorded checkpoint writes labels; each is the one chosen."""
     import eptc
 
     folder = golden / "ept" / "t5-tiny"
