@@ -290,6 +290,14 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--data", type=_FOLDER, help="JSON lines file with the task's fields.")
 @click.option("--truncate", is_flag=True, help="Cut texts that are too long instead of refusing.")
 @click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
+@click.option("--sample", "do_sample", is_flag=True, help="Draw tokens at random.")
+@click.option("--temperature", type=float, help="With --sample: above 1 wilder, below 1 tamer.")
+@click.option("--top-k", type=int, help="With --sample: draw from so many likeliest tokens.")
+@click.option("--top-p", type=float, help="With --sample: draw from this share of probability.")
+@click.option("--seed", type=int, help="With --sample: the same seed draws the same text.")
+@click.option("--stop", multiple=True, help="String or special token that ends an answer.")
+@click.option("--chat", is_flag=True, help="Put each text into the model's chat template.")
+@click.option("--stream", is_flag=True, help="Print text while it is written.")
 @click.option("--provider", "providers", multiple=True, help="cpu, cuda or tensorrt, in order.")
 @_json
 @_command
@@ -299,26 +307,38 @@ def run(
     pairs: tuple[tuple[str, str], ...],
     data: Path | None,
     truncate: bool,
-    max_new_tokens: int | None,
+    stream: bool,
     providers: tuple[str, ...],
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Answer texts with BUNDLE's engine; needs no torch and no transformers.
 
-    A task with labels answers with a label, any other with text.
+    A task with labels answers with a label and its probability, any other with text. An option
+    about writing makes a task with labels write too.
     """
     from eptc.runtime import Engine
 
     examples = [*texts, *pairs, *(_lines(data) if data is not None else ())]
     if not examples:
         raise OptionError("there is no text", expected="TEXT arguments, --pair or --data")
+    if stream and as_json:
+        raise OptionError("--stream and --json are both given", fix="leave one of them out")
+    # What was given; 0 is a value too.
+    writing = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
     with Engine.load(bundle, providers=list(providers) or None) as engine:
         task = engine.task
         labelled = engine.manifest.kind == "encoder-classifier" or bool(task and task.labels)
-        if labelled and max_new_tokens is None:
+        if stream:
+            for example in examples:
+                for piece in engine.stream(example, truncate=truncate, **writing):
+                    click.echo(piece, nl=False)
+                click.echo()
+            return
+        if labelled and not writing:
             answers: Sequence[Any] = engine.classify(examples, truncate=truncate)
         else:
-            answers = engine.generate(examples, max_new_tokens, truncate=truncate)
+            answers = engine.generate(examples, truncate=truncate, **writing)
     if as_json:
         both = zip(examples, answers, strict=True)
         listed = [{"input": example, **dataclasses.asdict(answer)} for example, answer in both]
@@ -344,16 +364,13 @@ def doctor(as_json: bool) -> None:
 
 
 def _answer(answer: Any) -> str:
-    """One line: the label and how sure, the value, or the text."""
-    if getattr(answer, "value", None) is not None:
+    """One line: the text, the value, or the label and how likely it is."""
+    if hasattr(answer, "text"):
+        return str(answer.text)
+    if answer.value is not None:
         return f"{answer.value:.4f}"
-    label = getattr(answer, "label", None)
-    if label is not None:
-        sure = f"\t{max(answer.probabilities):.3f}" if answer.probabilities else ""
-        return f"{label}{sure}"
-    if answer.text is not None and hasattr(answer, "label"):
-        return f"(none of the labels)\t{answer.text}"
-    return str(answer.text if answer.text is not None else answer.index)
+    label = answer.label if answer.label is not None else answer.index
+    return f"{label}\t{answer.probabilities[answer.index]:.3f}"
 
 
 def _lines(path: Path) -> Iterator[Any]:

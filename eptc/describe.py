@@ -118,17 +118,21 @@ def _generation(
     caches = [s for s in decoder.inputs if s.name.startswith("past_key_values.")]
     heads, width = caches[0].shape[1], caches[0].shape[3]
     layers = {spec.name.split(".")[1] for spec in caches}
+    kind, variant = source.base.architecture.kind, source.contents.variant
+    prefix, ends = text.answer_frame(tokenizer, kind, variant)
     return GenerationSpec(
         decoder_start_token_id=(config.get("pad_token_id") if start is None else start)
-        if source.base.architecture.kind == "encoder-decoder"
+        if kind == "encoder-decoder"
         else None,
         eos_token_id=tuple(int(stop) for stop in stops),
         pad_token_id=text.pad_token_id(config),
-        max_new_tokens=text.answer_length(task, tokenizer, source.contents.variant),
+        max_new_tokens=text.answer_length(task, tokenizer, variant),
         num_layers=len(layers),
         num_key_value_heads=int(heads),
         head_dim=int(width),
         max_positions=text.max_positions(config),
+        answer_prefix=prefix,
+        answer_ends=ends,
     )
 
 

@@ -173,6 +173,8 @@ class Manifest:
         named = [graph.file for graph in self.graphs.values()]
         if self.tokenizer is not None:
             named.append(self.tokenizer.file)
+            if self.tokenizer.chat_template is not None:
+                named.append(self.tokenizer.chat_template)
         for file in named:
             if file not in self.files:
                 raise BundleError(f"{file!r} is used but not listed under files")
