@@ -12,7 +12,7 @@ import pytest
 import eptc.runtime
 from eptc.errors import BundleError, InputError, OptionError, TaskError
 from eptc.runtime import Engine, probe_providers
-from eptc.runtime.providers import _does_not_start
+from eptc.runtime.providers import _does_not_start, choose
 
 CPU = "CPUExecutionProvider"
 
@@ -113,6 +113,16 @@ def test_cuda(request: pytest.FixtureRequest, sentences: Any) -> None:
     with Engine.load(lowered_llama.path, ["cuda"]) as engine:
         assert engine.providers[0] == "CUDAExecutionProvider"
         assert engine.generate(sentences) == expected
+
+
+def test_provider_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 stays float32 on a GPU, unless the caller wants it otherwise."""
+    monkeypatch.setattr("eptc.runtime.providers.why_not", lambda _: None)
+    cuda = "CUDAExecutionProvider"
+    assert dict(choose(None))[cuda] == {"use_tf32": "0"}
+    assert choose(["cuda"]) == [(cuda, {"use_tf32": "0"})]
+    options = {"device_id": "1", "use_tf32": "1"}
+    assert choose([("cuda", options), "cpu"]) == [(cuda, options), (CPU, {})]
 
 
 def test_a_provider_that_fails_after_all(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
