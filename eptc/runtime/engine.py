@@ -13,18 +13,18 @@ from eptc.runtime.decoding import decode_decoder_only, decode_encoder_decoder, r
 from eptc.runtime.feeds import check_vocabulary, checked
 from eptc.runtime.inputs import Example, prepare
 from eptc.runtime.labels import label_index
-from eptc.runtime.loading import open_graphs
-from eptc.runtime.manifest import Manifest, bundle_file, load_manifest
+from eptc.runtime.loading import open_graphs, open_tokenizer
+from eptc.runtime.manifest import Manifest, load_manifest
 from eptc.runtime.prepacked import cache_folder
 from eptc.runtime.providers import Provider, choose
 from eptc.runtime.results import Classification, Generation, classified
-from eptc.runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
     from eptc.runtime.graph import Graph, NumpyArray
+    from eptc.runtime.tokenizer import TextTokenizer
     from eptc.tasks import Task
 
 __all__ = ["Engine"]
@@ -73,8 +73,8 @@ class Engine:
     ) -> Self:
         """Load a bundle.
 
-        Engines of one bundle share its weights and sessions within a process; with a cache, in
-        all processes of the machine. A process that is forked later has to load its own.
+        Engines of one bundle share its sessions and weights within a process, and with a cache
+        the weights in every process. A process that is forked later has to load its own.
 
         Args:
             directory: the bundle's folder.
@@ -98,10 +98,7 @@ class Engine:
         folder = Path(directory)
         count = usable_cpus() if threads is None else _positive("threads", threads)
         manifest = load_manifest(folder)
-        tokenizer = None
-        if manifest.tokenizer is not None:
-            path = bundle_file(folder, manifest.tokenizer.file)
-            tokenizer = TextTokenizer(path, manifest.tokenizer)
+        tokenizer = open_tokenizer(folder, manifest)
         requests = choose(providers)
         graphs = open_graphs(
             folder,

@@ -13,6 +13,7 @@ from eptc.runtime.graph import Graph
 from eptc.runtime.manifest import Manifest, bundle_file
 from eptc.runtime.prepacked import open_prepacked
 from eptc.runtime.session import open_session
+from eptc.runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,14 +21,18 @@ if TYPE_CHECKING:
 
     from eptc.runtime.providers import Request
 
-__all__ = ["open_graphs"]
+__all__ = ["open_graphs", "open_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
-# Engines of one bundle share its sessions, which any thread may run: a second one costs nothing.
-# The last engine that is closed or collected frees them. Two threads that open a graph at the
-# same moment both do, and one of the sessions is kept: no lock, which a fork could find held.
-_opened: weakref.WeakValueDictionary[tuple[Any, ...], Graph] = weakref.WeakValueDictionary()
+# Engines of one bundle share its sessions and its tokenizer, which any thread may use: a second
+# one costs nothing. The last engine that is closed or collected frees them. Two threads that open
+# a graph at the same moment both do, and one of them is kept: no lock, which a fork could find
+# held.
+_graphs: weakref.WeakValueDictionary[tuple[Any, ...], Graph] = weakref.WeakValueDictionary()
+_tokenizers: weakref.WeakValueDictionary[tuple[Any, ...], TextTokenizer] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def open_graphs(
@@ -74,22 +79,38 @@ def _open(
     cache: Path | None,
 ) -> Graph:
     spec = manifest.graphs[name]
-    files = [bundle_file(folder, file).stat() for file in sorted(manifest.files)]
-    key = (
-        os.getpid(),
-        name,
-        spec,
-        tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns) for file in files),
-        json.dumps(list(requests), sort_keys=True, default=str),
-        threads,
-        cache,
-    )
-    graph = _opened.get(key)
+    files = _written(folder, sorted(manifest.files))
+    options = json.dumps(list(requests), sort_keys=True, default=str)
+    key = (os.getpid(), name, spec, files, options, threads, cache)
+    graph = _graphs.get(key)
     if graph is None:
         session = None
         if cache is not None:
             session = open_prepacked(cache, folder, manifest, name, requests, threads)
         if session is None:
             session = open_session(bundle_file(folder, spec.file), requests, threads)
-        graph = _opened.setdefault(key, Graph(name, spec, session))
+        graph = _graphs.setdefault(key, Graph(name, spec, session))
     return graph
+
+
+def open_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer | None:
+    """Open the bundle's tokenizer; None where it has none.
+
+    Raises:
+        BundleError: the file cannot be read.
+    """
+    spec = manifest.tokenizer
+    if spec is None:
+        return None
+    key = (os.getpid(), spec, _written(folder, [spec.file]))
+    tokenizer = _tokenizers.get(key)
+    if tokenizer is None:
+        path = bundle_file(folder, spec.file)
+        tokenizer = _tokenizers.setdefault(key, TextTokenizer(path, spec))
+    return tokenizer
+
+
+def _written(folder: Path, files: Sequence[str]) -> tuple[tuple[int, int, int, int], ...]:
+    """Return what changes where one of the files is written or replaced."""
+    found = [bundle_file(folder, file).stat() for file in files]
+    return tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns) for file in found)

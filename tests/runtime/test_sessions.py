@@ -17,7 +17,7 @@ import pytest
 
 from eptc.errors import InputError
 from eptc.runtime import Engine, load_manifest
-from eptc.runtime.loading import open_graphs
+from eptc.runtime.loading import open_graphs, open_tokenizer
 from eptc.runtime.providers import choose
 
 
@@ -43,6 +43,12 @@ def test_one_session_for_one_bundle(
     del first
     gc.collect()
     assert gone() is None
+
+
+def test_one_tokenizer(classifier: Any, writer: Any) -> None:
+    first = open_tokenizer(classifier.path, load_manifest(classifier.path))
+    assert open_tokenizer(classifier.path, load_manifest(classifier.path)) is first
+    assert open_tokenizer(writer.path, load_manifest(writer.path)) is not first
 
 
 def test_a_bundle_that_was_replaced(classifier: Any, tmp_path: Path) -> None:
