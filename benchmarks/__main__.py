@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import cases, machine
+from benchmarks import machine
 from benchmarks.builds import BUILDS, BuildCase, run_build
-from benchmarks.cases import Case
+from benchmarks.cases import CASES, TRIAL, Case
 from benchmarks.figure import draw
-from benchmarks.latency import Settings, run_case
+from benchmarks.latency import run_case
 from benchmarks.models import MODELS
 from benchmarks.places import RESULTS, ROOT, Files
 from benchmarks.processes import Environments, WorkerError, environment
 from benchmarks.report import report
-from benchmarks.results import Results, read, write
+from benchmarks.results import Conditions, Results, read, write
+from benchmarks.settings import Settings
+from benchmarks.versions import installed
 
 __all__ = ["main"]
 
@@ -32,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = 0
     if not options.report:
         try:
-            chosen, builds = _select([name for name in options.cases.split(",") if name])
+            chosen, builds = _select(_names(options.cases), quick=options.quick)
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2
@@ -41,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.threads,
             options.seed,
             rounds=_QUICK_ROUNDS if options.quick else None,
-            only=tuple(name for name in options.only.split(",") if name),
+            only=tuple(_names(options.only)),
         )
         models = dict.fromkeys([*(c.model for c in chosen), *(b.model for b in builds)])
         for model in models:
-            print(model, flush=True)
+            print(model)
             code |= _run_model(
                 model,
                 [case for case in chosen if case.model == model],
@@ -71,15 +76,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _select(names: list[str]) -> tuple[list[Case], list[BuildCase]]:
+def _names(listed: str) -> list[str]:
+    return [name for name in listed.split(",") if name]
+
+
+def _select(names: list[str], *, quick: bool) -> tuple[list[Case], list[BuildCase]]:
+    """Return the cases and builds whose name starts with one of the names.
+
+    None: all but the trials of the suite itself, in a quick run without the builds.
+
+    Raises:
+        ValueError: a name that fits nothing.
+    """
     if not names:
-        return cases.select([]), [b for b in BUILDS if not b.name.startswith("tiny")]
-    builds = [build for build in BUILDS if build.name.startswith(tuple(names))]
-    rest = [n for n in names if not any(build.name.startswith(n) for build in builds)]
-    found = [case for case in cases.CASES if case.name.startswith(tuple(names))]
-    if rest:
-        cases.select(rest)  # raises for a name that fits nothing
-    return found, builds
+        whole = [b for b in BUILDS if not b.name.startswith(TRIAL)]
+        return [c for c in CASES if not c.name.startswith(TRIAL)], [] if quick else whole
+    known = [item.name for item in (*CASES, *BUILDS)]
+    for name in names:
+        if not any(item.startswith(name) for item in known):
+            raise ValueError(f"there is no case {name!r}; there are {', '.join(known)}")
+    prefixes = tuple(names)
+    return (
+        [case for case in CASES if case.name.startswith(prefixes)],
+        [build for build in BUILDS if build.name.startswith(prefixes)],
+    )
 
 
 def _run_model(
@@ -88,35 +108,50 @@ def _run_model(
     builds: Sequence[BuildCase],
     settings: Settings,
     options: argparse.Namespace,
-) -> int:
-    """Run one model's benchmarks and write its results; return 1 where one could not run."""
+) -> bool:
+    """Run one model's benchmarks and write their results; return whether one could not run."""
     files = Files(options.folder / model)
     _make(model, files)
-    code = 0
-    found, built = [], []
-    versions: dict[str, dict[str, str]] = {}
+    failed = False
     for case in chosen:
-        print(f" {case.name}", flush=True)
+        print(f" {case.name}")
         try:
-            result, used = run_case(case, files, settings)
+            result = run_case(case, files, settings)
         except WorkerError as error:
-            print(f"  {error}", file=sys.stderr, flush=True)
-            code = 1
+            print(f"  {error}", file=sys.stderr)
+            failed = True
             continue
-        found.append(result)
-        versions |= used
+        found = Results(case.name, _conditions(settings), case=result)
+        write(found, options.results / f"{case.name}.json")
     for build in builds:
-        print(f" {build.name}", flush=True)
-        built.append(run_build(build, files, settings))
-        code |= any(measure.status == "failed" for measure in built[-1].measures)
+        print(f" {build.name}")
+        built = run_build(build, files, settings)
+        failed |= any(measure.status == "failed" for measure in built.measures)
+        found = Results(build.name, _conditions(settings), build=built)
+        write(found, options.results / f"{build.name}.json")
         if build.removed:
             shutil.rmtree(files.root)
-    results = Results(
-        model, machine.revision(), settings.seed, settings.threads, settings.rounds is not None,
-        machine.describe(), versions, tuple(found), tuple(built),
+    return failed
+
+
+def _conditions(settings: Settings) -> Conditions:
+    return Conditions(
+        machine.revision(), machine.describe(), settings.threads, settings.seed,
+        settings.rounds is not None, _versions(settings),
     )  # fmt: skip
-    write(results, options.results / f"{model}.json")
-    return code
+
+
+def _versions(settings: Settings) -> dict[str, dict[str, str]]:
+    """Return the versions of every environment that is set up."""
+    found = {"eptc": installed()}
+    with contextlib.suppress(WorkerError):
+        found["optimum"] = json.loads(
+            subprocess.run(  # noqa: S603  # our own module
+                [settings.environments.python("optimum"), "-m", "benchmarks.versions"],
+                check=True, cwd=ROOT, env=environment(1), capture_output=True,
+            ).stdout
+        )  # fmt: skip
+    return found
 
 
 def _make(model: str, files: Files) -> None:
@@ -124,7 +159,7 @@ def _make(model: str, files: Files) -> None:
     done = files.root / "made"
     if done.is_file():
         return
-    print(" making the model", flush=True)
+    print(" making the model")
     subprocess.run(  # noqa: S603  # our own module
         [sys.executable, "-m", "benchmarks.models", MODELS[model].name, str(files.root)],
         check=True, cwd=ROOT, env=environment(machine.threads_available()),
@@ -133,15 +168,17 @@ def _make(model: str, files: Files) -> None:
 
 
 def _write_report(out: Path) -> None:
-    order = {name: i for i, name in enumerate(MODELS)}
+    order = [item.name for item in (*CASES, *BUILDS)]
     found = [read(path) for path in out.glob("*.json")]
-    found.sort(key=lambda result: order.get(result.model, len(order)))
+    found.sort(key=lambda result: order.index(result.name))
     text = report(found)
     (out / "report.md").write_text(text)
     print(text)
-    if any(result.cases for result in found):
+    if any(result.case for result in found):
         draw(found, out / "latency.svg")
 
 
 if __name__ == "__main__":
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # a run takes long: show how far it is
     sys.exit(main())

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.latency import Settings
 from benchmarks.places import Files
 from benchmarks.processes import Usage, WorkerError, measured
 from benchmarks.results import Build, Measure, Ratio
+from benchmarks.settings import Settings
 from benchmarks.statistics import order_of_rounds, paired_ratio
 
 __all__ = ["BUILDS", "BuildCase", "run_build"]

@@ -10,9 +10,11 @@ import numpy as np
 
 from benchmarks.places import Files
 
-__all__ = ["CASES", "Case", "Mode", "feeds", "select"]
+__all__ = ["CASES", "TRIAL", "Case", "Mode", "feeds"]
 
 Mode = Literal["classify", "encode", "generate"]
+# How the names of cases begin that try the suite itself; they run when asked for.
+TRIAL = "tiny"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,28 +50,10 @@ CASES = (
     Case("t5-base-2-tokens", "t5-base", "generate", 1, 32, 2),
     Case("t5-base-16-tokens", "t5-base", "generate", 1, 32, 16),
     Case("smollm2-64-tokens", "smollm2", "generate", 1, 32, 64, rounds=20),
-    # Seconds long: they try the suite, not the engines.
     Case("tiny-bert", "tiny-bert", "classify", 2, 8, rounds=6),
     Case("tiny-t5", "tiny-t5", "generate", 1, 8, 3, rounds=6),
     Case("tiny-llama", "tiny-llama", "generate", 1, 8, 3, rounds=6),
 )
-
-
-def select(names: list[str]) -> list[Case]:
-    """Return the cases whose name starts with one of the names, in the table's order.
-
-    An empty list selects every case that is not a trial of the suite itself.
-
-    Raises:
-        ValueError: a name that starts no case's name.
-    """
-    if not names:
-        return [case for case in CASES if not case.name.startswith("tiny")]
-    for name in names:
-        if not any(case.name.startswith(name) for case in CASES):
-            known = ", ".join(case.name for case in CASES)
-            raise ValueError(f"there is no case {name!r}; there are {known}")
-    return [case for case in CASES if case.name.startswith(tuple(names))]
 
 
 def feeds(case: Case, files: Files, seed: int = 0) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def draw(results: Sequence[Results], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    cases = [case for result in results for case in result.cases]
+    cases = [result.case for result in results if result.case is not None]
     # Text stays text: its outlines would depend on the fonts that are installed. Ids depend on
     # the salt alone.
     settings: dict[str, Any] = {

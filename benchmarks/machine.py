@@ -58,20 +58,26 @@ def _cpu() -> str:
     return f"{info['model name']} (family {info['cpu family']}, model {info['model']})"
 
 
-def cpu_seconds(pid: int) -> float | None:
-    """Return the CPU time a process has used; None where the system does not tell."""
+def cpu_seconds(pid: int, *, children: bool = False) -> float | None:
+    """Return the CPU time a process has used; None where the system does not tell.
+
+    Args:
+        pid: the process.
+        children: count those it has waited for as well.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, fields[11 : 15 if children else 13])) / os.sysconf("SC_CLK_TCK")
 
 
 class Load:
     """How much CPU time anything but some processes uses, from now on.
 
     Args:
-        pids: the processes that do not count; they must outlive the measurement.
+        pids: the processes that do not count, nor do those they wait for; they must outlive the
+            measurement.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
@@ -88,7 +94,7 @@ class Load:
         return max(0.0, used / ((time.monotonic() - wall) * (os.cpu_count() or 1)))
 
     def _own(self) -> float:
-        return sum(cpu_seconds(pid) or 0.0 for pid in self._pids)
+        return sum(cpu_seconds(pid, children=True) or 0.0 for pid in self._pids)
 
     def _busy(self) -> float | None:
         """Return the CPU time the whole machine has worked since it started."""

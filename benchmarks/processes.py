@@ -129,6 +129,14 @@ class Worker:
             code = self._process.wait()
             raise WorkerError(f"its process died with code {code}") from None
 
+    def close(self) -> None:
+        """End the process, whatever it is doing; it holds nothing that has to be saved."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            assert stream is not None
+            stream.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -138,11 +146,7 @@ class Worker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._process.kill()  # it holds nothing that has to be saved
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            assert stream is not None
-            stream.close()
+        self.close()
 
 
 @dataclasses.dataclass(frozen=True)

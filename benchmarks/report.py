@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.results import Build, CaseResult, Ratio, Results, Timing
+from benchmarks.results import Build, CaseResult, Conditions, Ratio, Results, Timing
 
 __all__ = ["best_exporter", "case_table", "report"]
 
@@ -13,12 +13,12 @@ __all__ = ["best_exporter", "case_table", "report"]
 def report(results: Sequence[Results]) -> str:
     """Return everything as Markdown."""
     parts = ["# Results", "", *_conditions(results)]
-    cases = [case for result in results for case in result.cases]
+    cases = [result.case for result in results if result.case is not None]
     if cases:
         parts += ["", "## Latency", "", *_summary(cases)]
         for case in cases:
             parts += ["", f"### {case.name}", "", *case_table(case)]
-    builds = [build for result in results for build in result.builds]
+    builds = [result.build for result in results if result.build is not None]
     if builds:
         parts += ["", "## Builds"]
         for build in builds:
@@ -27,19 +27,29 @@ def report(results: Sequence[Results]) -> str:
 
 
 def _conditions(results: Iterable[Results]) -> list[str]:
-    lines = []
+    """Return what was measured under which conditions, those that are alike together."""
+    names: dict[str, list[str]] = {}
     for result in results:
-        machine = result.machine
-        quick = "; **a quick run: few rounds**" if result.quick else ""
-        lines.append(
-            f"* {result.model} at {result.revision}: {machine.cpu}, {result.threads} threads of "
-            f"{machine.cpus} CPUs, {machine.memory / 2**30:.0f} GiB, {machine.system}, Python {machine.python}, "
-            f"seed {result.seed}{quick}"
-        )
-        for environment, packages in result.versions.items():
-            listed = ", ".join(f"{name} {version}" for name, version in packages.items())
-            lines.append(f"  * {environment}: {listed}")
-    return lines
+        names.setdefault(_described(result.conditions), []).append(result.name)
+    return [f"* {', '.join(alike)}: {text}" for text, alike in names.items()]
+
+
+def _described(conditions: Conditions) -> str:
+    machine = conditions.machine
+    packages = (
+        f"{environment}: " + ", ".join(f"{name} {version}" for name, version in found.items())
+        for environment, found in conditions.versions.items()
+    )
+    return "; ".join((
+        f"commit {conditions.revision}",
+        f"{machine.cpu}, {conditions.threads} threads of {machine.cpus} CPUs",
+        f"{machine.memory / 2**30:.0f} GiB",
+        f"{machine.system}",
+        f"Python {machine.python}",
+        f"seed {conditions.seed}",
+        *packages,
+        *(["**a quick run of few rounds**"] if conditions.quick else []),
+    ))  # fmt: skip
 
 
 def best_exporter(case: CaseResult) -> Timing | None:
@@ -134,7 +144,7 @@ def _ratio(ratio: Ratio | None) -> str:
 
 def _words(ratio: Ratio) -> str:
     interval = "" if ratio.low is None else f" ({ratio.low:.3f} to {ratio.high:.3f})"
-    return f"{ratio.estimate:.3f}{interval}, {ratio.rounds} rounds"
+    return f"{ratio.estimate:.3f}{interval}, rounds: {ratio.rounds}"
 
 
 def _one_line(reason: str | None) -> str:

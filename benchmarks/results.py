@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 __all__ = [
-    "SCHEMA_VERSION", "Build", "CaseResult", "Machine", "Measure", "Ratio", "Results", "Timing",
-    "read", "write",
+    "SCHEMA_VERSION", "Build", "CaseResult", "Conditions", "Machine", "Measure", "Ratio",
+    "Results", "Timing", "read", "write",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 1
@@ -144,18 +144,34 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
-    """One model's results in one run: `results/<model>.json`."""
+class Conditions:
+    """Under what something was measured.
 
-    model: str
+    Args:
+        revision: the checkout's commit.
+        machine: where.
+        threads: threads of every contestant.
+        seed: of everything that is random.
+        quick: whether it was a trial, with few rounds.
+        versions: each environment's packages.
+    """
+
     revision: str
-    seed: int
-    threads: int
-    quick: bool
     machine: Machine
+    threads: int
+    seed: int
+    quick: bool
     versions: dict[str, dict[str, str]]
-    cases: tuple[CaseResult, ...] = ()
-    builds: tuple[Build, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """One case or one build: `results/<name>.json`."""
+
+    name: str
+    conditions: Conditions
+    case: CaseResult | None = None
+    build: Build | None = None
     schema_version: int = SCHEMA_VERSION
 
 

@@ -28,7 +28,10 @@ def export(contestant: Contestant, files: Files, case: Case) -> None:
 
     config = transformers.AutoConfig.from_pretrained(files.merged)
     model_class = getattr(transformers, config.architectures[0])
-    model = model_class.from_pretrained(files.merged, dtype=torch.float32).eval()
+    # torch.onnx.export alone cannot convert T5's fused attention; transformers patches it.
+    plain = contestant.name == "torch-onnx" and config.is_encoder_decoder
+    attention = {"attn_implementation": "eager"} if plain else {}
+    model = model_class.from_pretrained(files.merged, dtype=torch.float32, **attention).eval()
     folder = files.engine(contestant.name)
     # Two rows of another length: no dimension is taken for a constant.
     sample = {name: torch.from_numpy(array) for name, array in _sample(case, files).items()}

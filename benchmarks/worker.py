@@ -14,7 +14,6 @@ import resource
 import sys
 import time
 import traceback
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,11 +24,6 @@ from benchmarks.contestants import CONTESTANTS, Call, Contestant
 from benchmarks.places import Files
 
 __all__ = ["serve"]
-
-_PACKAGES = (
-    "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript",
-    "optimum", "optimum-onnx", "torch", "transformers",
-)  # fmt: skip
 
 
 def serve(requests: TextIO, replies: TextIO) -> None:
@@ -46,15 +40,22 @@ def serve(requests: TextIO, replies: TextIO) -> None:
                 reply: dict[str, Any] = {}
             elif call is None:  # the first request of any other kind loads
                 call = _load(contestant, files, case, job["threads"])
-                reply = {"versions": _versions()}
+                reply = {}
             else:
                 reply = _run(call, request)
             # KiB on Linux.
             reply["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         except Exception as error:  # noqa: BLE001  # whatever stops a contestant is reported
             traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"[:600]}
+            reply = {"error": _said(error)}
         print(json.dumps(reply), file=replies, flush=True)
+
+
+def _said(error: BaseException) -> str:
+    """Return what an error says that others may be wrapped around, in a line or two."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _load(contestant: Contestant, files: Files, case: Case, threads: int) -> Call:
@@ -73,16 +74,6 @@ def _run(call: Call, request: dict[str, Any]) -> dict[str, Any]:
         call()
         seconds.append(time.perf_counter() - start)
     return {"seconds": seconds}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":
