@@ -26,7 +26,7 @@ WRITTEN = np.array([[7, 8, 9, 9]])
         (LOGITS, RIGHT[:1], RIGHT, None, "shape"),
         (LOGITS, RIGHT, None, None, None),
         (TOKENS, WRITTEN, WRITTEN, 0.0, None),
-        (TOKENS, WRITTEN + [0, 0, 0, 1], WRITTEN, 0.25, None),
+        (TOKENS, WRITTEN + np.array([0, 0, 0, 1]), WRITTEN, 0.25, None),
         (TOKENS, WRITTEN[:, :3], WRITTEN, None, "not 4 a row"),
         (TOKENS, WRITTEN[:, :3], None, None, "not 4 a row"),
     ],
