@@ -127,6 +127,15 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str
     return names
 
 
+def _sizes(_: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        return [int(size) for size in value.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"--{parameter.name} is {value!r}", expected="integers separated by commas"
+        ) from None
+
+
 class _Group(click.Group):
     """Runs option callbacks under the same error handling as the commands."""
 
@@ -346,6 +355,43 @@ def run(
         return
     for answer in answers:
         click.echo(_answer(answer))
+
+
+@main.command()
+@click.argument("bundle", type=_FOLDER)
+@click.option("--batch", default="1,8", show_default=True, callback=_sizes, help="Rows a call.")
+@click.option(
+    "--length", default="32,128", show_default=True, callback=_sizes, help="Tokens a row."
+)
+@click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
+@click.option("--repeat", default=20, show_default=True, help="Calls of each shape.")
+@click.option("--threads", type=int, help="CPU threads one operator may use.")
+@click.option("--provider", "providers", multiple=True, help="cpu, cuda or tensorrt, in order.")
+@_json
+@_command
+def bench(
+    bundle: Path,
+    batch: list[int],
+    length: list[int],
+    max_new_tokens: int | None,
+    providers: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure BUNDLE's engine on this machine: latency by batch and length.
+
+    The inputs are token ids drawn at random. Needs no torch and no transformers.
+    """
+    report = eptc.bench(
+        bundle, batches=batch, lengths=length, new_tokens=max_new_tokens,
+        providers=list(providers) or None, **options,
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    from eptc.tables import print_bench
+
+    print_bench(report)
 
 
 @main.command()
