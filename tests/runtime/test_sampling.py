@@ -19,6 +19,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "some": {"top_k": 40},
     "more than there are": {"top_k": 10_000},
     "nearly none": {"top_p": 1e-6},
+    "less than rounding": {"top_p": 1e-20},
     "half": {"top_p": 0.5},
     "nearly all": {"top_p": 0.999},
     "all": {"top_p": 1.0},
