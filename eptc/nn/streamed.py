@@ -26,6 +26,9 @@ from eptc.tasks import Task
 
 __all__ = ["StreamedModel", "Visit", "stream_reference"]
 
+# Of a matrix that are in memory in float64.
+_ROWS = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
@@ -74,7 +77,11 @@ class StreamedModel:
             yield
 
     def run(
-        self, task: str | int, batches: Sequence[Mapping[str, Any]], outputs: list[Any]
+        self,
+        task: str | int,
+        batches: Sequence[Mapping[str, Any]],
+        outputs: list[Any],
+        rounded: Mapping[str, torch.dtype] | None = None,
     ) -> Iterator[Visit]:
         """Run batches, yielding each module once all have passed it; nothing is loaded then.
 
@@ -82,6 +89,9 @@ class StreamedModel:
             task: name, alias or id.
             batches: what the Hugging Face model takes.
             outputs: what it returns for each is put here at the end.
+            rounded: adapted linears, by full name, that compute with the sum of their weight and
+                of the matrix their experts stand for, rounded to a type; the others add up two
+                outputs.
 
         Raises:
             TaskError: there is no such task.
@@ -98,12 +108,37 @@ class StreamedModel:
                     return
                 assert len(waiting) == 1, "batches take different ways through the model"
                 path = waiting.pop()
-                with self._base.loaded(units[path]):
+                with self._base.loaded(units[path]), _folded(units[path], rounded or {}):
                     memory.present = path
                     for i, batch in enumerate(batches):
                         memory.forward(self.model.hf, i, batch)
                     memory.present = None
                 yield memory.visit(path, len(batches))
+
+
+@contextlib.contextmanager
+def _folded(unit: nn.Module, rounded: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Fold the adapted linears of a module into their weights, which come and go with it."""
+    layers = [m for m in unit.modules() if isinstance(m, EptLinear) and m.path in rounded]
+    try:
+        for layer in layers:
+            _fold(layer.weight, layer.dense(), rounded[layer.path])
+            layer.__dict__["delta"] = _nothing
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("delta", None)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_zeros(())
+
+
+def _fold(weight: Tensor, delta: Tensor, dtype: torch.dtype) -> None:
+    """Add a matrix to a weight in place, in float64, and round; some rows at a time."""
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        weight[rows] = (weight[rows].double() + delta[rows].double()).to(dtype).float()
 
 
 class _Memory:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from eptc.checkpoint import Checkpoint
 from eptc.errors import ParityError
@@ -103,12 +104,17 @@ def prove_blocks(
     text = _BundleText.open(directory, manifest)
     probes, tokenized = make_probes(text, model, task_id, tokenizer, examples)
     batches = [make_batch(manifest, probe) for probe in few(probes, given=examples is not None)]
+    walk = _Walk(reference, runners, batches)
     report = ParityReport(
-        (), STATE, dict(layers or {}), weights, (), (), tokenized, mode="block by block"
+        (), walk.bound, dict(layers or {}), weights, (), (), tokenized, mode="block by block"
     )
+    if walk.rounded:
+        report = dataclasses.replace(
+            report, reference="PyTorch model, float32, adapted weights rounded as they are stored"
+        )
     for batch in batches:
         report = with_outcomes(report, batch.probe, [])
-    for outcomes in _Walk(reference, runners, batches).outcomes(task_id, progress):
+    for outcomes in walk.outcomes(task_id, progress):
         report = dataclasses.replace(
             report,
             tensors=(*report.tensors, *(o for o in outcomes if isinstance(o, Comparison))),
@@ -131,6 +137,8 @@ class _Walk:
         self._role = {
             block: role for role, runner in runners.items() for block in runner.partition.blocks
         }
+        layers = reference.model.layers
+        self.rounded = _rounded(layers, [runner.partition for runner in runners.values()])
         self._encoded: Sequence[Float32] = ()
         self._tokens: dict[int, int] = {}  # that the engine's last part gave, by batch
 
@@ -140,7 +148,7 @@ class _Walk:
         state: Sequence[Float32] = ()  # the reference's, after the last block
         role = ""
         feeds = [batch.reference for batch in self._batches]
-        for visit in self._reference.run(task_id, feeds, answers):
+        for visit in self._reference.run(task_id, feeds, answers, self.rounded):
             if visit.path in self._role:
                 progress(f"parity: {visit.path}")
                 before, after = _numpy(visit.inputs), _numpy(visit.outputs)
@@ -232,6 +240,21 @@ def _logits(what: str, batch: Batch, role: str, got: Float32, want: Float32) -> 
     for step, (mine, theirs) in enumerate(steps):
         for row in range(len(theirs)):
             yield decide(what, row, step, mine[row], theirs[row], 2 * comparison.bound)
+
+
+def _rounded(layers: Iterable[str], partitions: Iterable[Partition]) -> dict[str, torch.dtype]:
+    """Return the 16-bit types that the engine's adapted weights were rounded to, by linear.
+
+    What that rounding moves is seen where the weights are compared. In a block's state it would
+    hide what else is wrong, so the reference rounds its own sums of weight and experts.
+    """
+    narrow = {name: kind for graph in partitions for name, kind in graph.narrow.items()}
+    return {
+        path: getattr(torch, kind)
+        for path in layers
+        for name, kind in narrow.items()
+        if f"{path}.weight" in name  # a weight packed with others is called after all of them
+    }
 
 
 def _by_token(state: Float32) -> Float32:

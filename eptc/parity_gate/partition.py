@@ -1,8 +1,8 @@
 """A written graph cut into the blocks of its model, each of which can run by itself.
 
 A node belongs to the block that its name begins with. What is the same for all blocks (masks,
-rotary tables, position biases) is made by the part before the blocks; what follows from weights
-or from the cache alone is made wherever it is read.
+rotary tables, position biases) is made once, before the blocks or in the first that has the sizes
+it needs; what follows from weights or from the cache alone is made wherever it is read.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ class Partition:
             latest = max(before, key=self._rank.__getitem__, default=BEFORE)
             if node in self._known:
                 place[node] = self._own[node] or self._follow(latest)
-            elif node in of_inputs and node not in of_cache and latest == BEFORE:
+            elif node in of_inputs and node not in of_cache:
                 made = [p for p in _producers(node) if p in of_inputs]
                 if all(p in place for p in made):
-                    place[node] = BEFORE
+                    place[node] = latest  # as early as the sizes it reads are known
         return place
 
     def _follow(self, latest: str) -> str:
@@ -181,6 +181,15 @@ class Partition:
                     expected=f"that it reads the state of {wanted} alone",
                     fix=_FIX,
                 )
+
+    @property
+    def narrow(self) -> dict[str, str]:
+        """Names and types of the weights that are stored in 16 bits."""
+        return {
+            name: str(value.dtype.numpy())
+            for name, value in self._graph.initializers.items()
+            if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        }
 
     def serialize(self, part: Part, arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
         """Return a part as an ONNX model whose weights stay where the graph's are.

@@ -18,7 +18,7 @@ from eptc.runtime.generation import greedy, limited, planned, sampled, stream, w
 from eptc.runtime.inputs import Example, positive, prepare
 from eptc.runtime.loading import open_graphs, open_tokenizer
 from eptc.runtime.manifest import Manifest, load_manifest
-from eptc.runtime.prepacked import cache_folder
+from eptc.runtime.prepacked import kept_in
 from eptc.runtime.providers import Provider, choose
 from eptc.runtime.results import Classification, Generation, classified
 from eptc.runtime.scoring import Labels, score, task_labels
@@ -72,7 +72,7 @@ class Engine:
         providers: Sequence[Provider] | None = None,
         threads: int | None = None,
         *,
-        cache: bool | str | Path | None = None,
+        cache: bool | str | Path = False,
         warm_up: bool = False,
     ) -> Self:
         """Load a bundle.
@@ -90,9 +90,9 @@ class Engine:
             cache: a folder to keep optimised graphs and packed weights in, so that later loads
                 are faster and every process maps one copy of the weights; on disk it takes 1.5
                 to 2.5 times the bundle. For the CPU provider, on Linux. True:
-                `$EPTC_CACHE_DIR`, else `$XDG_CACHE_HOME/eptc`, else `~/.cache/eptc`. None:
-                `$EPTC_CACHE_DIR` where it is set. False: none. It may be removed at any time;
-                where it cannot be used the log says why, and the engine loads without it.
+                `$EPTC_CACHE_DIR`, else `$XDG_CACHE_HOME/eptc`, else `~/.cache/eptc`. It may be
+                removed at any time; where it cannot be used the log says why, and the engine
+                loads without it.
             warm_up: whether to call `warm_up` before returning.
 
         Raises:
@@ -110,7 +110,7 @@ class Engine:
             requests,
             count,
             strict=providers is not None,
-            cache=cache_folder(cache),
+            cache=kept_in(cache),
         )
         engine = cls(folder, manifest, graphs, tokenizer)
         if warm_up:

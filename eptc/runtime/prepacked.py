@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from eptc.cache import cache_folder
 from eptc.errors import BundleError
 from eptc.runtime.cpus import cpu_kind
 from eptc.runtime.manifest import Manifest, bundle_file
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from eptc.runtime.providers import Request
 
-__all__ = ["cache_folder", "open_prepacked", "sha256"]
+__all__ = ["kept_in", "open_prepacked", "sha256"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +53,15 @@ _ABANDONED_AFTER: Final = 24 * 3600  # seconds; nothing takes that long to write
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
-def cache_folder(cache: bool | str | Path | None) -> Path | None:
+def kept_in(cache: bool | str | Path) -> Path | None:
     """Return the folder to keep graphs in, or None.
 
     Args:
-        cache: the folder; True: `$EPTC_CACHE_DIR`, else `$XDG_CACHE_HOME/eptc`, else
-            `~/.cache/eptc`; None: `$EPTC_CACHE_DIR` where it is set; False: none.
+        cache: the folder; True: `eptc.cache.cache_folder()`; False: none.
     """
-    if cache is None or cache is True:
-        if folder := os.environ.get("EPTC_CACHE_DIR"):
-            return Path(folder)
-        if cache is None:
-            return None
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(os.path.expanduser(home)) / "eptc"  # noqa: PTH111  # Path's raises
-    return Path(cache) if cache is not False else None
+    if isinstance(cache, bool):
+        return cache_folder() if cache else None
+    return Path(cache)
 
 
 def open_prepacked(

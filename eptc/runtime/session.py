@@ -39,7 +39,7 @@ def open_session(
     """Open a session.
 
     What was tried and left as it is, for it made no difference or things slower: denormals as
-    zero, parallel execution, no arena, a device allocator for initializers, shrinking the arena
+    zero, no arena, a device allocator for initializers, shrinking the arena
     after each run (memory grew).
 
     Args:

@@ -199,7 +199,7 @@ def plant_in_pass(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def roberta(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Subject]:
-    """Return a function that gives a native checkpoint on a small RoBERTa, no tokenizer."""
+    """Return a function that gives a native checkpoint on a RoBERTa without a tokenizer."""
     made: list[Subject] = []
 
     def make() -> Subject:

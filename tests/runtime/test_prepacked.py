@@ -18,7 +18,7 @@ import pytest
 from eptc.errors import BundleError
 from eptc.runtime import Engine
 from eptc.runtime.cpus import cpu_kind
-from eptc.runtime.prepacked import cache_folder
+from eptc.runtime.prepacked import kept_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -343,17 +343,11 @@ def test_two_processes_at_once(lowered_bert: Any, tmp_path: Path) -> None:
     assert len(entries(tmp_path)) == 1
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Off unless it is asked for, by the caller or by the environment."""
-    for name in ("EPTC_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert cache_folder(None) is None
-    assert cache_folder(False) is None
-    assert cache_folder(True) == Path("/home/somebody/.cache/eptc")
-    assert cache_folder("there") == Path("there")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_folder(True) == Path("/xdg/eptc")
+def test_where_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nowhere unless a caller asks for it."""
+    assert kept_in(False) is None
+    assert kept_in("there") == Path("there")
     monkeypatch.setenv("EPTC_CACHE_DIR", "/var/kept")
-    assert cache_folder(None) == cache_folder(True) == Path("/var/kept")
-    assert cache_folder(False) is None
+    assert kept_in(True) == Path("/var/kept")
+    monkeypatch.setenv("EPTC_CACHE_DIR", "")
+    assert kept_in(True) is None
