@@ -30,6 +30,9 @@ def describe(
     graphs: Mapping[str, onnx_ir.Model],
     tokenizer: text.TrainingTokenizer | None,
     records: Sequence[PassRecord],
+    *,
+    precision: str,
+    optimize_for: str,
 ) -> Manifest:
     """Return the manifest of an engine that nobody has compared with anything yet.
 
@@ -41,6 +44,8 @@ def describe(
         graphs: the engine's graphs.
         tokenizer: the tokenizer of training.
         records: what the passes did.
+        precision: what the matrices are stored as.
+        optimize_for: the execution provider the graphs are fused for.
     """
     kind = source.base.architecture.kind
     task = source.contents.tasks[task_id]
@@ -50,7 +55,8 @@ def describe(
         kind=kind,
         target="onnx",
         opset=OPSET,
-        precision="fp32",
+        precision=precision,
+        optimized_for=optimize_for,
         task=task,
         num_labels=task.num_outputs if kind == "encoder-classifier" else None,
         vocab_size=int(settings["vocab_size"]),

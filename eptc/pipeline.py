@@ -25,6 +25,7 @@ from eptc.passes.narrow_weights import NarrowWeights
 from eptc.passes.pack_projections import PackProjections
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
+from eptc.tensors import unit_roundoff
 
 __all__ = [
     "OptimizeFor",
@@ -40,12 +41,17 @@ OptimizeFor = Literal["any", "cpu", "cuda"]
 Precision = Literal["fp32", "keep"]
 
 
-def adapter_passes(task_id: int) -> list[AdapterPass]:
-    """Return the default passes over the adapter IR, in order."""
+def adapter_passes(task_id: int, dtype: str | None = "float32") -> list[AdapterPass]:
+    """Return the default passes over the adapter IR, in order.
+
+    Args:
+        task_id: the task to compile.
+        dtype: type of the folded weights; None: each base weight's own.
+    """
     return [
         SpecializeRouter(task_id),  # first: nothing can be folded while a gate reads the task
         DropDeadExperts(),  # before folding: N - top_k of N experts are never computed
-        FoldPyramid(),  # last: afterwards the model is a plain Hugging Face model
+        FoldPyramid(dtype),  # last: afterwards the model is a plain Hugging Face model
     ]
 
 
@@ -215,9 +221,9 @@ def _measure(
 ) -> float:
     """Return the largest deviation over all linears as a fraction of its bound.
 
-    The bound of an `exact` pass: a weight it computed anew was rounded once to float32, so each
-    of its products may move by 2**-24 of itself; everything else is float64 and may move by
-    2**-40 of the terms that are summed.
+    The bound of an `exact` pass: a weight it computed anew was rounded once to its type, so each
+    of its products may move by half a unit in its last place (2**-24 of itself in float32);
+    everything else is float64 and may move by 2**-40 of the terms that are summed.
     """
     if after is before:
         return 0.0
@@ -227,7 +233,8 @@ def _measure(
         old, new = (probe.output(model, path, task_id) for model in (before, after))
         rounded = after.weights[parameter] is not before.weights[parameter]
         moved = np.abs(new.total - old.total)
-        bound = 2.0**-40 * (old.scale + new.scale) + (2.0**-24 * new.scale if rounded else 0.0)
+        roundoff = unit_roundoff(after.weights[parameter].dtype) if rounded else 0.0
+        bound = 2.0**-40 * (old.scale + new.scale) + roundoff * new.scale
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = moved / bound
         error = float(np.nan_to_num(np.max(ratio), nan=np.inf))

@@ -28,6 +28,7 @@ __all__ = [
     "cast",
     "content_hash",
     "numpy_dtype",
+    "unit_roundoff",
 ]
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
@@ -56,6 +57,11 @@ _NORMAL_FLOAT16 = 2.0**-14 * (1 + 2.0**-10)
 def numpy_dtype(name: str) -> np.dtype[np.generic]:
     """Return the numpy dtype of a name such as `float32` or `bfloat16`."""
     return _STORED[_SPELLING[name]]
+
+
+def unit_roundoff(dtype: str) -> float:
+    """Return the largest relative error of one rounding to a floating-point type."""
+    return float(ml_dtypes.finfo(numpy_dtype(dtype)).eps) / 2
 
 
 def cast(array: Array, dtype: str) -> Array:
