@@ -75,7 +75,8 @@ def write_model(root: Path, width: int, layers: int) -> int:
         safetensors.numpy.save_file(tensors, base / f"model-{layer}.safetensors")
         index |= dict.fromkeys(tensors, f"model-{layer}.safetensors")
         total += sum(4 * tensor.size for tensor in tensors.values())
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    shards = {"metadata": {}, "weight_map": index}
+    (base / "model.safetensors.index.json").write_text(json.dumps(shards))
     (base / "config.json").write_text(json.dumps(_base_config(width, layers)))
     sizes = (2, 4, 8)
     adapters: dict[str, Any] = {}

@@ -25,6 +25,7 @@ class ParityReport:
         decisions: every choice that was compared.
         tokenized: how many texts were tokenized by both sides and were equal.
         scores: metric of engine and reference on labelled data, where there was some.
+        reference: what the engine was compared with.
         mode: `whole model`, or `block by block` where each block was given the reference's state.
     """
 
@@ -36,6 +37,7 @@ class ParityReport:
     decisions: tuple[Decision, ...]
     tokenized: int
     scores: Mapping[str, Any] | None = None
+    reference: str = "unfolded PyTorch model, float32"
     mode: str = "whole model"
 
     @property
@@ -58,7 +60,7 @@ class ParityReport:
             "verified": True,
             "passed": self.passed,
             "mode": self.mode,
-            "reference": "unfolded PyTorch model, float32",
+            "reference": self.reference,
             "tensors": len(self.tensors),
             "largest_error": _digits(self.worst.error),
             "its_bound": _digits(self.worst.bound),
