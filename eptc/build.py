@@ -19,7 +19,6 @@ from eptc.describe import OPSET, describe, write_texts
 from eptc.errors import OptionError
 from eptc.fitting import check_fit, task_config
 from eptc.ir import AdaptedModel
-from eptc.memory import WRITERS, Plan, make_plan
 from eptc.pipeline import (
     OptimizeFor,
     PassRecord,
@@ -29,6 +28,7 @@ from eptc.pipeline import (
     run_adapter_passes,
     run_graph_passes,
 )
+from eptc.planning import WRITERS, Plan, make_plan
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
 from eptc.skeletons import skeleton

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from eptc.build import Event
     from eptc.pipeline import PassRecord
+    from eptc.planning import Plan
 
 __all__ = ["main"]
 
@@ -118,6 +120,21 @@ def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Read a size such as `1.5GB` or `800MiB`."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", value.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise OptionError(
+            f"--max-memory is {value!r}", expected="a size such as 1.5GB, 800MB or 2GiB"
+        )
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
     if value is None:
         return None
@@ -160,10 +177,34 @@ def main() -> None:
 @click.argument("ckpt", type=_FOLDER)
 @click.option("--task", required=True, help="Name, alias or id of the task to compile.")
 @click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
-@click.option("-o", "--out", type=_FOLDER, required=True, help="Folder of the bundle.")
+@click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
 @_source_options
 @click.option(
     "--probe", type=_FOLDER, help="JSON lines file with examples to verify on (fields, label)."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "keep"]),
+    default="fp32",
+    show_default=True,
+    help="keep: store matrices in the base's own 16-bit type.",
+)
+@click.option(
+    "--optimize-for",
+    type=click.Choice(["cpu", "cuda", "any"]),
+    default="cpu",
+    show_default=True,
+    help="Execution provider whose kernels to fuse for; any: standard operators only.",
+)
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    callback=_size,
+    help="What each process may have in memory, such as 1.5GB; what does not fit is verified "
+    "block by block. Without it: what is available.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."
 )
 @click.option("--no-verify", is_flag=True, help="Skip parity; the manifest records it.")
 @click.option("--force", is_flag=True, help="Replace what lies at --out.")
@@ -174,7 +215,9 @@ def export(
     ckpt: Path,
     task: str,
     target: str,
-    out: Path,
+    out: Path | None,
+    dry_run: bool,
+    force: bool,
     no_verify: bool,
     verbose: bool,
     as_json: bool,
@@ -185,11 +228,15 @@ def export(
     The engine is compared with the unfolded PyTorch model before it is published. Where they
     differ, nothing is published and the exit code is 1.
     """
+    options |= {"task": task, "target": target, "verify": not no_verify}
+    if dry_run:
+        plan = eptc.plan(ckpt, **options)
+        click.echo(json.dumps(plan.to_json()) if as_json else _predicted(plan))
+        return
+    if out is None:
+        raise click.UsageError("Missing option '-o' / '--out'.")
     with _progress(as_json, verbose) as progress:
-        bundle = eptc.export(
-            ckpt, task=task, target=target, out=out, verify=not no_verify, progress=progress,
-            **options,
-        )  # fmt: skip
+        bundle = eptc.export(ckpt, out=out, force=force, progress=progress, **options)
     parity = dict(bundle.manifest.parity)
     if as_json:
         click.echo(
@@ -435,22 +482,51 @@ def _lines(path: Path) -> Iterator[Any]:
 def _progress(as_json: bool, verbose: bool = False) -> Iterator[Callable[[Event], None]]:
     """Show stages and passes on a terminal or if asked to; stay quiet otherwise."""
     from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     console = Console(stderr=True, highlight=False)
     if as_json or not (console.is_terminal or verbose):
         yield lambda _: None
         return
-    with console.status("") as status:
+    from eptc.build import Written
+
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+        TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+    ) as bars:  # fmt: skip
+        bar = bars.add_task("", total=None)
 
         def show(event: Event) -> None:
-            if not isinstance(event, str):
-                _show_pass(console, event)
-            elif console.is_terminal:
-                status.update(event)
+            if isinstance(event, str):
+                bars.update(bar, description=event, total=None, completed=0)
+                if not console.is_terminal:
+                    console.print(event, soft_wrap=True)
+            elif isinstance(event, Written):
+                bars.update(bar, completed=event.done, total=event.total)
             else:
-                console.print(event, soft_wrap=True)
+                _show_pass(console, event)
 
         yield show
+
+
+def _predicted(plan: Plan) -> str:
+    """Say in words what a build would take."""
+    lines = [
+        f"engine: {_bytes(plan.weight_bytes)} of weights ({plan.stored})",
+        f"compiler: at most {_bytes(plan.compiler_peak)} in memory",
+        f"verification: {plan.verification}"
+        + (f", at most {_bytes(plan.verifier_peak)} in memory" if plan.verifier_peak else "")
+        + (", in a process of its own" if plan.own_process else ""),
+        f"time: about {plan.seconds:.0f} s on two cores",
+    ]
+    return "\n".join(lines)
 
 
 def _show_pass(console: Console, record: PassRecord) -> None:

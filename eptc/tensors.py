@@ -11,6 +11,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -61,7 +62,8 @@ def numpy_dtype(name: str) -> np.dtype[np.generic]:
 
 def unit_roundoff(dtype: str) -> float:
     """Return the largest relative error of one rounding to a floating-point type."""
-    return float(ml_dtypes.finfo(numpy_dtype(dtype)).eps) / 2
+    info: Any = ml_dtypes.finfo
+    return float(info(numpy_dtype(dtype)).eps) / 2
 
 
 def cast(array: Array, dtype: str) -> Array:

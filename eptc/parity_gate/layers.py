@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class LayerOutputs:
 def layer_outputs(
     reference: EptModel,
     task_id: int,
-    loaded: Callable[[torch.nn.Module], AbstractContextManager[None]] = nullcontext,
+    loaded: Callable[[torch.nn.Module], AbstractContextManager[Any]] = nullcontext,
 ) -> LayerOutputs:
     """Run every adapted linear of the reference.
 

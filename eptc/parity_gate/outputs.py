@@ -101,8 +101,9 @@ def _encoder_decoder(
         f"encoder state, {probe.name}", encoded["last_hidden_state"], hidden, bound, valid
     )
 
+    rows: list[list[int]] = []
     if probe.answer is not None:
-        fed, rows = probe.answer[:, :-1], []
+        fed = probe.answer[:, :-1]
     else:
         rows, written = _written(engine, probe)
         fed = np.concatenate([_starts(engine, len(written)), written[:, :-1]], axis=1)

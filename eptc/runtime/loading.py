@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import json
 import logging
 import os
 import weakref
@@ -102,7 +103,8 @@ def open_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer | None:
     spec = manifest.tokenizer
     if spec is None:
         return None
-    key = (os.getpid(), spec, _written(folder, [spec.file]))
+    described = json.dumps(spec.to_json(), sort_keys=True)
+    key = (os.getpid(), described, _written(folder, [spec.file]))
     tokenizer = _tokenizers.get(key)
     if tokenizer is None:
         path = bundle_file(folder, spec.file)

@@ -43,8 +43,8 @@ def manifest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def plant(change: Callable[[Manifest], Manifest]) -> None:
         sound = describe.describe
 
-        def changed(*arguments: Any) -> Manifest:
-            return change(sound(*arguments))
+        def changed(*arguments: Any, **options: Any) -> Manifest:
+            return change(sound(*arguments, **options))
 
         monkeypatch.setattr(build, "describe", changed)
 

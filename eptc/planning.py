@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 from eptc.architectures import setting
 from eptc.checkpoint import Checkpoint
 from eptc.errors import OptionError
 from eptc.lower import IN_FLIGHT
+from eptc.machine import available_memory
 from eptc.pipeline import Precision
 from eptc.tensors import LazyTensor, numpy_dtype
 
-__all__ = ["WRITERS", "Plan", "Verification", "available_memory", "make_plan"]
+__all__ = ["WRITERS", "Plan", "Verification", "make_plan"]
 
 Verification = Literal["whole model", "block by block", "none"]
 
@@ -98,7 +98,8 @@ def make_plan(
             f"{_mb(max_memory)}",
             fix=f"give --max-memory {_mb(compiler)} or more",
         )
-    verification, verifier = _verification(source, limit) if verify else ("none", 0)
+    stored = _stored_name(weights, precision)
+    verification, verifier = _verification(source, limit, stored) if verify else ("none", 0)
     numbers = sum(math.prod(tensor.shape) for tensor in weights)
     own = verify and os.name == "posix" and 4 * numbers > _LARGE
     if verify and max_memory is not None and not own:
@@ -117,7 +118,7 @@ def make_plan(
     if verify:
         seconds += hashed / _HASHED + _PROBED * numbers / _VERIFIED / 10
     return Plan(
-        _stored_name(weights, precision), sum(sizes), compiler, verification, verifier, own,
+        stored, sum(sizes), compiler, verification, verifier, own,
         in_flight, seconds, limit,
     )  # fmt: skip
 
@@ -148,42 +149,20 @@ def _working(weights: list[LazyTensor], sizes: list[int], limit: int | None) -> 
     largest = max(each, default=0)
     for in_flight in (IN_FLIGHT, IN_FLIGHT // 4):
         together = max((n for n, s in zip(each, sizes, strict=True) if s <= in_flight), default=0)
-        working = max(largest, in_flight + WRITERS * together)
+        working = max(largest, min(in_flight, sum(sizes)) + WRITERS * together)
         if limit is None or _COMPILER + working <= limit:
             return in_flight, working
     return 0, largest
 
 
-def _verification(source: Checkpoint, limit: int | None) -> tuple[Verification, int]:
+def _verification(source: Checkpoint, limit: int | None, stored: str) -> tuple[Verification, int]:
     from eptc.parity_gate.memory import block_bytes, whole_model_bytes
 
     whole = _VERIFIER + whole_model_bytes(source)
-    if limit is None or whole <= limit:
+    # Rounding of 16-bit weights adds up over blocks, and would hide what else is wrong.
+    if stored == "fp32" and (limit is None or whole <= limit):
         return "whole model", whole
     return "block by block", _VERIFIER + block_bytes(source)
-
-
-def available_memory() -> int | None:
-    """Return how many bytes this process could still use; None where the system does not say.
-
-    The least of what Linux calls available and what is left of the control group's limit.
-    """
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        found += [int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:")]
-    except OSError:
-        return None
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes",
-         "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):  # fmt: skip
-        try:
-            found.append(int(Path(limit).read_text("ascii")) - int(Path(used).read_text("ascii")))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return min(found, default=None)
 
 
 def _mb(count: int) -> str:
