@@ -156,13 +156,11 @@ def _working(weights: list[LazyTensor], sizes: list[int], limit: int | None) -> 
 
 
 def _verification(source: Checkpoint, limit: int | None, stored: str) -> tuple[Verification, int]:
-    from eptc.parity_gate.memory import block_bytes, whole_model_bytes
+    from eptc.parity_gate.memory import block_bytes, verified_by_block, whole_model_bytes
 
-    whole = _VERIFIER + whole_model_bytes(source)
-    # Rounding of 16-bit weights adds up over blocks, and would hide what else is wrong.
-    if stored == "fp32" and (limit is None or whole <= limit):
-        return "whole model", whole
-    return "block by block", _VERIFIER + block_bytes(source)
+    if verified_by_block(source, stored, None if limit is None else limit - _VERIFIER):
+        return "block by block", _VERIFIER + block_bytes(source)
+    return "whole model", _VERIFIER + whole_model_bytes(source)
 
 
 def _mb(count: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from eptc.checkpoint import Checkpoint
 from eptc.tensors import LazyTensor
 
-__all__ = ["block_bytes", "fits_in_memory", "whole_model_bytes"]
+__all__ = ["block_bytes", "verified_by_block", "whole_model_bytes"]
 
 _FLOAT32 = 4
 # Float32 copies of the largest tensor: what is added to it, and both in float64 for some rows.
@@ -60,14 +60,18 @@ def block_bytes(source: Checkpoint) -> int:
     return _FLOAT32 * (4 * most + 2 * adapters + _COPIES * largest)
 
 
-def fits_in_memory(source: Checkpoint, limit: int) -> bool:
-    """Whether a model can be verified as a whole.
+def verified_by_block(source: Checkpoint, precision: str, limit: int | None) -> bool:
+    """Whether an engine is verified block by block.
+
+    It is where the whole model would not fit, and where weights are stored in 16 bits: their
+    rounding adds up over blocks, and would hide what else is wrong.
 
     Args:
         source: the checkpoint; no tensor is read.
-        limit: bytes that may be used beyond what the process holds already.
+        precision: what the engine's matrices are stored as, `fp32` or another.
+        limit: bytes that may be used beyond what the process holds already; None: any number.
     """
-    return whole_model_bytes(source) <= limit
+    return precision != "fp32" or (limit is not None and whole_model_bytes(source) > limit)
 
 
 def _numbers(tensors: Iterable[LazyTensor]) -> int:

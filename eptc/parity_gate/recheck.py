@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,19 +14,22 @@ import torch
 
 from eptc import checkpoint, text
 from eptc.errors import BundleError, OptionError, ParityError
+from eptc.machine import available_memory
 from eptc.nn import EptModel
-from eptc.parity_gate.gate import prove, refuse
+from eptc.parity_gate.gate import refuse
+from eptc.parity_gate.memory import verified_by_block
 from eptc.parity_gate.probes import Example, read_examples
-from eptc.parity_gate.reference import load_reference
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.scores import score
-from eptc.runtime import Engine, Manifest
+from eptc.parity_gate.verifier import LocalVerifier, Subject
+from eptc.runtime import Engine, Manifest, load_manifest
 from eptc.tasks import Task, fill
 
 __all__ = ["parity"]
 
-# Rounding of float32 over a whole model, relative to the largest logit.
-_NOISE = 2e-5
+# What rounding moves over a whole model, relative to the largest logit: of sums in float32, and
+# of weights that are stored in 16 bits (a step or two of that type).
+_NOISE = {"fp32": 2e-5, "fp16-weights": 2e-3, "bf16-weights": 1.6e-2}
 
 
 def parity(
@@ -62,47 +66,44 @@ def parity(
         ParityError: the engine does not give the reference's answers.
     """
     folder = Path(bundle)
-    with Engine.load(folder, providers=["cpu"]) as engine:
-        manifest = engine.manifest
-        recorded = manifest.checkpoint
-        released = recorded["format"] == "released"
-        if released:
-            tasks = tasks or [task["name"] for task in recorded["tasks"]]
-            top_k = top_k if top_k is not None else int(recorded["top_k"])
-        source = checkpoint.read(
-            Path(reference),
-            Path(base) if base is not None else None,
-            top_k=top_k,
-            tasks=tasks,
-            task_spec=Path(task_spec) if task_spec is not None else None,
-            specs={t["name"]: Task.from_json(t) for t in recorded["tasks"]} if released else None,
-            allow_pickle=allow_pickle,
+    manifest = load_manifest(folder)
+    task = manifest.task
+    if task is None:
+        raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
+    recorded = manifest.checkpoint
+    released = recorded["format"] == "released"
+    if released:
+        tasks = tasks or [task["name"] for task in recorded["tasks"]]
+        top_k = top_k if top_k is not None else int(recorded["top_k"])
+    source = checkpoint.read(
+        Path(reference),
+        Path(base) if base is not None else None,
+        top_k=top_k,
+        tasks=tasks,
+        task_spec=Path(task_spec) if task_spec is not None else None,
+        specs={t["name"]: Task.from_json(t) for t in recorded["tasks"]} if released else None,
+        allow_pickle=allow_pickle,
+    )
+    _check_origin(folder, manifest, source)
+    names = [t.name for t in source.contents.tasks]
+    if task.name not in names:
+        raise BundleError(
+            f"{folder} was built for task {task.name!r}, which the checkpoint does not have",
+            expected=", ".join(names),
         )
-        _check_origin(folder, manifest, source)
-        progress("load the PyTorch reference")
-        model = load_reference(source, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle)
-        task = manifest.task
-        if task is None:
-            raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
-        names = [t.name for t in model.tasks]
-        if task.name not in names:
-            raise BundleError(
-                f"{folder} was built for task {task.name!r}, which the checkpoint does not have",
-                expected=", ".join(names),
-            )
-        task_id = names.index(task.name)
-        examples = read_examples(Path(data), task, labelled=True) if data is not None else None
-        if examples is not None and task.kind == "generation":
-            raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
-        tokenizer = text.find_tokenizer(source.path, source.base.path)
-        report = prove(
-            folder, engine, model, task_id, tokenizer, examples=examples, progress=progress
-        )
+    examples = read_examples(Path(data), task, labelled=True) if data is not None else None
+    if examples is not None and task.kind == "generation":
+        raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
+    by_block = verified_by_block(source, manifest.precision, available_memory())
+    subject = Subject(source, task.name, top_k, tasks, allow_pickle, examples, by_block)
+    with contextlib.closing(LocalVerifier(subject)) as verifier:
+        report = verifier.prove(folder, {}, progress)
         refuse(report, "build the bundle again; if it fails again, report it")
-        if examples is None or tokenizer is None:
+        if examples is None or verifier.tokenizer is None:
             return report
         progress("score")
-        scores = _scores(engine, model, task, tokenizer, examples)
+        with Engine.load(folder, providers=["cpu"]) as engine:
+            scores = _scores(engine, verifier.reference, task, verifier.tokenizer, examples)
     report = dataclasses.replace(report, scores=scores)
     if scores["flips_beyond_noise"]:
         raise ParityError(
@@ -180,6 +181,7 @@ def _reference_answers(
     spec = engine.manifest.tokenizer
     limit = {"truncation": True, "max_length": spec.max_length} if spec and spec.max_length else {}
     generation = engine.manifest.generation
+    noise = _NOISE[engine.manifest.precision]
     tokens = _label_tokens(engine.manifest, task, tokenizer)
     with torch.no_grad(), model.task(task.name):
         for example in examples:
@@ -189,12 +191,12 @@ def _reference_answers(
                 want.append(
                     float(logits[0]) if task.kind == "regression" else int(logits.argmax())
                 )
-                sure.append(task.kind != "regression" and _margin(logits) > _NOISE)
+                sure.append(task.kind != "regression" and _margin(logits) > noise)
                 continue
             inputs.pop("token_type_ids", None)
             index, margin = _written_label(model, engine.manifest, tokens, inputs)
             want.append(index)
-            sure.append(margin > _NOISE)
+            sure.append(margin > noise)
     return want, sure
 
 

@@ -94,11 +94,13 @@ class LocalVerifier:
         self._subject = subject
 
     @functools.cached_property
-    def _reference(self) -> EptModel:
+    def reference(self) -> EptModel:
+        """The unfolded model, in memory as a whole."""
         return load_reference(self._subject.source, **self._subject.given)
 
     @functools.cached_property
-    def _tokenizer(self) -> text.TrainingTokenizer | None:
+    def tokenizer(self) -> text.TrainingTokenizer | None:
+        """The tokenizer of training."""
         source = self._subject.source
         return text.find_tokenizer(source.path, source.base.path)
 
@@ -110,7 +112,7 @@ class LocalVerifier:
             task_id = resolve(subject.task, streamed.model.tasks)
             return layer_outputs(streamed.model, task_id, streamed.loaded)
         # The reference finds the task by itself: a reader that mixes up tasks is found out.
-        return layer_outputs(self._reference, resolve(subject.task, self._reference.tasks))
+        return layer_outputs(self.reference, resolve(subject.task, self.reference.tasks))
 
     def prove(
         self, directory: Path, layers: Mapping[str, float], progress: Progress
@@ -123,19 +125,19 @@ class LocalVerifier:
         if subject.by_block:
             return prove_blocks(
                 directory, load_manifest(directory), subject.source, subject.task,
-                self._tokenizer, **subject.given, **options,
+                self.tokenizer, **subject.given, **options,
             )  # fmt: skip
         try:
             engine = Engine.load(directory, providers=["cpu"])
         except BundleError as error:
             raise ParityError(f"the engine that was written does not load: {error}") from error
-        task_id = resolve(subject.task, self._reference.tasks)
+        task_id = resolve(subject.task, self.reference.tasks)
         with engine:
-            return prove(directory, engine, self._reference, task_id, self._tokenizer, **options)
+            return prove(directory, engine, self.reference, task_id, self.tokenizer, **options)
 
     def close(self) -> None:
         """Free the reference."""
-        self.__dict__.pop("_reference", None)
+        self.__dict__.pop("reference", None)
 
 
 class RemoteVerifier:

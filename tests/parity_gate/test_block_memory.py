@@ -18,7 +18,7 @@ import eptc
 from eptc import checkpoint
 from eptc.parity_gate import load_reference, prove
 from eptc.parity_gate.blocks import prove_blocks
-from eptc.parity_gate.memory import fits_in_memory, whole_model_bytes
+from eptc.parity_gate.memory import verified_by_block, whole_model_bytes
 from eptc.runtime import Engine
 from eptc.runtime.manifest import load_manifest
 
@@ -46,8 +46,10 @@ def test_limit_decides(small_native: Any) -> None:
     needed = whole_model_bytes(source)
     stored = sum(path.stat().st_size for path in small_native.root.rglob("*.safetensors"))
     assert 2 * stored <= needed + 2 * 40_000  # the files' headers are no numbers
-    assert fits_in_memory(source, needed)
-    assert not fits_in_memory(source, needed - 1)
+    assert not verified_by_block(source, "fp32", None)
+    assert not verified_by_block(source, "fp32", needed)
+    assert verified_by_block(source, "fp32", needed - 1)
+    assert verified_by_block(source, "fp16-weights", None)
 
 
 def _child(what: str, root: Path) -> Any:
