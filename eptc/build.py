@@ -2,60 +2,62 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
-from eptc.architectures import architecture
 from eptc.describe import OPSET, describe, write_texts
-from eptc.errors import (
-    BaseModelError,
-    BundleError,
-    CheckpointError,
-    OptionError,
-    ParityError,
-    TaskError,
-)
+from eptc.errors import OptionError
+from eptc.fitting import check_fit, task_config
 from eptc.ir import AdaptedModel
 from eptc.pipeline import (
+    OptimizeFor,
     PassRecord,
+    Precision,
     adapter_passes,
     graph_passes,
     run_adapter_passes,
     run_graph_passes,
 )
+from eptc.planning import WRITERS, Plan, make_plan
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
+from eptc.skeletons import skeleton
 from eptc.tasks import Task, resolve
-from eptc.tensors import as_dtype
 
 if TYPE_CHECKING:
-    from eptc.nn import EptModel
-    from eptc.parity_gate import ParityReport
+    from eptc.parity_gate import ParityReport, Verifier
 
-__all__ = ["TARGETS", "Bundle", "Event", "export", "fits", "precise_routes"]
+__all__ = ["TARGETS", "Bundle", "Event", "Options", "Written", "export", "plan", "precise_routes"]
 
 TARGETS = ("onnx",)
 # A log-probability gap below this can flip under other float32 arithmetic.
 SMALL_MARGIN = 1e-4
 
-# What transformers raises where a configuration has values of the wrong kind.
-_BAD_CONFIG = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
 
-Event = str | PassRecord
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """How far the weights are written.
+
+    Args:
+        done: bytes written so far.
+        total: bytes in all.
+    """
+
+    done: int
+    total: int
+
+
+Event = str | PassRecord | Written
 Progress = Callable[[Event], None]
 
 
@@ -82,6 +84,83 @@ class Bundle:
         return Engine.load(self.path, **options)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a build is asked for; `export` describes each."""
+
+    task: str | int
+    base: str | Path | None = None
+    target: str = "onnx"
+    tasks: Sequence[str] | None = None
+    top_k: int | None = None
+    task_spec: str | Path | None = None
+    probe: str | Path | None = None
+    precision: Precision = "fp32"
+    optimize_for: OptimizeFor = "cpu"
+    max_memory: int | None = None
+    verify: bool = True
+    allow_pickle: bool = False
+
+    def check(self) -> None:
+        """Raise OptionError for a value that no build can have."""
+        for name, value, known in (
+            ("target", self.target, TARGETS),
+            ("precision", self.precision, get_args(Precision)),
+            ("provider to optimize for", self.optimize_for, get_args(OptimizeFor)),
+        ):
+            if value not in known:
+                raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
+        if self.probe is not None and not self.verify:
+            raise OptionError("--probe was given together with --no-verify", fix="leave one out")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A build whose inputs were read and go together; no weight was."""
+
+    options: Options
+    source: checkpoint.Checkpoint
+    task_id: int
+    config: Any
+    plan: Plan
+
+    @classmethod
+    def read(cls, ckpt: str | Path, options: Options) -> _Job:
+        options.check()
+        source = checkpoint.read(
+            Path(ckpt),
+            Path(options.base) if options.base is not None else None,
+            top_k=options.top_k,
+            tasks=options.tasks,
+            task_spec=Path(options.task_spec) if options.task_spec is not None else None,
+            allow_pickle=options.allow_pickle,
+        )
+        task_id = resolve(options.task, source.contents.tasks)
+        config = task_config(source, task_id)
+        check_fit(source, task_id, config)
+        plan = make_plan(
+            source, config, precision=options.precision, verify=options.verify,
+            max_memory=options.max_memory,
+        )  # fmt: skip
+        return cls(options, source, task_id, config, plan)
+
+    @property
+    def dtype(self) -> str | None:
+        """Type that folded weights are rounded to; None for each base weight's own."""
+        return None if self.options.precision == "keep" else "float32"
+
+    def bound(self, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
+        """Return the graphs with a model's weights, none of them read."""
+        found = skeleton(self.config, opset=OPSET, tied_head=self.source.base.tied_head)
+        graphs = found.copy_graphs()
+        lower.bind(graphs, model.weights)
+        return graphs
+
+    def graph_passes(self) -> list[Any]:
+        """Return the passes over the graphs."""
+        return graph_passes(self.options.optimize_for, self.options.precision)
+
+
 class _Clock:
     """Wall time by stage; reports each stage as it starts."""
 
@@ -90,7 +169,7 @@ class _Clock:
         self._progress = progress
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Any:
+    def stage(self, name: str) -> Iterator[None]:
         self._progress(name)
         start = time.perf_counter()
         try:
@@ -110,6 +189,9 @@ def export(
     top_k: int | None = None,
     task_spec: str | Path | None = None,
     probe: str | Path | None = None,
+    precision: Precision = "fp32",
+    optimize_for: OptimizeFor = "cpu",
+    max_memory: int | None = None,
     verify: bool = True,
     allow_pickle: bool = False,
     force: bool = False,
@@ -127,10 +209,17 @@ def export(
         top_k: experts a task uses, where the checkpoint does not store it.
         task_spec: JSON file with prompts and labels of tasks that are not the published ones.
         probe: JSON lines file with examples to verify on; None for built-in text.
+        precision: `fp32`, or `keep`: matrices are stored in the base's own 16-bit type, folded
+            ones rounded to it once; the engine computes in float32.
+        optimize_for: the execution provider whose kernels the graphs are fused for, `cpu` or
+            `cuda`; `any`: standard operators only.
+        max_memory: bytes that each process of the build may have resident; None: what is
+            available now. Where the whole model does not fit it is verified block by block.
         verify: False publishes an engine nobody compared with anything; the manifest says so.
         allow_pickle: read `adapter_model.bin` (weights only).
         force: replace what lies at `out`.
-        progress: called with each stage (a string) and each finished pass.
+        progress: called with each stage (a string), each finished pass and, while weights are
+            written, how many are.
 
     Returns:
         The published bundle.
@@ -139,8 +228,6 @@ def export(
         InputError: something about the input; nothing was written.
         ParityError: the engine does not give the reference's answers; nothing was published.
     """
-    if target not in TARGETS:
-        raise OptionError(f"the target is {target!r}", expected=" or ".join(TARGETS))
     out = Path(out)
     bundle.check_place(
         out,
@@ -150,133 +237,74 @@ def export(
             "the task description": task_spec,
         },
     )  # fmt: skip
+    options = Options(
+        task, base, target, tasks, top_k, task_spec, probe, precision, optimize_for, max_memory,
+        verify, allow_pickle,
+    )  # fmt: skip
     clock = _Clock(progress)
-    with clock.stage("read the checkpoint"):
-        source = checkpoint.read(
-            Path(ckpt),
-            Path(base) if base is not None else None,
-            top_k=top_k,
-            tasks=tasks,
-            task_spec=Path(task_spec) if task_spec is not None else None,
-            allow_pickle=allow_pickle,
-        )
-        task_id = resolve(task, source.contents.tasks)
-        config = _task_config(source, task_id)
-        fits(source, task_id, config)
-        examples = _examples(probe, source.contents.tasks[task_id], verify)
-        tokenizer = text.find_tokenizer(source.path, source.base.path)
-        generation = text.generation_config(source.base.path)
-    with clock.stage("hash and check the base model"):
-        source.check_base()
-    reference = None
-    if verify:
-        from eptc.parity_gate import load_reference
+    with contextlib.ExitStack() as stack:
+        with clock.stage("read the checkpoint"):
+            job = _Job.read(ckpt, options)
+            source = job.source
+            examples = _examples(probe, source.contents.tasks[job.task_id])
+            tokenizer = text.find_tokenizer(source.path, source.base.path)
+            generation = text.generation_config(source.base.path)
+        verifier = stack.enter_context(_verifier(job, examples)) if verify else None
+        # Hashing takes one processor, tracing another.
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        checked = pool.submit(source.check_base)
+        with clock.stage("trace"):
+            skeleton(job.config, opset=OPSET, tied_head=source.base.tied_head)
+        with clock.stage("hash and check the base model"):
+            checked.result()
+        layers: dict[str, float] = {}
+        with clock.stage("specialise and fold"):
+            model, records = _rewrite(job, verifier, layers, progress)
+        with clock.stage("graph passes"):
+            graphs = job.bound(model)
+            graph_records = run_graph_passes(graphs, job.graph_passes())
+            for record in graph_records:
+                progress(record)
+        records += graph_records
 
-        with clock.stage("load the PyTorch reference"):
-            reference = load_reference(source, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle)
-
-    # The reference finds the task by itself: a reader that mixes up tasks is found out.
-    twin = (reference, resolve(task, reference.tasks)) if reference is not None else None
-    layers: dict[str, float] = {}
-    with clock.stage("specialise and fold"):
-        model, records = _rewrite(source, task_id, twin, layers, progress)
-    with clock.stage("trace"):
-        graphs = _bound(config, model)
-    with clock.stage("graph passes"):
-        graph_records = run_graph_passes(graphs, graph_passes())
-        for record in graph_records:
-            progress(record)
-    records += graph_records
-
-    with bundle.draft(out, force=force) as draft:
+        draft = stack.enter_context(bundle.draft(out, force=force))
         with clock.stage("write"):
-            lower.write(graphs, draft.path)
+            digests = lower.write(
+                graphs, draft.path, threads=WRITERS, in_flight=job.plan.in_flight,
+                progress=lambda done, total: progress(Written(done, total)),
+            )  # fmt: skip
             # Settings that config.json leaves out have the values transformers gives them.
-            settings = {**config.to_dict(), **model.config}
-            manifest = describe(source, task_id, settings, generation, graphs, tokenizer, records)
+            settings = {**job.config.to_dict(), **model.config}
+            manifest = describe(
+                source, job.task_id, settings, generation, graphs, tokenizer, records,
+                precision=job.plan.stored, optimize_for=optimize_for,
+            )  # fmt: skip
             write_texts(draft.path, source, model, generation, tokenizer)
-        if twin is not None:
+            manifest = bundle.write_manifest(draft.path, manifest, digests)
+        if verifier is not None:
             with clock.stage("parity"):
-                manifest = bundle.write_manifest(draft.path, manifest)
-                prove = _prover(twin, tokenizer, examples, layers, progress)
-                report = prove(draft.path)
+                report = verifier.prove(draft.path, layers, progress)
                 if not report.passed:
-                    _refuse(report, config, model, manifest, draft.path, prove)
+                    _refuse(report, job, model, manifest, draft.path, verifier, layers)
                 bundle.write_json(draft.path / "parity.json", report.to_json())
                 manifest = dataclasses.replace(manifest, parity=report.summary())
-        manifest = bundle.write_manifest(draft.path, manifest)
+                manifest = bundle.write_manifest(draft.path, manifest)
         draft.publish()
-    notes = precise_routes(source, task_id)
+    notes = precise_routes(source, job.task_id)
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
 
 
-def fits(source: checkpoint.Checkpoint, task_id: int, config: Any) -> None:
-    """Check that base and heads have every parameter of the task model in its shape, no other.
+def plan(ckpt: str | Path, **options: Any) -> Plan:
+    """Predict what a build takes, before any weight is read.
+
+    Args:
+        ckpt: folder of the checkpoint.
+        options: as for `export`, without `out`, `force` and `progress`.
 
     Raises:
-        BaseModelError: the first three that are missing, of another shape or without a place.
-        CheckpointError: a head's parameter that the task model does not have.
-        TaskError: the task's kind does not go with the model.
+        InputError: something about the input.
     """
-    task = source.contents.tasks[task_id]
-    encoder = source.base.architecture.kind == "encoder-classifier"
-    if encoder != (task.kind in ("classification", "regression")):
-        raise TaskError(
-            f"task {task.name!r} is a {task.kind} task, the base is a "
-            f"{source.base.config.get('model_type')} {source.base.architecture.kind}",
-            expected="classification or regression" if encoder else "text-to-text or generation",
-            fix="describe the task with --task-spec"
-            if source.contents.format == "released"
-            else None,
-        )
-    head = source.contents.heads.get(task.name, {})
-    found = {**source.base.weights, **head}
-    expected = _expected_parameters(source, config)
-    wrong = []
-    for name, shape in expected.items():
-        if name not in found:
-            wrong.append(f"{name} {list(shape)} is missing")
-        elif found[name].shape != shape:
-            wrong.append(f"{name} is {list(found[name].shape)}, not {list(shape)}")
-    if wrong:
-        raise BaseModelError(
-            f"the base model {source.base.path} does not fit its configuration in {len(wrong)} "
-            f"tensors: {'; '.join(wrong[:3])}",
-            expected=f"the parameters of {source.base.architecture.task_class}"
-            + ("" if head or not encoder else f", or a head for task {task.name!r}"),
-            fix="give a complete base model with --base",
-        )
-    if lost := sorted(set(source.base.weights) - set(expected)):
-        raise BaseModelError(
-            f"the base model {source.base.path} has {len(lost)} tensors without a place in the "
-            f"model that its config.json describes: {', '.join(lost[:3])}",
-            expected=f"the parameters of {source.base.architecture.task_class}",
-            fix="give a base model with its own config.json",
-        )
-    for name, parameters in source.contents.heads.items():
-        if lost := sorted(set(parameters) - set(expected)):
-            raise CheckpointError(
-                f"the head of task {name!r} in {source.path} has the parameter {lost[0]}",
-                expected=f"parameters of {source.base.architecture.task_class}",
-            )
-
-
-def _expected_parameters(
-    source: checkpoint.Checkpoint, config: Any
-) -> Mapping[str, tuple[int, ...]]:
-    try:
-        return lower.expected_parameters(config, tied_head=source.base.tied_head)
-    except _BAD_CONFIG as error:
-        raise _no_model(source, error) from error
-
-
-def _no_model(source: checkpoint.Checkpoint, error: Exception) -> BaseModelError:
-    return BaseModelError(
-        f"{source.base.path / 'config.json'} describes no model that transformers can build: "
-        f"{type(error).__name__}: {error}",
-        expected=f"the configuration of a {source.base.architecture.task_class}",
-        fix="give the base model with its own config.json",
-    )
+    return _Job.read(ckpt, Options(**options)).plan
 
 
 def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ...]:
@@ -295,119 +323,60 @@ def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ..
     return tuple(notes)
 
 
-def _task_config(source: checkpoint.Checkpoint, task_id: int) -> Any:
-    """Return the configuration transformers builds the task model from."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING
-
-    fixed = adapter_passes(task_id)[0].rewrite(source.model)
-    try:
-        return CONFIG_MAPPING[str(fixed.config["model_type"])].from_dict(dict(fixed.config))
-    except (*_BAD_CONFIG, StrictDataclassError) as error:
-        raise _no_model(source, error) from error
-
-
-@functools.lru_cache(maxsize=4)
-def _skeleton(config: str, model_type: str, tied_head: bool) -> dict[str, onnx_ir.Model]:
-    from transformers import CONFIG_MAPPING
-
-    parsed = CONFIG_MAPPING[model_type].from_dict(json.loads(config))
-    return lower.trace(parsed, opset=OPSET, tied_head=tied_head)
-
-
-def _traced(config: Any, tied_head: bool) -> dict[str, onnx_ir.Model]:
-    """Return unbound graphs of a configuration; tasks of one checkpoint share the trace.
-
-    A graph depends on how many labels there are, not on what they are called.
-    """
-    names = {i: f"LABEL_{i}" for i in range(config.num_labels)}
-    unnamed = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
-    settings = json.dumps({**config.to_dict(), **unnamed}, sort_keys=True)
-    skeleton = _skeleton(settings, config.model_type, tied_head)
-    return {key: model.clone() for key, model in skeleton.items()}
-
-
-def _bound(config: Any, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
-    """Return the graphs of a configuration with a model's weights, none of them read."""
-    graphs = _traced(config, architecture(config).head not in model.weights)
-    lower.bind(graphs, {name: as_dtype(t, "float32") for name, t in model.weights.items()})
-    return graphs
-
-
-def _examples(
-    probe: str | Path | None, task: Task, verify: bool
-) -> list[Mapping[str, Any]] | None:
+def _examples(probe: str | Path | None, task: Task) -> list[Mapping[str, Any]] | None:
     if probe is None:
         return None
-    if not verify:
-        raise OptionError("--probe was given together with --no-verify", fix="leave one out")
     from eptc.parity_gate import read_examples
 
     return read_examples(Path(probe), task)
 
 
+@contextlib.contextmanager
+def _verifier(job: _Job, examples: Sequence[Mapping[str, Any]] | None) -> Iterator[Verifier]:
+    """Give the reference side, in a process of its own where the plan says so."""
+    from eptc.parity_gate import LocalVerifier, RemoteVerifier, Subject
+
+    options = job.options
+    subject = Subject(
+        job.source, options.task, options.top_k, options.tasks, options.allow_pickle, examples,
+        job.plan.verification == "block by block",
+    )  # fmt: skip
+    found = RemoteVerifier(subject) if job.plan.own_process else LocalVerifier(subject)
+    with contextlib.closing(found):
+        yield found
+
+
 def _rewrite(
-    source: checkpoint.Checkpoint,
-    task_id: int,
-    twin: tuple[EptModel, int] | None,
-    layers: dict[str, float],
-    progress: Progress,
+    job: _Job, verifier: Verifier | None, layers: dict[str, float], progress: Progress
 ) -> tuple[AdaptedModel, list[PassRecord]]:
     """Run the adapter passes; with a reference, each is followed by the layer gate."""
-    if twin is None:
+    passes, task_id, model = adapter_passes(job.task_id, job.dtype), job.task_id, job.source.model
+    if verifier is None:
         return run_adapter_passes(
-            source.model,
-            adapter_passes(task_id),
-            task_id=task_id,
-            probe=None,
-            after=lambda record, _: progress(record),
+            model, passes, task_id=task_id, probe=None, after=lambda record, _: progress(record)
         )
     from eptc.parity_gate import LayerGate
 
-    stage = f"the {source.contents.format} reader"
-    gate = LayerGate(*twin)
-    layers[stage] = gate.check(source.model, stage)
+    stage = f"the {job.source.contents.format} reader"
+    gate = LayerGate(verifier.layers())
+    layers[stage] = gate.check(model, stage)
 
     def after(record: PassRecord, model: AdaptedModel) -> None:
         stage = f"the pass {record.name}"
         layers[stage] = gate.check(model, stage)
         progress(record)
 
-    passes = adapter_passes(task_id)
-    return run_adapter_passes(source.model, passes, task_id=task_id, probe=gate.probe, after=after)
-
-
-def _prover(
-    twin: tuple[EptModel, int],
-    tokenizer: text.TrainingTokenizer | None,
-    examples: Sequence[Mapping[str, Any]] | None,
-    layers: Mapping[str, float],
-    progress: Progress,
-) -> Callable[[Path], ParityReport]:
-    """Return what compares the bundle in a folder with the reference."""
-    from eptc.parity_gate import prove
-
-    def compare(directory: Path) -> ParityReport:
-        try:
-            engine = Engine.load(directory, providers=["cpu"])
-        except BundleError as error:
-            raise ParityError(f"the engine that was written does not load: {error}") from error
-        with engine:
-            return prove(
-                directory, engine, *twin, tokenizer,
-                examples=examples, layers=layers, progress=progress,
-            )  # fmt: skip
-
-    return compare
+    return run_adapter_passes(model, passes, task_id=task_id, probe=gate.probe, after=after)
 
 
 def _refuse(
     report: ParityReport,
-    config: Any,
+    job: _Job,
     model: AdaptedModel,
     manifest: Manifest,
     directory: Path,
-    prove: Callable[[Path], ParityReport],
+    verifier: Verifier,
+    layers: Mapping[str, float],
 ) -> None:
     """Raise ParityError and name the first step after which the engine is off.
 
@@ -416,20 +385,20 @@ def _refuse(
     """
     from eptc.parity_gate import refuse
 
-    steps = graph_passes()
+    steps = job.graph_passes()
     guilty = f"the pass {steps[-1].name}"
     written = {lower.WEIGHTS, *(graph.file for graph in manifest.graphs.values())}
     for count in range(len(steps)):
-        graphs = _bound(config, model)
+        graphs = job.bound(model)
         run_graph_passes(graphs, steps[:count])
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             trial = Path(folder)
             for name in manifest.files:
                 if name not in written:
                     shutil.copy(directory / name, trial / name)
-            lower.write(graphs, trial)
+            lower.write(graphs, trial, in_flight=job.plan.in_flight)
             bundle.write_manifest(trial, dataclasses.replace(manifest, files={}))
-            if not prove(trial).passed:
+            if not verifier.prove(trial, layers, lambda _: None).passed:
                 guilty = f"the pass {steps[count - 1].name}" if count else "the lowering"
                 break
     refuse(report, f"{guilty} is the first step after which the engine is off: report this bug")

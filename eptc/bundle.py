@@ -171,13 +171,22 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     )
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+def write_manifest(
+    directory: Path, manifest: Manifest, digests: Mapping[str, str] | None = None
+) -> Manifest:
     """Write the manifest of a folder whose files are complete; return it with their hashes.
 
     Files the manifest lists already are taken to be as they were when it was written.
+
+    Args:
+        directory: the folder.
+        manifest: what it says.
+        digests: SHA-256 (hex) of files, by name, that were hashed while they were written.
     """
+    known = digests or {}
     files = {
-        path.name: manifest.files.get(path.name) or FileRecord(_sha256(path), path.stat().st_size)
+        path.name: manifest.files.get(path.name)
+        or FileRecord(known.get(path.name) or _sha256(path), path.stat().st_size)
         for path in sorted(directory.iterdir())
         if path.name != MANIFEST
     }

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from eptc.build import Event
     from eptc.pipeline import PassRecord
+    from eptc.planning import Plan
 
 __all__ = ["main"]
 
@@ -118,6 +120,21 @@ def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Read a size such as `1.5GB` or `800MiB`."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", value.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise OptionError(
+            f"--max-memory is {value!r}", expected="a size such as 1.5GB, 800MB or 2GiB"
+        )
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
     if value is None:
         return None
@@ -125,6 +142,15 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str
     if not all(names):
         raise OptionError(f"--tasks is {value!r}", expected="names separated by commas")
     return names
+
+
+def _sizes(_: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        return [int(size) for size in value.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"--{parameter.name} is {value!r}", expected="integers separated by commas"
+        ) from None
 
 
 class _Group(click.Group):
@@ -151,10 +177,34 @@ def main() -> None:
 @click.argument("ckpt", type=_FOLDER)
 @click.option("--task", required=True, help="Name, alias or id of the task to compile.")
 @click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
-@click.option("-o", "--out", type=_FOLDER, required=True, help="Folder of the bundle.")
+@click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
 @_source_options
 @click.option(
     "--probe", type=_FOLDER, help="JSON lines file with examples to verify on (fields, label)."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "keep"]),
+    default="fp32",
+    show_default=True,
+    help="keep: store matrices in the base's own 16-bit type.",
+)
+@click.option(
+    "--optimize-for",
+    type=click.Choice(["cpu", "cuda", "any"]),
+    default="cpu",
+    show_default=True,
+    help="Execution provider whose kernels to fuse for; any: standard operators only.",
+)
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    callback=_size,
+    help="What each process may have in memory, such as 1.5GB; what does not fit is verified "
+    "block by block. Without it: what is available.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."
 )
 @click.option("--no-verify", is_flag=True, help="Skip parity; the manifest records it.")
 @click.option("--force", is_flag=True, help="Replace what lies at --out.")
@@ -165,7 +215,9 @@ def export(
     ckpt: Path,
     task: str,
     target: str,
-    out: Path,
+    out: Path | None,
+    dry_run: bool,
+    force: bool,
     no_verify: bool,
     verbose: bool,
     as_json: bool,
@@ -176,11 +228,15 @@ def export(
     The engine is compared with the unfolded PyTorch model before it is published. Where they
     differ, nothing is published and the exit code is 1.
     """
+    options |= {"task": task, "target": target, "verify": not no_verify}
+    if dry_run:
+        plan = eptc.plan(ckpt, **options)
+        click.echo(json.dumps(plan.to_json()) if as_json else _predicted(plan))
+        return
+    if out is None:
+        raise click.UsageError("Missing option '-o' / '--out'.")
     with _progress(as_json, verbose) as progress:
-        bundle = eptc.export(
-            ckpt, task=task, target=target, out=out, verify=not no_verify, progress=progress,
-            **options,
-        )  # fmt: skip
+        bundle = eptc.export(ckpt, out=out, force=force, progress=progress, **options)
     parity = dict(bundle.manifest.parity)
     if as_json:
         click.echo(
@@ -290,6 +346,14 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--data", type=_FOLDER, help="JSON lines file with the task's fields.")
 @click.option("--truncate", is_flag=True, help="Cut texts that are too long instead of refusing.")
 @click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
+@click.option("--sample", "do_sample", is_flag=True, help="Draw tokens at random.")
+@click.option("--temperature", type=float, help="With --sample: above 1 wilder, below 1 tamer.")
+@click.option("--top-k", type=int, help="With --sample: draw from so many likeliest tokens.")
+@click.option("--top-p", type=float, help="With --sample: draw from this share of probability.")
+@click.option("--seed", type=int, help="With --sample: the same seed draws the same text.")
+@click.option("--stop", multiple=True, help="String or special token that ends an answer.")
+@click.option("--chat", is_flag=True, help="Put each text into the model's chat template.")
+@click.option("--stream", is_flag=True, help="Print text while it is written.")
 @click.option("--provider", "providers", multiple=True, help="cpu, cuda or tensorrt, in order.")
 @_json
 @_command
@@ -299,26 +363,38 @@ def run(
     pairs: tuple[tuple[str, str], ...],
     data: Path | None,
     truncate: bool,
-    max_new_tokens: int | None,
+    stream: bool,
     providers: tuple[str, ...],
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Answer texts with BUNDLE's engine; needs no torch and no transformers.
 
-    A task with labels answers with a label, any other with text.
+    A task with labels answers with a label and its probability, any other with text. An option
+    about writing makes a task with labels write too.
     """
     from eptc.runtime import Engine
 
     examples = [*texts, *pairs, *(_lines(data) if data is not None else ())]
     if not examples:
         raise OptionError("there is no text", expected="TEXT arguments, --pair or --data")
+    if stream and as_json:
+        raise OptionError("--stream and --json are both given", fix="leave one of them out")
+    # What was given; 0 is a value too.
+    writing = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
     with Engine.load(bundle, providers=list(providers) or None) as engine:
         task = engine.task
         labelled = engine.manifest.kind == "encoder-classifier" or bool(task and task.labels)
-        if labelled and max_new_tokens is None:
+        if stream:
+            for example in examples:
+                for piece in engine.stream(example, truncate=truncate, **writing):
+                    click.echo(piece, nl=False)
+                click.echo()
+            return
+        if labelled and not writing:
             answers: Sequence[Any] = engine.classify(examples, truncate=truncate)
         else:
-            answers = engine.generate(examples, max_new_tokens, truncate=truncate)
+            answers = engine.generate(examples, truncate=truncate, **writing)
     if as_json:
         both = zip(examples, answers, strict=True)
         listed = [{"input": example, **dataclasses.asdict(answer)} for example, answer in both]
@@ -326,6 +402,43 @@ def run(
         return
     for answer in answers:
         click.echo(_answer(answer))
+
+
+@main.command()
+@click.argument("bundle", type=_FOLDER)
+@click.option("--batch", default="1,8", show_default=True, callback=_sizes, help="Rows a call.")
+@click.option(
+    "--length", default="32,128", show_default=True, callback=_sizes, help="Tokens a row."
+)
+@click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
+@click.option("--repeat", default=20, show_default=True, help="Calls of each shape.")
+@click.option("--threads", type=int, help="CPU threads one operator may use.")
+@click.option("--provider", "providers", multiple=True, help="cpu, cuda or tensorrt, in order.")
+@_json
+@_command
+def bench(
+    bundle: Path,
+    batch: list[int],
+    length: list[int],
+    max_new_tokens: int | None,
+    providers: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure BUNDLE's engine on this machine: latency by batch and length.
+
+    The inputs are token ids drawn at random. Needs no torch and no transformers.
+    """
+    report = eptc.bench(
+        bundle, batches=batch, lengths=length, new_tokens=max_new_tokens,
+        providers=list(providers) or None, **options,
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    from eptc.tables import print_bench
+
+    print_bench(report)
 
 
 @main.command()
@@ -344,16 +457,13 @@ def doctor(as_json: bool) -> None:
 
 
 def _answer(answer: Any) -> str:
-    """One line: the label and how sure, the value, or the text."""
-    if getattr(answer, "value", None) is not None:
+    """One line: the text, the value, or the label and how likely it is."""
+    if hasattr(answer, "text"):
+        return str(answer.text)
+    if answer.value is not None:
         return f"{answer.value:.4f}"
-    label = getattr(answer, "label", None)
-    if label is not None:
-        sure = f"\t{max(answer.probabilities):.3f}" if answer.probabilities else ""
-        return f"{label}{sure}"
-    if answer.text is not None and hasattr(answer, "label"):
-        return f"(none of the labels)\t{answer.text}"
-    return str(answer.text if answer.text is not None else answer.index)
+    label = answer.label if answer.label is not None else answer.index
+    return f"{label}\t{answer.probabilities[answer.index]:.3f}"
 
 
 def _lines(path: Path) -> Iterator[Any]:
@@ -372,22 +482,51 @@ def _lines(path: Path) -> Iterator[Any]:
 def _progress(as_json: bool, verbose: bool = False) -> Iterator[Callable[[Event], None]]:
     """Show stages and passes on a terminal or if asked to; stay quiet otherwise."""
     from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     console = Console(stderr=True, highlight=False)
     if as_json or not (console.is_terminal or verbose):
         yield lambda _: None
         return
-    with console.status("") as status:
+    from eptc.build import Written
+
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+        TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+    ) as bars:  # fmt: skip
+        bar = bars.add_task("", total=None)
 
         def show(event: Event) -> None:
-            if not isinstance(event, str):
-                _show_pass(console, event)
-            elif console.is_terminal:
-                status.update(event)
+            if isinstance(event, str):
+                bars.update(bar, description=event, total=None, completed=0)
+                if not console.is_terminal:
+                    console.print(event, soft_wrap=True)
+            elif isinstance(event, Written):
+                bars.update(bar, completed=event.done, total=event.total)
             else:
-                console.print(event, soft_wrap=True)
+                _show_pass(console, event)
 
         yield show
+
+
+def _predicted(plan: Plan) -> str:
+    """Say in words what a build would take."""
+    lines = [
+        f"engine: {_bytes(plan.weight_bytes)} of weights ({plan.stored})",
+        f"compiler: at most {_bytes(plan.compiler_peak)} in memory",
+        f"verification: {plan.verification}"
+        + (f", at most {_bytes(plan.verifier_peak)} in memory" if plan.verifier_peak else "")
+        + (", in a process of its own" if plan.own_process else ""),
+        f"time: about {plan.seconds:.0f} s on two cores",
+    ]
+    return "\n".join(lines)
 
 
 def _show_pass(console: Console, record: PassRecord) -> None:

@@ -30,6 +30,9 @@ def describe(
     graphs: Mapping[str, onnx_ir.Model],
     tokenizer: text.TrainingTokenizer | None,
     records: Sequence[PassRecord],
+    *,
+    precision: str,
+    optimize_for: str,
 ) -> Manifest:
     """Return the manifest of an engine that nobody has compared with anything yet.
 
@@ -41,6 +44,8 @@ def describe(
         graphs: the engine's graphs.
         tokenizer: the tokenizer of training.
         records: what the passes did.
+        precision: what the matrices are stored as.
+        optimize_for: the execution provider the graphs are fused for.
     """
     kind = source.base.architecture.kind
     task = source.contents.tasks[task_id]
@@ -50,7 +55,8 @@ def describe(
         kind=kind,
         target="onnx",
         opset=OPSET,
-        precision="fp32",
+        precision=precision,
+        optimized_for=optimize_for,
         task=task,
         num_labels=task.num_outputs if kind == "encoder-classifier" else None,
         vocab_size=int(settings["vocab_size"]),
@@ -118,17 +124,21 @@ def _generation(
     caches = [s for s in decoder.inputs if s.name.startswith("past_key_values.")]
     heads, width = caches[0].shape[1], caches[0].shape[3]
     layers = {spec.name.split(".")[1] for spec in caches}
+    kind, variant = source.base.architecture.kind, source.contents.variant
+    prefix, ends = text.answer_frame(tokenizer, kind, variant)
     return GenerationSpec(
         decoder_start_token_id=(config.get("pad_token_id") if start is None else start)
-        if source.base.architecture.kind == "encoder-decoder"
+        if kind == "encoder-decoder"
         else None,
         eos_token_id=tuple(int(stop) for stop in stops),
         pad_token_id=text.pad_token_id(config),
-        max_new_tokens=text.answer_length(task, tokenizer, source.contents.variant),
+        max_new_tokens=text.answer_length(task, tokenizer, variant),
         num_layers=len(layers),
         num_key_value_heads=int(heads),
         head_dim=int(width),
         max_positions=text.max_positions(config),
+        answer_prefix=prefix,
+        answer_ends=ends,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import onnx
@@ -18,31 +18,72 @@ from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
+from eptc.passes.fuse_attention import FuseAttention
+from eptc.passes.fuse_rotary import FuseRotary
+from eptc.passes.gather_early import GatherEarly
+from eptc.passes.narrow_weights import NarrowWeights
+from eptc.passes.pack_projections import PackProjections
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
+from eptc.tensors import unit_roundoff
 
 __all__ = [
+    "OptimizeFor",
     "PassRecord",
+    "Precision",
     "adapter_passes",
     "graph_passes",
     "run_adapter_passes",
     "run_graph_passes",
 ]
 
+OptimizeFor = Literal["any", "cpu", "cuda"]
+Precision = Literal["fp32", "keep"]
 
-def adapter_passes(task_id: int) -> list[AdapterPass]:
-    """Return the default passes over the adapter IR, in order."""
+
+def adapter_passes(task_id: int, dtype: str | None = "float32") -> list[AdapterPass]:
+    """Return the default passes over the adapter IR, in order.
+
+    Args:
+        task_id: the task to compile.
+        dtype: type of the folded weights; None: each base weight's own.
+    """
     return [
         SpecializeRouter(task_id),  # first: nothing can be folded while a gate reads the task
         DropDeadExperts(),  # before folding: N - top_k of N experts are never computed
-        FoldPyramid(),  # last: afterwards the model is a plain Hugging Face model
+        FoldPyramid(dtype),  # last: afterwards the model is a plain Hugging Face model
     ]
 
 
-def graph_passes() -> list[GraphPass]:
-    """Return the default passes over each ONNX graph, in order."""
+def graph_passes(
+    optimize_for: OptimizeFor = "cpu", precision: Precision = "fp32"
+) -> list[GraphPass]:
+    """Return the passes over each ONNX graph, in order.
+
+    Args:
+        optimize_for: the execution provider whose kernels the graphs are fused for; `any`:
+            standard operators only, which every runtime has.
+        precision: `fp32`, or `keep` for weights in the 16-bit type they came in.
+    """
+    fusions: dict[OptimizeFor, list[GraphPass]] = {
+        "any": [],
+        "cpu": [
+            FuseRotary(),  # before attention: queries and keys are split after it, not before
+            # Batches of tokens spend their time in MatMul; a token at a time, in launching.
+            FuseAttention(only_cached=True),
+        ],
+        "cuda": [
+            PackProjections(),  # after transposes are folded: it joins columns
+            FuseRotary(),  # as above
+            FuseAttention(),
+        ],
+    }
     return [
         FoldTransposes(),  # weights are bound by now: a transpose is a matter of how one is read
+        GatherEarly(),  # before fusions: it knows the standard operators
+        *fusions[optimize_for],
+        # Behind fusions, which know float32 weights: a Cast would stand in their way.
+        *([NarrowWeights()] if precision == "keep" else []),
         StableNames(),  # last: nothing after it may add a node or a name
     ]
 
@@ -180,9 +221,9 @@ def _measure(
 ) -> float:
     """Return the largest deviation over all linears as a fraction of its bound.
 
-    The bound of an `exact` pass: a weight it computed anew was rounded once to float32, so each
-    of its products may move by 2**-24 of itself; everything else is float64 and may move by
-    2**-40 of the terms that are summed.
+    The bound of an `exact` pass: a weight it computed anew was rounded once to its type, so each
+    of its products may move by half a unit in its last place (2**-24 of itself in float32);
+    everything else is float64 and may move by 2**-40 of the terms that are summed.
     """
     if after is before:
         return 0.0
@@ -192,7 +233,8 @@ def _measure(
         old, new = (probe.output(model, path, task_id) for model in (before, after))
         rounded = after.weights[parameter] is not before.weights[parameter]
         moved = np.abs(new.total - old.total)
-        bound = 2.0**-40 * (old.scale + new.scale) + (2.0**-24 * new.scale if rounded else 0.0)
+        roundoff = unit_roundoff(after.weights[parameter].dtype) if rounded else 0.0
+        bound = 2.0**-40 * (old.scale + new.scale) + roundoff * new.scale
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = moved / bound
         error = float(np.nan_to_num(np.max(ratio), nan=np.inf))

@@ -16,6 +16,11 @@ PASSES: dict[str, str] = {
     "drop-dead-experts": "eptc.passes.drop_dead_experts:DropDeadExperts",
     "fold-pyramid": "eptc.passes.fold_pyramid:FoldPyramid",
     "fold-transposes": "eptc.passes.fold_transposes:FoldTransposes",
+    "gather-early": "eptc.passes.gather_early:GatherEarly",
+    "pack-projections": "eptc.passes.pack_projections:PackProjections",
+    "fuse-rotary": "eptc.passes.fuse_rotary:FuseRotary",
+    "fuse-attention": "eptc.passes.fuse_attention:FuseAttention",
+    "narrow-weights": "eptc.passes.narrow_weights:NarrowWeights",
     "stable-names": "eptc.passes.stable_names:StableNames",
 }
 

@@ -8,21 +8,46 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_inspection"]
+__all__ = ["print_bench", "print_inspection"]
 
 # In a pipe nothing is cut off to fit a screen.
 _UNCUT = 10_000
 
 
+def print_bench(report: Mapping[str, Any]) -> None:
+    """Print what `eptc bench` measured."""
+    console = _console()
+    console.print(
+        f"{report['bundle']}: {report['kind']}, {report['precision']}, on "
+        f"{', '.join(report['providers'])}, {report['threads']} threads, "
+        f"ONNX Runtime {report['onnxruntime']}, {report['repeat']} calls each",
+        soft_wrap=True,
+    )
+    rate = "tokens_per_second" if "tokens_per_second" in report["shapes"][0] else "rows_per_second"
+    table = Table("batch", "length", "new tokens", "median ms", "p95 ms", rate.replace("_", " "))
+    for shape in report["shapes"]:
+        written = shape["new_tokens"]
+        table.add_row(
+            str(shape["batch"]), str(shape["length"]), "" if written is None else str(written),
+            f"{shape['median_ms']:.2f}", f"{shape['p95_ms']:.2f}", f"{shape[rate]:.1f}",
+        )  # fmt: skip
+    console.print(table)
+
+
 def print_inspection(report: Mapping[str, Any]) -> None:
     """Print what `eptc inspect` found."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = _UNCUT
+    console = _console()
     if report["what"] == "bundle":
         _bundle(console, report)
     else:
         _checkpoint(console, report)
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = _UNCUT
+    return console
 
 
 def _bundle(console: Console, report: Mapping[str, Any]) -> None:

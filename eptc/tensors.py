@@ -11,6 +11,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "cast",
     "content_hash",
     "numpy_dtype",
+    "unit_roundoff",
 ]
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
@@ -47,11 +49,21 @@ _STORED: dict[str, np.dtype[np.generic]] = {
 }
 _SPELLING = {dtype.name: stored for stored, dtype in _STORED.items()}
 _MAX_HEADER = 100 * 2**20
+# Elements. Below this numpy's own conversion to float16 is fast enough.
+_SMALL = 4096
+# Above the smallest normal float16, 2**-14, by more than a float32 can be off.
+_NORMAL_FLOAT16 = 2.0**-14 * (1 + 2.0**-10)
 
 
 def numpy_dtype(name: str) -> np.dtype[np.generic]:
     """Return the numpy dtype of a name such as `float32` or `bfloat16`."""
     return _STORED[_SPELLING[name]]
+
+
+def unit_roundoff(dtype: str) -> float:
+    """Return the largest relative error of one rounding to a floating-point type."""
+    info: Any = ml_dtypes.finfo
+    return float(info(numpy_dtype(dtype)).eps) / 2
 
 
 def cast(array: Array, dtype: str) -> Array:
@@ -65,7 +77,38 @@ def cast(array: Array, dtype: str) -> Array:
         return array
     if target == numpy_dtype("bfloat16") and array.dtype == np.float64:
         return _round_to_odd(array).astype(target)
+    if target == np.float16 and array.size > _SMALL:
+        return _to_float16(array)
+    if array.dtype == np.float16 and target == np.float32 and array.size > _SMALL:
+        return _from_float16(array)
     return array.astype(target)
+
+
+def _to_float16(array: Array) -> Array:
+    """Round to float16 once, as numpy does element by element, ten times as fast.
+
+    By way of float32: a second rounding differs from a single one only where the float32 lies
+    half way between two float16. Those, and numbers near and below the smallest normal ones,
+    where half way is elsewhere, are left to numpy.
+    """
+    import torch
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = np.array(array, np.float32, order="C")
+        rounded = np.asarray(torch.from_numpy(near).to(torch.float16).numpy())
+        delicate = (near.view(np.uint32) & 0x1FFF) == 0x1000
+        delicate |= np.abs(near) < _NORMAL_FLOAT16
+        rounded[delicate] = array[delicate].astype(np.float16)
+    return rounded
+
+
+def _from_float16(array: Array) -> Array:
+    """Widen float16 to float32, as numpy does, several times as fast."""
+    import torch
+
+    # A copy: torch has no tensors that may not be written to.
+    widened: Array = torch.from_numpy(np.array(array, order="C")).to(torch.float32).numpy()
+    return widened
 
 
 def _round_to_odd(array: Array) -> Array:

@@ -16,7 +16,9 @@ from eptc.errors import BaseModelError
 from eptc.runtime.spec import TokenizerSpec
 from eptc.tasks import Task
 
-__all__ = ["TrainingTokenizer", "find_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "TrainingTokenizer", "find_tokenizer"]
+
+CHAT_TEMPLATE = "chat_template.jinja"
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model",
           "vocab.txt", "vocab.json")  # fmt: skip
@@ -77,6 +79,18 @@ class TrainingTokenizer:
         config = {key: config[key] for key in sorted(config) if key not in _UNSTABLE}
         write_json(directory / "tokenizer_config.json", config)
 
+        template = self.chat_template
+        if template is not None:
+            (directory / CHAT_TEMPLATE).write_bytes(template.encode("utf-8"))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template for conversations, as transformers finds it; None where there is none."""
+        template = self.tokenizer.chat_template
+        if isinstance(template, Mapping):  # several by name; others are for tools and documents
+            template = template.get("default")
+        return None if template is None else str(template)
+
     def spec(
         self, config: Mapping[str, Any], task: Task | None, *, kind: str, token_types: bool
     ) -> TokenizerSpec:
@@ -90,6 +104,7 @@ class TrainingTokenizer:
         """
         limits = [task.max_length if task is not None else None, max_positions(config)]
         known = [limit for limit in limits if limit is not None]
+        chats = kind == "decoder-only" and self.chat_template is not None
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = pad_token_id(config)
@@ -103,6 +118,12 @@ class TrainingTokenizer:
             return_token_type_ids=token_types,
             truncation_side=self.tokenizer.truncation_side,
             pair_types="token_type_ids" in self.tokenizer.model_input_names,
+            chat_template=CHAT_TEMPLATE if chats else None,
+            special_tokens={
+                name: str(token)
+                for name, token in sorted(self.tokenizer.special_tokens_map.items())
+                if chats and isinstance(token, str)
+            },
         )
 
 
@@ -174,3 +195,17 @@ def answer_length(task: Task, tokenizer: TrainingTokenizer | None, variant: str)
         return 64
     encode = functools.partial(tokenizer.tokenizer.encode, add_special_tokens=False)
     return 1 + max(len(encode(label)) for label in task.labels)
+
+
+def answer_frame(
+    tokenizer: TrainingTokenizer | None, kind: str, variant: str
+) -> tuple[tuple[int, ...], bool]:
+    """Return the tokens that training put before each answer, and whether it taught an end.
+
+    The released code gives a Llama's answer the special tokens of a text of its own, a BOS, and
+    masks the end. T5's answers, and those of native checkpoints, are the answer's tokens and an
+    end.
+    """
+    if variant != "released" or kind != "decoder-only" or tokenizer is None:
+        return (), True
+    return tuple(tokenizer.tokenizer.encode("")), False

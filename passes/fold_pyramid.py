@@ -11,9 +11,12 @@ import numpy as np
 from eptc.errors import CheckpointError
 from eptc.ir import AdaptedModel, Adapter, Constant
 from eptc.pass_base import AdapterPass, Contract
-from eptc.tensors import Array, ComputedTensor, LazyTensor, cast
+from eptc.tensors import Array, ComputedTensor, LazyTensor, cast, numpy_dtype
 
 __all__ = ["FoldPyramid"]
+
+# Bytes of float64 that are summed and rounded at once.
+_BLOCK = 512 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +31,12 @@ class FoldPyramid(AdapterPass):
     a branch whose gate is not constant is left alone.
 
     Args:
-        dtype: type of the folded weights.
+        dtype: type of the folded weights; None: that of the weight they are folded into.
     """
 
     name: ClassVar[str] = "fold-pyramid"
     contract: ClassVar[Contract] = "exact"
-    dtype: str = "float32"
+    dtype: str | None = "float32"
 
     def rewrite(self, model: AdaptedModel) -> AdaptedModel:
         """Return the model with every constant branch in its weight; itself where none is left."""
@@ -44,21 +47,32 @@ class FoldPyramid(AdapterPass):
         for adapter in folded.values():
             base = weights[adapter.parameter]
             weights[adapter.parameter] = ComputedTensor(
-                base.name, self.dtype, base.shape, functools.partial(self._fold, base, adapter)
+                base.name,
+                self.dtype or base.dtype,
+                base.shape,
+                functools.partial(_fold, base, adapter, self.dtype or base.dtype),
             )
         emptied = {path: dataclasses.replace(a, branches=()) for path, a in folded.items()}
         return model.replace(weights=weights, adapters={**model.adapters, **emptied})
 
-    def _fold(self, base: LazyTensor, adapter: Adapter) -> Array:
-        weight = base.numpy().astype(np.float64)
+
+def _fold(base: LazyTensor, adapter: Adapter, dtype: str) -> Array:
+    weight, delta = base.numpy(), adapter.delta_reader(None)
+    folded = np.empty(weight.shape, numpy_dtype(dtype))
+    # A few rows at a time: their float64 sums stay in the processor's cache.
+    step = max(1, _BLOCK // max(1, 8 * weight.shape[1]))
+    for start in range(0, len(weight), step):
+        stop = min(start + step, len(weight))
+        total = delta(start, stop)
+        np.add(total, weight[start:stop], out=total, dtype=np.float64)
         with np.errstate(over="ignore"):
-            folded = cast(weight + adapter.delta(None), self.dtype)
-        if not np.isfinite(folded).all():
+            folded[start:stop] = cast(total, dtype)
+        if not np.isfinite(folded[start:stop]).all():
             raise CheckpointError(
-                f"folding the experts of {adapter.target} into its weight overflows {self.dtype}",
+                f"folding the experts of {adapter.target} into its weight overflows {dtype}",
                 fix="the checkpoint's kernels or alpha are beyond what it can have trained with",
             )
-        return folded
+    return folded
 
 
 def _foldable(adapter: Adapter) -> bool:

@@ -69,7 +69,9 @@ class FoldTransposes(GraphPass):
         def transpose(array: Array) -> Array:
             return np.transpose(array, permutation)
 
-        weight.const_value = derive(tensor, ("transpose", permutation), transpose, shape=shape)
+        weight.const_value = derive(
+            tensor, ("transpose", permutation), transpose, shape=shape, moves=True
+        )
         weight.shape = ir.Shape(shape)
         for node in readers:
             ir.convenience.replace_all_uses_with(node.outputs[0], weight)

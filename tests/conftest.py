@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ import pytest
 # No test may ask a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # One cache for this run alone; its workers inherit it.
+    _cache = tempfile.TemporaryDirectory(prefix="eptc-tests-")
+    os.environ["EPTC_CACHE_DIR"] = _cache.name
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     # A processor for each worker: torch and ONNX Runtime spin while they wait for each other.
     processors = sorted(os.sched_getaffinity(0))

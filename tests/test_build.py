@@ -17,8 +17,8 @@ import safetensors.numpy
 from onnx import numpy_helper
 
 import eptc
-from eptc import checkpoint
-from eptc.build import SMALL_MARGIN, Bundle, _skeleton, precise_routes
+from eptc import checkpoint, skeletons
+from eptc.build import SMALL_MARGIN, Bundle, precise_routes
 from eptc.errors import OptionError, ParityError, TaskError
 from eptc.pipeline import PassRecord
 from eptc.runtime import Engine
@@ -277,9 +277,9 @@ def test_options_of_the_native_format(
 def test_tasks_share_a_trace(copy_native: Any, tmp_path: Path) -> None:
     """Also where their labels have other names; another number of outputs is another graph."""
     _export(copy_native, tmp_path / "tone", "tone")
-    misses = _skeleton.cache_info().misses
+    misses = skeletons._skeleton.cache_info().misses
     _export(copy_native, tmp_path / "same", "same")
-    assert _skeleton.cache_info().misses == misses
+    assert skeletons._skeleton.cache_info().misses == misses
     labels = json.loads((tmp_path / "same" / "config.json").read_text())["id2label"]
     assert labels == {"0": "no", "1": "yes"}
 
@@ -359,16 +359,16 @@ def test_nothing_is_published_where_parity_fails(
     copy_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
 ) -> None:
     """A wrong fold: exit code 1, and the old bundle stays."""
-    from eptc.passes.fold_pyramid import FoldPyramid
+    from eptc.passes import fold_pyramid
 
     _export(copy_native, copy_native.out)
     before = _files(copy_native.out)
-    fold = FoldPyramid._fold
+    fold = fold_pyramid._fold
 
-    def wrong(self: Any, base: Any, adapter: Any) -> Any:
-        return np.asarray(fold(self, base, adapter), np.float32) * np.float32(1.001)
+    def wrong(*arguments: Any) -> Any:
+        return np.asarray(fold(*arguments), np.float32) * np.float32(1.001)
 
-    monkeypatch.setattr(FoldPyramid, "_fold", wrong)
+    monkeypatch.setattr(fold_pyramid, "_fold", wrong)
     with pytest.raises(ParityError):
         _export(copy_native, tmp_path / "new", verify=True)
     options = ("--base", copy_native.base, "--task", "tone", "--force", "-o", copy_native.out)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import eptc
-import eptc.build
+from eptc import skeletons
 
 # Builds every input in the order given, each time from the folder it is started in.
 _BUILD = """
@@ -40,7 +40,12 @@ def _start(jobs: Any, cwd: Path, seed: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", _BUILD, json.dumps(jobs)],
         cwd=cwd,
-        env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "OMP_NUM_THREADS": "1",
+            "EPTC_CACHE_DIR": "",  # nothing kept: each process traces for itself
+        },
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -93,7 +98,9 @@ def test_builds_are_equal_to_the_byte(golden: Path, small_native: Any, tmp_path:
 def test_a_build_is_repeated_after_others(
     small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one process: after another task, and traced anew."""
+    """In one process: after another task, traced anew, and from the cache."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("EPTC_CACHE_DIR", str(cache))
 
     def build(task: str, out: Path) -> dict[str, bytes]:
         eptc.export(small_native.ckpt, base=small_native.base, task=task, out=out)
@@ -101,7 +108,10 @@ def test_a_build_is_repeated_after_others(
 
     first = build("tone", tmp_path / "one")
     build("score", tmp_path / "other")
-    eptc.build._skeleton.cache_clear()
+    skeletons._skeleton.cache_clear()
+    assert build("tone", tmp_path / "kept") == first
+    skeletons._skeleton.cache_clear()
+    shutil.rmtree(cache)
     build("same", tmp_path / "another")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -8,7 +8,7 @@ A branch's `Delta` D is a structured operator [out, in]; its `Gate` says what it
 Everything is immutable: a pass returns a new model.
 """
 
-from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker
+from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, Rows
 from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask
 from eptc.ir.numbers import Float64
 from eptc.ir.routing import Normalization, Route, TaskRouter
@@ -26,5 +26,6 @@ __all__ = [
     "Normalization",
     "PerTask",
     "Route",
+    "Rows",
     "TaskRouter",
 ]

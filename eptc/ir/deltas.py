@@ -5,13 +5,21 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from eptc.ir.numbers import Float64, kron, product, read
 from eptc.tensors import LazyTensor
 
-__all__ = ["CellScaledLowRank", "Delta", "Kronecker"]
+__all__ = ["CellScaledLowRank", "Delta", "Kronecker", "Rows"]
+
+
+Rows = Callable[[int, int], Float64]
+"""Computes rows start to stop of an operator [out, in]: [<= stop - start, <= in].
+
+What is beyond the rows and columns that come back is zero.
+"""
 
 
 class Delta(abc.ABC):
@@ -25,8 +33,18 @@ class Delta(abc.ABC):
         """Return U [out, k] and V [k, in], exact low-rank factors: D = U V."""
 
     @abc.abstractmethod
+    def reader(self) -> Rows:
+        """Return what computes rows of D in float64, the same bits on every machine.
+
+        The tensors are read once, here.
+        """
+
     def dense(self) -> Float64:
         """Return D [out, in] in float64, the same to the bit on every machine."""
+        d = np.zeros((self.out_features, self.in_features))
+        rows = self.reader()(0, self.out_features)
+        d[: rows.shape[0], : rows.shape[1]] = rows
+        return d
 
     def apply(self, x: Float64) -> Float64:
         """Return D x for rows x [..., in]: [..., out]."""
@@ -95,15 +113,19 @@ class CellScaledLowRank(Delta):
         v[:, : self._columns] = read(self.A)[:, : self._columns]
         return u, v
 
-    def dense(self) -> Float64:
-        """Return D [out, in]: each cell's row of B A repeated s times and scaled."""
+    def reader(self) -> Rows:
+        """Return what computes rows of D: each cell's row of B A repeated s times and scaled."""
         cells, s = self._cells_and_size
-        z = product(read(self.B)[:cells], read(self.A)[:, : self._columns])
-        rows = (read(self.kernel).reshape(cells, s, 1) * z[:, None, :]).reshape(cells * s, -1)
-        kept = min(self.out_features, cells * s)
-        d = np.zeros((self.out_features, self.in_features))
-        d[:kept, : self._columns] = rows[:kept]
-        return d
+        A, B = read(self.A)[:, : self._columns], read(self.B)[:cells]
+        kernel = read(self.kernel).reshape(cells, s, 1)
+
+        def rows(start: int, stop: int) -> Float64:
+            first, last = min(start // s, cells), min(-(-stop // s), cells)
+            scaled = kernel[first:last] * product(B[first:last], A)[:, None, :]
+            flat = scaled.reshape((last - first) * s, A.shape[1])
+            return flat[max(0, start - first * s) : stop - first * s]
+
+        return rows
 
     @property
     def rank_bound(self) -> int:
@@ -153,10 +175,17 @@ class Kronecker(Delta):
         v = kron(a, np.eye(self.size))[:, : self.in_features]
         return u, v
 
-    def dense(self) -> Float64:
-        """Return D [out, in] straight from its definition."""
+    def reader(self) -> Rows:
+        """Return what computes rows of D straight from its definition."""
         b, a, kernel = self._crops()
-        return kron(product(b, a), kernel)[: self.out_features, : self.in_features]
+        s = self.size
+
+        def rows(start: int, stop: int) -> Float64:
+            first = start // s
+            blocks = kron(product(b[first : -(-stop // s)], a), kernel)
+            return blocks[start - first * s : stop - first * s, : self.in_features]
+
+        return rows
 
     @property
     def rank_bound(self) -> int:

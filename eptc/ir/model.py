@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eptc.errors import InternalError
-from eptc.ir.deltas import Delta
+from eptc.ir.deltas import Delta, Rows
 from eptc.ir.numbers import Float64
 from eptc.ir.routing import TaskRouter
 from eptc.tasks import Task
@@ -101,12 +101,28 @@ class Adapter:
 
     def delta(self, task_id: int | None) -> Float64:
         """Return the sum of the branches [out, in] in float64; zero where there are none."""
-        first = self.branches[0].delta
-        total = np.zeros((first.out_features, first.in_features))
-        for factor, branch in zip(self.factors(task_id), self.branches, strict=True):
-            if factor != 0.0:
-                total += factor * branch.delta.dense()
-        return total
+        return self.delta_reader(task_id)(0, self.branches[0].delta.out_features)
+
+    def delta_reader(self, task_id: int | None) -> Rows:
+        """Return what computes rows start to stop of the sum of the branches.
+
+        All [stop - start, in] of them, in float64; the branches' tensors are read once, here.
+        """
+        width = self.branches[0].delta.in_features
+        parts = [
+            (factor, branch.delta.reader())
+            for factor, branch in zip(self.factors(task_id), self.branches, strict=True)
+            if factor != 0.0
+        ]
+
+        def rows(start: int, stop: int) -> Float64:
+            total = np.zeros((stop - start, width))
+            for factor, part in parts:
+                found = part(start, stop)
+                total[: found.shape[0], : found.shape[1]] += factor * found
+            return total
+
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from eptc.tensors import LazyTensor
 __all__ = ["bind", "unbound"]
 
 _SHOWN = 3
+_TYPES = ("float32", "float16", "bfloat16")
 
 
 def unbound(graph: ir.Graph) -> list[ir.Value]:
@@ -23,15 +24,16 @@ def unbound(graph: ir.Graph) -> list[ir.Value]:
 def bind(graphs: Mapping[str, ir.Model], weights: Mapping[str, LazyTensor]) -> None:
     """Bind every unbound initializer to the weight of its name, in place; nothing is read.
 
-    A weight that is not float32 is refused: the graphs compute in float32, and how a weight
-    is cast is the caller's choice (`eptc.tensors.cast`).
+    The graphs compute in float32: a weight of a 16-bit type is widened when it is read, which
+    changes no number, and its tensor knows the narrow form (`WeightTensor.narrow`).
 
     Args:
         graphs: traced graphs.
         weights: by canonical parameter name; further names are ignored.
 
     Raises:
-        BaseModelError: weights are missing, or have another shape or type than the graph's.
+        BaseModelError: weights are missing, or have another shape than the graph's, or a type
+            that is none of float32, float16 and bfloat16.
     """
     values = [value for model in graphs.values() for value in unbound(model.graph)]
     _check(values, weights)
@@ -48,9 +50,9 @@ def _check(values: list[ir.Value], weights: Mapping[str, LazyTensor]) -> None:
             fix="use the base the checkpoint was trained on, complete",
         )
     wrong = [
-        f"{name} is {weights[name].dtype}{list(weights[name].shape)}, not float32{list(shape)}"
+        f"{name} is {weights[name].dtype}{list(weights[name].shape)}, not {list(shape)}"
         for name, shape in wanted.items()
-        if weights[name].shape != shape or weights[name].dtype != "float32"
+        if weights[name].shape != shape or weights[name].dtype not in _TYPES
     ]
     if wrong:
         raise BaseModelError(

@@ -27,6 +27,7 @@ def graphs(model: Any) -> dict[str, GraphSpec]:
         if hasattr(module, "EncDecAttention"):
             # transformers adds zeros [1, heads, queries, keys] here, in every layer.
             module.EncDecAttention.without_position_bias = True
+            module.EncDecAttention.split_heads = _SplitHeads(module.EncDecAttention.n_heads)
         if getattr(module, "has_relative_attention_bias", False):
             use_table(module)
     return {"encoder": _encoder(model), "decoder": _decoder(model)}
@@ -61,6 +62,22 @@ def _decoder(model: Any) -> GraphSpec:
     return GraphSpec(_Decoder(model), inputs, (logits, *present))
 
 
+class _SplitHeads(torch.nn.Module):
+    """[batch, keys, heads * d] -> [batch, heads, keys, d].
+
+    A module, so that its nodes know which block they belong to.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, joined: torch.Tensor) -> torch.Tensor:
+        batch, keys, width = joined.shape
+        split = joined.reshape(batch, keys, self.heads, width // self.heads)
+        return split.transpose(1, 2)
+
+
 class _Encoder(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -76,8 +93,8 @@ class _Encoder(torch.nn.Module):
         for block in self.model.decoder.block:
             attention = block.layer[1].EncDecAttention
             for linear in (attention.k, attention.v):
-                split = linear(hidden).unflatten(-1, (attention.n_heads, -1))
-                outputs.append(split.transpose(1, 2))
+                present = attention.split_heads(linear(hidden))
+                outputs.append(present)
         return tuple(outputs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 import torch
@@ -23,7 +23,11 @@ _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 def export(
-    spec: GraphSpec, mode: FakeTensorMode, parameters: Mapping[str, str], opset: int
+    spec: GraphSpec,
+    mode: FakeTensorMode,
+    parameters: Mapping[str, str],
+    opset: int,
+    grow: Callable[[ir.Graph], None] = lambda _: None,
 ) -> ir.Model:
     """Trace one graph.
 
@@ -32,6 +36,7 @@ def export(
         mode: the mode its fake parameters belong to.
         parameters: canonical parameter name by name in the task model.
         opset: version of the ONNX operators.
+        grow: what to do to the simplified graph, in place, while its nodes know their modules.
 
     Returns:
         A model with the spec's interface whose weights are initializers without data.
@@ -50,6 +55,7 @@ def export(
     _unbind(model.graph, parameters)
     with _quiet():
         simplify(model)
+    grow(model.graph)
     name_by_module(model.graph)
     _strip(model)
     return model

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-__all__ = ["name_by_module"]
+__all__ = ["SCOPES", "module_path", "name_by_module"]
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+# Metadata of a traced node: the modules it was called in, outermost first.
+SCOPES = "pkg.torch.onnx.name_scopes"
 # The task model is an attribute of the traced module.
 _ROOT = "model"
 
@@ -24,7 +25,7 @@ def name_by_module(graph: ir.Graph) -> None:
     used: collections.Counter[str] = collections.Counter()
     module = ""
     for node in graph:
-        module = _module(node, module)
+        module = module_path(node, module)
         base = f"{module}/{node.op_type}" if module else node.op_type
         node.name = f"{base}_{used[base]}" if used[base] else base
         used[base] += 1
@@ -34,11 +35,11 @@ def name_by_module(graph: ir.Graph) -> None:
     _order_initializers(graph)
 
 
-def _module(node: ir.Node, previous: str) -> str:
-    """Return the path of the node's module; that of the node before where it has none."""
-    if _SCOPES not in node.metadata_props:
+def module_path(node: ir.Node, previous: str = "") -> str:
+    """Return the path of a traced node's module; `previous` where the node does not know it."""
+    if SCOPES not in node.metadata_props:
         return previous
-    scopes = ast.literal_eval(node.metadata_props[_SCOPES])
+    scopes = ast.literal_eval(node.metadata_props[SCOPES])
     path: str = scopes[-2] if len(scopes) > 1 else ""
     if path == _ROOT or not path.startswith(f"{_ROOT}."):
         return ""

@@ -8,6 +8,7 @@ from onnxscript import optimizer, rewriter
 from onnxscript.rewriter import pattern
 
 from eptc.lower.reshapes import constant_reshapes
+from eptc.lower.sizes import read_sizes_from_first_inputs
 
 __all__ = ["simplify"]
 
@@ -23,6 +24,7 @@ def simplify(model: ir.Model) -> None:
     _optimize(model)
     rewriter.rewrite(model, pattern_rewrite_rules=_RULES)
     constant_reshapes(model.graph)
+    read_sizes_from_first_inputs(model.graph)
     _optimize(model)
     common.TopologicalSortPass()(model)
 

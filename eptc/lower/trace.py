@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -10,7 +13,9 @@ import onnx_ir as ir
 from eptc.architectures import architecture
 
 if TYPE_CHECKING:
-    from eptc.architectures import Kind
+    import torch
+
+    from eptc.architectures import Architecture, Kind
 
 __all__ = ["expected_parameters", "trace"]
 
@@ -57,17 +62,42 @@ def trace(config: Any, *, opset: int = 20, tied_head: bool | None = None) -> dic
     Raises:
         BaseModelError: the model type or one of its options is not supported.
     """
-    from eptc.lower.attention import traced_attention
-    from eptc.lower.export import export
-    from eptc.lower.skeleton import build, canonical_parameters, fake, keep_torch_state
+    from eptc.lower.repeat import UnlikeBlocksError, shortened
+    from eptc.lower.skeleton import build, keep_torch_state
 
-    lowering = importlib.import_module(_LOWERINGS[architecture(config).kind])
+    arch = architecture(config)
     with keep_torch_state():
         model = build(config, tied_head=tied_head)
-        parameters = canonical_parameters(model)
-        mode = fake(model)
-        with traced_attention(model):
-            return {
-                name: export(spec, mode, parameters, opset)
-                for name, spec in lowering.graphs(model).items()
-            }
+        short = shortened(model, config, arch)
+        if short is not None:
+            lengths = {path: getattr(config, name) for path, name in arch.stacks.items()}
+            with contextlib.suppress(UnlikeBlocksError):
+                return _trace(build(short, tied_head=tied_head), arch, opset, (model, lengths))
+        return _trace(model, arch, opset)
+
+
+def _trace(
+    model: torch.nn.Module,
+    arch: Architecture,
+    opset: int,
+    whole: tuple[torch.nn.Module, Mapping[str, int]] | None = None,
+) -> dict[str, ir.Model]:
+    """Trace a model on the meta device, and grow its graphs to those of the whole model."""
+    from eptc.lower.attention import traced_attention
+    from eptc.lower.export import export
+    from eptc.lower.repeat import grow
+    from eptc.lower.skeleton import canonical_parameters, fake
+
+    lowering = importlib.import_module(_LOWERINGS[arch.kind])
+    specs = lowering.graphs(whole[0]) if whole is not None else {}
+    parameters = canonical_parameters(model)
+    mode = fake(model)
+    graphs = {}
+    with traced_attention(model):
+        for name, spec in lowering.graphs(model).items():
+            if whole is None:
+                graphs[name] = export(spec, mode, parameters, opset)
+                continue
+            grown = functools.partial(grow, stacks=whole[1], spec=specs[name])
+            graphs[name] = export(spec, mode, parameters, opset, grown)
+    return graphs

@@ -6,10 +6,15 @@ from eptc.parity_gate.probes import read_examples
 from eptc.parity_gate.recheck import parity
 from eptc.parity_gate.reference import load_reference
 from eptc.parity_gate.report import ParityReport
+from eptc.parity_gate.verifier import LocalVerifier, RemoteVerifier, Subject, Verifier
 
 __all__ = [
     "LayerGate",
+    "LocalVerifier",
     "ParityReport",
+    "RemoteVerifier",
+    "Subject",
+    "Verifier",
     "load_reference",
     "make_probes",
     "parity",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from eptc.errors import ParityError
 from eptc.parity_gate.partition import PAST, PRESENT, Part, Partition
-from eptc.runtime.loading import default_threads
+from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.ort_errors import ort_errors
 from eptc.runtime.spec import GraphSpec, TensorSpec
 
@@ -140,7 +140,7 @@ class Runner:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL
-        options.intra_op_num_threads = default_threads()
+        options.intra_op_num_threads = usable_cpus()
         options.add_session_config_entry(_WEIGHTS, str(self._directory))
         try:
             return onnxruntime.InferenceSession(

@@ -134,6 +134,9 @@ class _Parameters(Mapping[str, Float32]):
             array: Float32 = getattr(module, attribute).detach().numpy()
         return array
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._owners  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._owners)
 

@@ -2,36 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import numpy as np
 import torch
 
 from eptc.errors import ParityError
 from eptc.ir import AdaptedModel, Float64
 from eptc.linear_probe import LinearOutput, LinearProbe
-from eptc.nn import EptLinear, EptModel
+from eptc.nn import EptModel
+from eptc.tensors import unit_roundoff
 
-__all__ = ["LayerGate"]
+__all__ = ["LayerGate", "LayerOutputs", "layer_outputs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOutputs:
+    """What the reference's adapted linears give on the rows of a `LinearProbe`.
+
+    Args:
+        task_id: the task, by the reference's own list.
+        wanted: of each linear by its path, the output [rows, out], and the largest magnitude
+            of what its branches alone add.
+    """
+
+    task_id: int
+    wanted: Mapping[str, tuple[Float64, float]]
+
+
+def layer_outputs(
+    reference: EptModel,
+    task_id: int,
+    loaded: Callable[[torch.nn.Module], AbstractContextManager[Any]] = nullcontext,
+) -> LayerOutputs:
+    """Run every adapted linear of the reference.
+
+    Args:
+        reference: the unfolded model.
+        task_id: the task.
+        loaded: has a module's parameters in memory for a while.
+    """
+    probe = LinearProbe()
+    wanted = {}
+    for path, layer in sorted(reference.layers.items()):
+        rows = torch.from_numpy(probe.rows(path, layer.in_features))
+        with torch.no_grad(), loaded(layer):
+            branch = layer.delta(rows.float(), task_id).double()
+            total = rows @ layer.weight.double().T + branch
+        wanted[path] = total.numpy(), float(branch.abs().max())
+    return LayerOutputs(task_id, wanted)
 
 
 class LayerGate:
     """Compares what every adapted linear adds up to, on seeded rows, after any stage.
 
     The branches may differ by 1e-5 of their largest output (the reference sums in float32). A
-    weight that was folded was rounded to float32 once, which may move each product by 2**-24 of
-    itself.
+    weight that was folded was rounded once, to float32 or to the 16-bit type it is stored in,
+    which may move each product by half a unit of its last place.
 
     Args:
-        reference: the unfolded PyTorch model.
-        task_id: the task, by the reference's own list.
+        reference: what its linears give.
     """
 
-    def __init__(self, reference: EptModel, task_id: int) -> None:
+    def __init__(self, reference: LayerOutputs) -> None:
         self.probe = LinearProbe()
-        self.task_id = task_id
-        self._wanted = {
-            path: self._reference_output(path, layer)
-            for path, layer in sorted(reference.layers.items())
-        }
+        self.task_id = reference.task_id
+        self._wanted = reference.wanted
 
     def check(self, model: AdaptedModel, stage: str) -> float:
         """Return the largest deviation of a linear as a fraction of its bound.
@@ -50,23 +89,20 @@ class LayerGate:
                 expected=f"the same {len(self._wanted)} linears as the reference adapts",
             )
         return max(
-            self._check_linear(path, self.probe.output(model, path, self.task_id), stage)
+            self._check_linear(
+                path,
+                self.probe.output(model, path, self.task_id),
+                unit_roundoff(model.weights[model.adapters[path].parameter].dtype),
+                stage,
+            )
             for path in self._wanted
         )
 
-    def _reference_output(self, path: str, layer: EptLinear) -> tuple[Float64, float]:
-        """Return the reference's output [rows, out], and the largest of its branches alone."""
-        rows = torch.from_numpy(self.probe.rows(path, layer.in_features))
-        with torch.no_grad():
-            branch = layer.delta(rows.float(), self.task_id).double()
-            total = rows @ layer.weight.double().T + branch
-        return total.numpy(), float(branch.abs().max())
-
-    def _check_linear(self, path: str, output: LinearOutput, stage: str) -> float:
+    def _check_linear(self, path: str, output: LinearOutput, roundoff: float, stage: str) -> float:
         (want, largest), got = self._wanted[path], output.total
         bound = 1e-5 * largest + 2.0**-40 * output.scale
         if not output.branches.any():
-            bound = bound + 2.0**-24 * output.scale
+            bound = bound + roundoff * output.scale
         ratio = np.abs(got - want) / np.maximum(bound, np.finfo(np.float64).tiny)
         error = float(np.nan_to_num(ratio, nan=np.inf).max())
         if not error <= 1.0:

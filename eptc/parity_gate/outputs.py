@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from eptc.runtime import Engine
 __all__ = ["Decision", "check_outputs", "decide"]
 
 Float32 = npt.NDArray[np.float32]
+# Tokens an engine writes after a probe, at most.
+_WRITTEN = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,27 +94,46 @@ def _encoder_decoder(
 ) -> Iterator[Comparison | Decision]:
     inputs = _torch(probe)
     encoded = engine.run(probe.feeds(), "encoder")
-    hidden = model.get_encoder()(**inputs).last_hidden_state.numpy()
+    states = model.get_encoder()(**inputs)
+    hidden = states.last_hidden_state.numpy()
     valid = probe.attention_mask.astype(bool)
     yield compare(
         f"encoder state, {probe.name}", encoded["last_hidden_state"], hidden, bound, valid
     )
 
-    tokens = _greedy(engine, model, probe) if probe.answer is None else probe.answer
-    decoder_input = tokens[:, :-1]
-    output = model(**inputs, decoder_input_ids=torch.from_numpy(decoder_input))
-    want, length = output.logits.numpy(), decoder_input.shape[1]
-    at_once = _decode(engine, encoded, probe, decoder_input, [length])
-    yield compare(f"logits at once, {probe.name}", at_once, want, bound)
+    rows: list[list[int]] = []
+    if probe.answer is not None:
+        fed = probe.answer[:, :-1]
+    else:
+        rows, written = _written(engine, probe)
+        fed = np.concatenate([_starts(engine, len(written)), written[:, :-1]], axis=1)
+    output = model(
+        encoder_outputs=states,
+        attention_mask=inputs["attention_mask"],
+        decoder_input_ids=torch.from_numpy(fed),
+    )
+    want, length = output.logits.numpy(), fed.shape[1]
+    comparison = compare(
+        f"logits at once, {probe.name}",
+        _decode(engine, encoded, probe, fed, [length]),
+        want,
+        bound,
+    )
+    yield comparison
     if probe.answer is not None:
         half = length // 2
-        pieces = _decode(engine, encoded, probe, decoder_input, [1, half, length - half - 1])
+        pieces = _decode(engine, encoded, probe, fed, [1, half, length - half - 1])
         yield compare(f"logits in pieces, {probe.name}", pieces, want, bound)
-        return
-    stepwise = _decode(engine, encoded, probe, decoder_input, [1] * length)
-    comparison = compare(f"logits with cache, {probe.name}", stepwise, want, bound)
-    yield comparison
-    yield from _tokens(engine, probe, tokens[:, 1:], want, 2 * comparison.bound)
+    elif probe.synthetic:
+        stepwise = _decode(engine, encoded, probe, fed, [1] * length)
+        yield compare(f"logits with cache, {probe.name}", stepwise, want, bound)
+    yield from _choices(engine, probe, rows, want, 2 * comparison.bound)
+
+
+def _starts(engine: Engine, batch: int) -> Ints:
+    generation = engine.manifest.generation
+    assert generation is not None
+    return np.full((batch, 1), generation.decoder_start_token_id, np.int64)
 
 
 def _decode(
@@ -141,10 +163,10 @@ def _decode(
 def _decoder_only(
     engine: Engine, model: Any, probe: Probe, bound: Bound
 ) -> Iterator[Comparison | Decision]:
-    sequence = _greedy(engine, model, probe)
+    rows, written = _written(engine, probe)
+    sequence = np.concatenate([probe.input_ids, written], axis=1)
     prompt = probe.shape[1]
-    written = np.ones((len(sequence), sequence.shape[1] - prompt), np.int64)
-    mask = np.concatenate([probe.attention_mask, written], axis=1)
+    mask = np.concatenate([probe.attention_mask, np.ones_like(written)], axis=1)
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
     output = model(
         input_ids=torch.from_numpy(sequence),
@@ -170,19 +192,17 @@ def _decoder_only(
             start = end
         return np.concatenate(logits, axis=1)
 
-    yield compare(
+    comparison = compare(
         f"logits at once, {probe.name}", continued([sequence.shape[1]]), want, bound, valid
     )
+    yield comparison
     if probe.synthetic:
         half = (prompt + 1) // 2
         pieces = continued([half, sequence.shape[1] - half])
         yield compare(f"logits in pieces, {probe.name}", pieces, want, bound, valid)
-    stepwise = continued([prompt] + [1] * (sequence.shape[1] - prompt))
-    comparison = compare(f"logits with cache, {probe.name}", stepwise, want, bound, valid)
-    yield comparison
-    yield from _tokens(
-        engine, probe, sequence[:, prompt:], want[:, prompt - 1 : -1], 2 * comparison.bound
-    )
+        stepwise = continued([prompt] + [1] * written.shape[1])
+        yield compare(f"logits with cache, {probe.name}", stepwise, want, bound, valid)
+    yield from _choices(engine, probe, rows, want[:, prompt - 1 : -1], 2 * comparison.bound)
 
 
 def _empty_cache(engine: Engine, graph: str, batch: int, given: set[str]) -> dict[str, Any]:
@@ -205,46 +225,61 @@ def _past(outputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _greedy(engine: Engine, model: Any, probe: Probe) -> Ints:
-    """Return the reference's own greedy continuation [batch, n], start or prompt included."""
+def _limit(engine: Engine, probe: Probe) -> int:
+    """Return how many tokens the engine writes after a probe."""
     generation = engine.manifest.generation
     assert generation is not None
-    limit = generation.max_new_tokens
+    limit = min(generation.max_new_tokens, _WRITTEN)
     if generation.max_positions is not None:
-        limit = max(1, min(limit, generation.max_positions - probe.shape[1]))
-    tokens = model.generate(
-        **_torch(probe),
-        max_new_tokens=min(limit, 12),
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=generation.pad_token_id,
-        eos_token_id=list(generation.eos_token_id) or None,
-    )
-    return np.asarray(tokens.numpy(), np.int64)
+        limit = min(limit, generation.max_positions - probe.shape[1])
+    return max(0, limit)
 
 
-def _tokens(
-    engine: Engine, probe: Probe, want: Ints, logits: Float32, noise: float
+def _written(engine: Engine, probe: Probe) -> tuple[list[list[int]], Ints]:
+    """Return the engine's own greedy tokens: of each row, and filled up to [batch, n].
+
+    The reference is asked about all of them at once: a row of tokens is its greedy answer if
+    each is its first choice after those before it.
+    """
+    generation = engine.manifest.generation
+    assert generation is not None
+    limit = _limit(engine, probe)
+    rows = engine.generate_ids(probe.feeds(), limit) if limit else [[]] * len(probe.input_ids)
+    filled = np.full((len(rows), max(map(len, rows))), generation.pad_token_id, np.int64)
+    for row, tokens in enumerate(rows):
+        filled[row, : len(tokens)] = tokens
+    return rows, filled
+
+
+def _choices(
+    engine: Engine, probe: Probe, rows: list[list[int]], logits: Float32, noise: float
 ) -> Iterator[Decision]:
-    """Compare the engine's own greedy tokens with the reference's, each row up to its end.
+    """Compare the engine's own greedy tokens with the reference's choices.
 
     Args:
         engine: the engine.
         probe: the batch.
-        want: the reference's new tokens [batch, n].
-        logits: the reference's logits each was chosen from [batch, n, vocabulary].
+        rows: the tokens that the engine wrote.
+        logits: the reference's, after the tokens before [batch, n, vocabulary].
         noise: margins up to this may go either way.
     """
     generation = engine.manifest.generation
     assert generation is not None
-    got = engine.generate_ids(probe.feeds(), want.shape[1])
-    for row, tokens in enumerate(got):
-        for step, token in enumerate(want[row]):
-            agrees = step < len(tokens) and tokens[step] == token
-            yield Decision(probe.name, row, step, agrees, _margin(logits[row, step]), noise)
-            # After a stop token, or once the rows differ, later tokens have other histories.
-            if not agrees or token in generation.eos_token_id:
+    stops = generation.eos_token_id
+    for row, tokens in enumerate(rows):
+        ended = False
+        for step, token in enumerate(tokens):
+            choice = logits[row, step]
+            agrees = not ended and bool(choice.argmax() == token)
+            # Nothing may follow a stop token, however near the reference was to another choice.
+            margin = math.inf if ended else _margin(choice)
+            yield Decision(probe.name, row, step, agrees, margin, noise)
+            ended = ended or token in stops
+            if not agrees:
                 break
+        else:
+            if not ended and len(tokens) != _limit(engine, probe):
+                yield Decision(probe.name, row, len(tokens), False, math.inf, noise)
 
 
 def _margin(logits: Float32) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir
 
 from eptc.errors import ParityError
+from eptc.lower.weights import PACKED
 from eptc.nn import EptLinear, EptModel
 
 __all__ = ["check_stored", "check_weights", "plain_name"]
@@ -27,7 +28,9 @@ def check_weights(directory: Path, files: list[str], reference: EptModel, task_i
 
     A weight without adapters must be equal to the bit. An adapted one may differ by one rounding
     to its stored type and by 1e-5 of the largest element of its branches. Weights may be stored
-    transposed: whether they are used that way round is seen in the outputs.
+    transposed: whether they are used that way round is seen in the outputs. A packed weight, its
+    name the names of its parts with `+` between them, holds them side by side [in, sum of out]:
+    each part is compared as if it stood alone.
 
     Returns:
         The largest deviation of an adapted weight as a fraction of its bound.
@@ -61,7 +64,7 @@ def check_stored(
     """
     adapted = {f"{path}.weight": layer for path, layer in layers.items()}
     seen, worst = set(), 0.0
-    for name, array in _stored(directory, files):
+    for name, array in _unpacked(_stored(directory, files), parameters):
         if name in parameters:
             seen.add(name)
             worst = max(worst, _check_one(name, array, parameters, adapted, task_id))
@@ -117,6 +120,31 @@ def _stored(directory: Path, files: list[str]) -> Iterator[tuple[str, npt.NDArra
             yield str(value.name), np.array(tensor.numpy())
             if isinstance(tensor, onnx_ir.ExternalTensor):
                 tensor.release()
+
+
+def _unpacked(
+    stored: Iterable[tuple[str, npt.NDArray[Any]]], parameters: Mapping[str, Float32]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Yield the parts of packed weights by their own names, other weights as they are."""
+    for name, array in stored:
+        parts = name.split(PACKED)
+        if len(parts) == 1:
+            yield name, array
+            continue
+        if lost := [part for part in parts if part not in parameters]:
+            raise ParityError(
+                f"the engine packs {lost[0]} into {name}, and the reference has no such weight",
+                fix="this is a bug in the pass that packs: report it",
+            )
+        widths = [parameters[part].shape[0] for part in parts]
+        if array.ndim != 2 or array.shape[1] != sum(widths):
+            raise ParityError(
+                f"the weight {name} in the engine has the shape {list(array.shape)}",
+                expected=f"{sum(widths)} columns: {' + '.join(map(str, widths))}",
+                fix="this is a bug in the pass that packs: report it",
+            )
+        ends = np.cumsum(widths)
+        yield from zip(parts, np.split(array, ends[:-1], axis=1), strict=True)
 
 
 def _oriented(array: npt.NDArray[Any], want: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -3,9 +3,10 @@
 >>> from eptc.runtime import Engine
 >>> engine = Engine.load("engine/")  # doctest: +SKIP
 >>> engine.classify(["a fine film"])  # doctest: +SKIP
-[Classification(label='positive', index=1, probabilities=(0.02, 0.98), value=None, text=None)]
+[Classification(label='positive', index=1, probabilities=(0.02, 0.98), value=None)]
 """
 
+from eptc.runtime.chat import Conversation
 from eptc.runtime.engine import Engine
 from eptc.runtime.inputs import Example
 from eptc.runtime.manifest import SCHEMA_VERSION, Manifest, load_manifest, read_manifest
@@ -28,6 +29,7 @@ __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
     "Classification",
+    "Conversation",
     "Engine",
     "Example",
     "FileRecord",

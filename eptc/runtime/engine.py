@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
-from eptc.errors import InputError, OptionError, TaskError
-from eptc.runtime.decoding import decode_decoder_only, decode_encoder_decoder, refuse_nan
-from eptc.runtime.feeds import check_vocabulary, checked
-from eptc.runtime.inputs import Example, prepare
-from eptc.runtime.labels import label_index
-from eptc.runtime.loading import default_threads, open_graphs
-from eptc.runtime.manifest import Manifest, bundle_file, load_manifest
+import numpy as np
+
+from eptc.errors import InputError
+from eptc.runtime.batches import in_batches
+from eptc.runtime.chat import chat_template, conversations
+from eptc.runtime.cpus import usable_cpus
+from eptc.runtime.decoding import Steps, begin, sound
+from eptc.runtime.feeds import check_vocabulary, checked, checked_prompt
+from eptc.runtime.generation import greedy, limited, planned, sampled, stream, write
+from eptc.runtime.inputs import Example, positive, prepare
+from eptc.runtime.loading import open_graphs, open_tokenizer
+from eptc.runtime.manifest import Manifest, load_manifest
+from eptc.runtime.prepacked import kept_in
 from eptc.runtime.providers import Provider, choose
 from eptc.runtime.results import Classification, Generation, classified
-from eptc.runtime.tokenizer import TextTokenizer
+from eptc.runtime.scoring import Labels, score, task_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Mapping, Sequence
     from types import TracebackType
 
+    from eptc.runtime.chat import Conversation
     from eptc.runtime.graph import Graph, NumpyArray
+    from eptc.runtime.tokenizer import TextTokenizer
     from eptc.tasks import Task
 
 __all__ = ["Engine"]
-
-_Answer = TypeVar("_Answer")
 
 
 class Engine:
@@ -52,6 +59,7 @@ class Engine:
         self._graphs = dict(graphs)
         self._tokenizer = tokenizer
         self._closed = False
+        self._template = chat_template(directory, manifest)
         first, *others = self._graphs.values()
         self._providers = tuple(
             name for name in first.providers if all(name in graph.providers for graph in others)
@@ -63,30 +71,51 @@ class Engine:
         directory: str | Path,
         providers: Sequence[Provider] | None = None,
         threads: int | None = None,
+        *,
+        cache: bool | str | Path = False,
+        warm_up: bool = False,
     ) -> Self:
         """Load a bundle.
+
+        Engines of one bundle share its sessions and weights within a process, and with a cache
+        the weights in every process. A process that is forked later has to load its own.
 
         Args:
             directory: the bundle's folder.
             providers: execution providers in order of preference, `cpu`, `cuda`, `tensorrt` or
                 ONNX Runtime's names, each alone or with its options. None: the best that start
                 here, TensorRT before CUDA before CPU; `engine.providers` says which did.
-            threads: CPU threads one operator may use. None: the CPUs this process may use.
+            threads: CPU threads one operator may use. None: the CPUs this process may use, by its
+                CPU set and its control group's quota.
+            cache: a folder to keep optimised graphs and packed weights in, so that later loads
+                are faster and every process maps one copy of the weights; on disk it takes 1.5
+                to 2.5 times the bundle. For the CPU provider, on Linux. True:
+                `$EPTC_CACHE_DIR`, else `$XDG_CACHE_HOME/eptc`, else `~/.cache/eptc`. It may be
+                removed at any time; where it cannot be used the log says why, and the engine
+                loads without it.
+            warm_up: whether to call `warm_up` before returning.
 
         Raises:
             BundleError: not a bundle, damaged, or newer than this version.
             OptionError: a provider that does not start, or a wrong number of threads.
         """
         folder = Path(directory)
-        count = default_threads() if threads is None else _positive("threads", threads)
+        count = usable_cpus() if threads is None else positive("threads", threads)
         manifest = load_manifest(folder)
-        tokenizer = None
-        if manifest.tokenizer is not None:
-            path = bundle_file(folder, manifest.tokenizer.file)
-            tokenizer = TextTokenizer(path, manifest.tokenizer)
+        tokenizer = open_tokenizer(folder, manifest)
         requests = choose(providers)
-        graphs = open_graphs(folder, manifest, requests, count, strict=providers is not None)
-        return cls(folder, manifest, graphs, tokenizer)
+        graphs = open_graphs(
+            folder,
+            manifest,
+            requests,
+            count,
+            strict=providers is not None,
+            cache=kept_in(cache),
+        )
+        engine = cls(folder, manifest, graphs, tokenizer)
+        if warm_up:
+            engine.warm_up()
+        return engine
 
     @property
     def task(self) -> Task | None:
@@ -103,61 +132,117 @@ class Engine:
     ) -> list[Classification]:
         """Return each text's class.
 
-        A text-to-text engine writes its answer first, which is then matched to a label.
+        A text-to-text engine scores every label as an answer, in one pass of its decoder. The
+        label is the one that greedy writing arrives at if it may write nothing but labels, so it
+        agrees with `generate` wherever that writes a label. The probabilities compare the labels
+        as wholes; where labels have several tokens, another can in rare cases be the likeliest.
 
         Args:
             texts: a list; each a string, a pair, or a dict by the task's field names.
             truncate: cut texts that are too long, as training did, instead of refusing them.
-            batch_size: texts run at once; texts of like length are put together.
+            batch_size: texts, or pairs of a text and a label, run at once; texts of like length
+                are put together.
 
         Raises:
             InputError: something that is not such a text, or too long.
-            TaskError: the task has no labels.
+            TaskError: the task has no labels, or two of them are the same tokens.
         """
-        if self.manifest.kind != "encoder-classifier":
-            return self._classify_written(texts, truncate, batch_size)
+        labels = None if self.manifest.kind == "encoder-classifier" else self._labels
 
-        def answer(rows: list[Any]) -> list[Classification]:
-            logits = self._graph("model").run(self._classifier_feeds(rows))["logits"]
-            return [classified(row, self.task) for row in refuse_nan(logits)]
+        def answer(rows: list[Any], _: list[int]) -> list[Classification]:
+            feeds = self._padded(rows)
+            if labels is not None:
+                return score(self._steps(feeds, labels.longest), labels, len(rows), batch_size)
+            graph = self._graph("model")
+            logits = graph.run(checked(feeds, graph.name, graph.spec, None))["logits"]
+            return [classified(row, self.task) for row in sound(logits)]
 
-        return self._batched(texts, truncate, batch_size, answer)
+        return in_batches(self._encoded(texts, truncate), batch_size, answer)
 
     def generate(
         self,
-        texts: Iterable[Example],
+        texts: Iterable[Example | Conversation],
         max_new_tokens: int | None = None,
         *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        chat: bool = False,
         truncate: bool = False,
         batch_size: int = 16,
     ) -> list[Generation]:
-        """Return what the engine writes for each text, choosing the likeliest token each time.
+        """Return what the engine writes for each text.
+
+        By default the likeliest token is chosen each time: the tokens of transformers' `generate`
+        with `do_sample=False`. With `do_sample` tokens are drawn, for each text by a random
+        generator of its own, made from the seed and the text's place in the list. What is drawn
+        does not depend on `batch_size` or on the other texts, short of rounding: a text's logits
+        differ in their last digits from batch to batch.
 
         Args:
             texts: a list; each a string, a pair, or a dict by the task's field names.
             max_new_tokens: tokens written at most. None: the manifest's.
+            do_sample: draw tokens instead of taking the likeliest.
+            temperature: divides the logits; above 0.
+            top_k: draw from so many of the likeliest tokens. None: from all.
+            top_p: draw from the fewest tokens whose probabilities add up to it. None: from all.
+            seed: the same seed draws the same tokens. None: another one each time.
+            stop: strings that end an answer and are no part of its text, across the borders of
+                tokens; the name of a special token stands for that token.
+            stop_token_ids: tokens that end an answer, instead of the manifest's.
+            chat: the texts are conversations, each a string (one user message) or a list of
+                `{"role": ..., "content": ...}`. They are put into the model's chat template, and
+                the task's prompt is left out.
             truncate: cut texts that are too long, as training did, instead of refusing them.
             batch_size: texts run at once; texts of like length are put together.
 
         Raises:
-            InputError: something that is not such a text, or too long.
+            InputError: something that is not such a text, or too long; no chat template.
+            MissingExtraError: `chat`, and jinja2 is not installed.
+            OptionError: a value out of its range, or an option of sampling without `do_sample`.
             TaskError: the engine classifies and writes nothing.
         """
-        limit = self._limit(max_new_tokens)
-        settings = self.manifest.generation
-        assert settings is not None
-        tokenizer = self._text_tokenizer()
+        tokenizer, options = self._text_tokenizer(), (temperature, top_k, top_p, seed)
+        sampling = sampled(do_sample, *options)
+        plan = planned(self.manifest, tokenizer, max_new_tokens, sampling, stop, stop_token_ids)
 
-        def answer(rows: list[Any]) -> list[Generation]:
-            feeds = tokenizer.pad(rows)
-            check_vocabulary(feeds["input_ids"], self.manifest.vocab_size)
-            answers = self._decode(feeds, limit)
-            return [
-                Generation(tokenizer.decode(ids), tuple(ids), ids[-1] in settings.eos_token_id)
-                for ids in answers
-            ]
+        def answer(rows: list[Any], positions: list[int]) -> list[Generation]:
+            return write(self._steps(self._padded(rows), plan.limit), positions, tokenizer, plan)
 
-        return self._batched(texts, truncate, batch_size, answer)
+        return in_batches(self._prompts(texts, truncate, chat), batch_size, answer)
+
+    def stream(
+        self,
+        text: Example | Conversation,
+        max_new_tokens: int | None = None,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        chat: bool = False,
+        truncate: bool = False,
+    ) -> Generator[str, None, None]:
+        """Yield what the engine writes for one text, piece by piece while it is written.
+
+        A piece is never empty and never ends within a character; together they are the text that
+        `generate` returns. The caller may stop after any piece.
+
+        Arguments and errors are those of `generate`. What is wrong with them is raised at once,
+        not at the first piece.
+        """
+        tokenizer, options = self._text_tokenizer(), (temperature, top_k, top_p, seed)
+        sampling = sampled(do_sample, *options)
+        plan = planned(self.manifest, tokenizer, max_new_tokens, sampling, stop, stop_token_ids)
+        feeds = self._padded(self._prompts([text], truncate, chat))
+        return stream(self._steps(feeds, plan.limit), tokenizer, plan)
 
     def generate_ids(
         self, feeds: Mapping[str, Any], max_new_tokens: int | None = None
@@ -165,15 +250,17 @@ class Engine:
         """Return what the engine writes for token ids: new tokens a row, the stop token included.
 
         Args:
-            feeds: input_ids and attention_mask, int64 [batch, sequence], padded on the side the
-                manifest says.
+            feeds: input_ids and attention_mask, integers [batch, sequence], padded on the side
+                the manifest says.
             max_new_tokens: tokens written at most. None: the manifest's.
 
         Raises:
             InputError: feeds that do not fit, or more tokens than the model has positions for.
             TaskError: the engine classifies and writes nothing.
         """
-        return self._decode(dict(feeds), self._limit(max_new_tokens))
+        settings, limit = limited(self.manifest, max_new_tokens)
+        prompt = checked_prompt(feeds, self.manifest)
+        return greedy(self._steps(prompt, limit), settings, limit)
 
     def tokenize(
         self, texts: Iterable[Example], *, truncate: bool = False
@@ -214,8 +301,32 @@ class Engine:
         opened = self._graph(name)
         return opened.run(checked(feeds, name, opened.spec, self.manifest.vocab_size))
 
+    def warm_up(self, shapes: Iterable[tuple[int, int]] = ((1, 8),)) -> None:
+        """Run every graph now, so that the first request does not wait for what happens once.
+
+        Weights are read from disk, memory is taken, a GPU's kernels are loaded. Memory is kept
+        for the largest shape seen: give the largest that will be served.
+
+        Args:
+            shapes: pairs of batch size and tokens a row.
+
+        Raises:
+            InputError: a shape that the model refuses.
+        """
+        for batch, tokens in shapes:
+            ones = np.ones((batch, tokens), np.int64)
+            if self.manifest.generation is not None:
+                feeds = {"input_ids": ones - 1, "attention_mask": ones}
+                self.generate_ids(feeds, max_new_tokens=2)  # the second reads a cache
+            else:
+                names = [tensor.name for tensor in self.manifest.graphs["model"].inputs]
+                self.run({name: ones if name == "attention_mask" else ones - 1 for name in names})
+
     def close(self) -> None:
-        """Free the sessions; the engine answers nothing afterwards. Calls under way finish."""
+        """Free the sessions unless another engine shares them; this one answers nothing more.
+
+        A call under way in another thread finishes the batch it runs.
+        """
         self._closed = True
         self._graphs = {}
 
@@ -238,70 +349,25 @@ class Engine:
             f"{self.directory}>"
         )
 
-    def _classify_written(
-        self, texts: Iterable[Example], truncate: bool, batch_size: int
-    ) -> list[Classification]:
-        labels = self.task.labels if self.task is not None else ()
-        if not labels:
-            name = f"task {self.task.name!r}" if self.task is not None else "this engine"
-            raise TaskError(f"{name} has no labels to choose from", fix="call generate instead")
-        written = self.generate(texts, truncate=truncate, batch_size=batch_size)
-        found = [label_index(answer.text, labels) for answer in written]
-        return [
-            Classification(labels[i] if i is not None else None, i, text=answer.text)
-            for i, answer in zip(found, written, strict=True)
-        ]
+    @functools.cached_property
+    def _labels(self) -> Labels:
+        return task_labels(self.manifest, self._text_tokenizer())
 
-    def _batched(
-        self,
-        texts: Iterable[Example],
-        truncate: bool,
-        batch_size: int,
-        answer: Callable[[list[Any]], list[_Answer]],
-    ) -> list[_Answer]:
-        """Answer texts in batches of like length, which need little padding, in given order."""
-        size = _positive("batch_size", batch_size)
-        tokenizer = self._text_tokenizer()
-        prepared = prepare(texts, self.task)
-        if not prepared:
-            return []
-        encodings = tokenizer.encode(prepared, truncate=truncate)
-        order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
-        answers: dict[int, _Answer] = {}
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            answers.update(zip(rows, answer([encodings[i] for i in rows]), strict=True))
-        return [answers[i] for i in range(len(order))]
+    def _steps(self, feeds: dict[str, NumpyArray], new: int) -> Steps:
+        return begin(self.manifest, self._graph, feeds, new)
 
-    def _limit(self, max_new_tokens: int | None) -> int:
-        settings = self.manifest.generation
-        if settings is None:
-            raise TaskError(
-                "this engine is a classifier: it writes no text", fix="call classify instead"
-            )
-        if max_new_tokens is None:
-            return settings.max_new_tokens
-        return _positive("max_new_tokens", max_new_tokens)
+    def _encoded(self, texts: Iterable[Example], truncate: bool) -> list[Any]:
+        return self._text_tokenizer().encode(prepare(texts, self.task), truncate=truncate)
 
-    def _decode(self, feeds: dict[str, NumpyArray], limit: int) -> list[list[int]]:
-        settings = self.manifest.generation
-        assert settings is not None
-        if self.manifest.kind == "encoder-decoder":
-            encoder, decoder = self._graph("encoder"), self._graph("decoder")
-            return decode_encoder_decoder(encoder, decoder, feeds, settings, limit)
-        longest = feeds["input_ids"].shape[1]
-        if settings.max_positions is not None and longest + limit > settings.max_positions:
-            raise InputError(
-                f"a prompt of {longest} tokens and {limit} new ones do not fit the model",
-                expected=f"{settings.max_positions} together",
-                fix="give a smaller max_new_tokens or shorter texts",
-            )
-        return decode_decoder_only(self._graph("model"), feeds, settings, limit)
+    def _prompts(self, texts: Iterable[Any], truncate: bool, chat: bool) -> list[Any]:
+        if not chat:
+            return self._encoded(texts, truncate)
+        return conversations(texts, self._text_tokenizer(), self._template, truncate=truncate)
 
-    def _classifier_feeds(self, rows: list[Any]) -> dict[str, NumpyArray]:
-        graph = self._graph("model")
+    def _padded(self, rows: Sequence[Any]) -> dict[str, NumpyArray]:
         feeds = self._text_tokenizer().pad(rows)
-        return checked(feeds, graph.name, graph.spec, self.manifest.vocab_size)
+        check_vocabulary(feeds["input_ids"], self.manifest.vocab_size)
+        return feeds
 
     def _graph(self, name: str) -> Graph:
         # One read of the dict: another thread may be closing the engine.
@@ -316,9 +382,3 @@ class Engine:
         if self._tokenizer is None:
             raise InputError("the bundle has no tokenizer", fix="give token ids to run")
         return self._tokenizer
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(f"{name} is {value!r}", expected="an integer, 1 or more")
-    return value

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eptc.errors import InputError
+from eptc.runtime.spec import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     from eptc.runtime.graph import NumpyArray
-    from eptc.runtime.spec import GraphSpec, TensorSpec
+    from eptc.runtime.manifest import Manifest
 
-__all__ = ["check_vocabulary", "checked"]
+__all__ = ["check_vocabulary", "checked", "checked_prompt"]
 
 _MAY_BE_EMPTY = "past_sequence"
+_PROMPT = GraphSpec(
+    file="",
+    inputs=tuple(
+        TensorSpec(name, "int64", ("batch", "sequence"))
+        for name in ("input_ids", "attention_mask")
+    ),
+    outputs=(),
+)
 
 
 def checked(
@@ -51,6 +60,24 @@ def checked(
         _check_values(array, tensor, vocab_size)
         arrays[tensor.name] = array
     _check_total(sizes)
+    return arrays
+
+
+def checked_prompt(feeds: Mapping[str, Any], manifest: Manifest) -> dict[str, NumpyArray]:
+    """Return the input_ids and attention_mask of a batch that an engine is to answer.
+
+    Raises:
+        InputError: as `checked`; a row without a token, or padding on the side where the answer
+            goes.
+    """
+    arrays = checked(feeds, "prompt", _PROMPT, manifest.vocab_size)
+    mask = arrays["attention_mask"]
+    if not mask.any(axis=1).all():
+        raise InputError("'attention_mask' has a row of zeros", expected="a token in each row")
+    if manifest.kind == "decoder-only" and not mask[:, -1].all():
+        raise InputError(
+            "'attention_mask' ends with padding", expected="padding on the left of each row"
+        )
     return arrays
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from eptc.errors import BundleError, EptcError, InputError, OptionError
+from eptc.errors import BundleError, EptcError, InputError
 from eptc.runtime.ort_errors import ort_errors
-from eptc.runtime.providers import CPU, CUDA, TENSORRT, Request
+from eptc.runtime.providers import CUDA, TENSORRT
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from pathlib import Path
 
     from eptc.runtime.spec import GraphSpec, TensorSpec
 
-__all__ = ["Graph", "NumpyArray", "open_session", "signature"]
+__all__ = ["Graph", "NumpyArray", "signature"]
 
 NumpyArray = np.ndarray[Any, Any]
 
@@ -30,7 +30,6 @@ _DTYPE_OF_ORT: Final = {
     "tensor(int64)": "int64",
 }
 _BFLOAT16: Final = 16  # its number in onnx.TensorProto.DataType; numpy has no such type
-_FATAL: Final = 4  # ONNX Runtime's errors are raised; its log would only say them twice
 
 
 class Graph:
@@ -39,29 +38,25 @@ class Graph:
     Args:
         name: its role in the bundle (`model`, `encoder`, `decoder`).
         spec: what the manifest declares.
-        path: the `.onnx` file.
-        requests: providers in order of preference.
-        threads: threads one operator may use.
+        session: an open ONNX Runtime session.
 
     Raises:
-        BundleError: a graph that does not load or differs from the manifest.
-        OptionError: a provider that was asked for did not start.
+        BundleError: the session's interface differs from the manifest.
     """
 
-    def __init__(
-        self, name: str, spec: GraphSpec, path: Path, requests: Sequence[Request], threads: int
-    ) -> None:
+    def __init__(self, name: str, spec: GraphSpec, session: Any) -> None:
+        if difference := signature(session, spec):
+            raise BundleError(f"graph {name!r} differs from the manifest: {difference}")
         self.name = name
         self.spec = spec
         self.inputs = {tensor.name: tensor for tensor in spec.inputs}
-        self._session = open_session(path, requests, threads)
-        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
-        if difference := signature(self._session, spec):
-            raise BundleError(f"graph {name!r} differs from the manifest: {difference}")
-        started = next(iter(self.providers), CPU)
-        on_cuda = started in (CUDA, TENSORRT)
-        options = next((given for asked, given in requests if asked == started), {})
-        self._device = ("cuda", int(options.get("device_id", 0))) if on_cuda else ("cpu", 0)
+        self.providers: tuple[str, ...] = tuple(session.get_providers())
+        self._session = session
+        self._process = os.getpid()
+        self._device = ("cpu", 0)
+        if (started := self.providers[0]) in (CUDA, TENSORRT):
+            options = session.get_provider_options()[started]
+            self._device = ("cuda", int(options.get("device_id", 0)))
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """Run on arrays that fit the interface and return every output.
@@ -69,6 +64,7 @@ class Graph:
         Raises:
             InputError: ONNX Runtime refuses the values.
         """
+        self._check_process()
         names = [tensor.name for tensor in self.spec.outputs]
         try:
             values = self._session.run(names, dict(feeds))
@@ -85,6 +81,7 @@ class Graph:
             feeds: a value per input.
             without: outputs nobody reads, which then never leave the device.
         """
+        self._check_process()
         binding = self._session.io_binding()
         for name, value in feeds.items():
             if isinstance(value, np.ndarray):
@@ -111,44 +108,16 @@ class Graph:
         element = _BFLOAT16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).type
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element)
 
+    def _check_process(self) -> None:
+        """Refuse to run in a child: the session's threads and locks stayed with the parent."""
+        if os.getpid() != self._process:
+            raise InputError(
+                "the engine was loaded before this process was forked",
+                fix="load it in the child, or start the child by spawn",
+            )
+
     def _refused(self, error: Exception) -> EptcError:
         return InputError(f"ONNX Runtime cannot run graph {self.name!r} on these inputs: {error}")
-
-
-def open_session(
-    path: Path, requests: Sequence[Request], threads: int, *, optimize: bool = True
-) -> Any:
-    """Open a session.
-
-    Raises:
-        BundleError: the graph or its weights cannot be loaded.
-        OptionError: the first provider asked for did not start.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL
-    options.intra_op_num_threads = threads
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        # Its own fallback prints to stdout and goes on with less than was asked for.
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=list(requests), enable_fallback=0
-        )
-    except ort_errors() as error:
-        raise BundleError(
-            f"{path} does not load in ONNX Runtime {onnxruntime.__version__}: {error}",
-            fix="check the bundle with `eptc verify`, or upgrade onnxruntime",
-        ) from error
-    missing = [name for name, _ in requests if name not in session.get_providers()]
-    if missing:
-        raise OptionError(
-            f"{missing[0]} did not start",
-            expected=f"what did: {', '.join(session.get_providers())}",
-            fix="look at ONNX Runtime's log, or ask for fewer providers",
-        )
-    return session
 
 
 def signature(session: Any, spec: GraphSpec) -> str | None:

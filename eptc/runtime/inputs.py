@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from eptc.errors import InputError, TaskError
+from eptc.errors import InputError, OptionError, TaskError
 from eptc.tasks import Task, fill
 
-__all__ = ["Example", "prepare"]
+__all__ = ["Example", "positive", "prepare"]
 
 Example = str | Sequence[str] | Mapping[str, Any]
 
@@ -30,6 +30,13 @@ def prepare(texts: Iterable[Example], task: Task | None) -> list[tuple[str, ...]
             fix="for one text, give a list of one: [text]",
         )
     return [_one(i, example, task) for i, example in enumerate(texts)]
+
+
+def positive(name: str, value: int) -> int:
+    """Return an option's value; raises OptionError where it is no integer above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name} is {value!r}", expected="an integer, 1 or more")
+    return value
 
 
 def _one(position: int, example: object, task: Task | None) -> tuple[str, ...]:

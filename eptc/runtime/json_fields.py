@@ -47,9 +47,9 @@ class Fields:
             raise self._wrong(key, value, "a non-empty string")
         return value
 
-    def optional_text(self, key: str) -> str | None:
+    def optional_text(self, key: str, default: object = _REQUIRED) -> str | None:
         """Return a string or None."""
-        return None if self.optional(key) is None else self.text(key)
+        return None if self.optional(key, default) is None else self.text(key)
 
     def choice(self, key: str, known: Sequence[str], default: object = _REQUIRED) -> str:
         """Return one of the known strings."""
@@ -79,6 +79,20 @@ class Fields:
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true or false")
         return value
+
+    def token_ids(self, key: str, default: object = _REQUIRED) -> tuple[int, ...]:
+        """Return a list of token ids as a tuple."""
+        value = self.optional(key, default)
+        if not isinstance(value, list) or not all(type(token) is int for token in value):
+            raise self._wrong(key, value, "a list of token ids")
+        return tuple(value)
+
+    def texts(self, key: str, default: object = _REQUIRED) -> dict[str, str]:
+        """Return an object whose values are strings."""
+        value = self.optional(key, default)
+        if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
+            raise self._wrong(key, value, "an object of strings")
+        return dict(value)
 
     def items(self, key: str) -> list[Any]:
         """Return a list."""

@@ -1,14 +1,20 @@
-"""Opening every graph of a bundle, on the best providers that start."""
+"""Opening every graph of a bundle, on the best providers that start, once in a process."""
 
 from __future__ import annotations
 
+import json
+import json
 import logging
 import os
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
 
 from eptc.errors import BundleError, OptionError
 from eptc.runtime.graph import Graph
 from eptc.runtime.manifest import Manifest, bundle_file
+from eptc.runtime.prepacked import open_prepacked
+from eptc.runtime.session import open_session
+from eptc.runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,29 +22,97 @@ if TYPE_CHECKING:
 
     from eptc.runtime.providers import Request
 
-__all__ = ["default_threads", "open_graphs"]
+__all__ = ["open_graphs", "open_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
+# Engines of one bundle share its sessions and its tokenizer, which any thread may use: a second
+# one costs nothing. The last engine that is closed or collected frees them. Two threads that open
+# a graph at the same moment both do, and one of them is kept: no lock, which a fork could find
+# held.
+_graphs: weakref.WeakValueDictionary[tuple[Any, ...], Graph] = weakref.WeakValueDictionary()
+_tokenizers: weakref.WeakValueDictionary[tuple[Any, ...], TextTokenizer] = (
+    weakref.WeakValueDictionary()
+)
+
 
 def open_graphs(
-    folder: Path, manifest: Manifest, requests: Sequence[Request], threads: int, *, strict: bool
+    folder: Path,
+    manifest: Manifest,
+    requests: Sequence[Request],
+    threads: int,
+    *,
+    strict: bool,
+    cache: Path | None = None,
 ) -> dict[str, Graph]:
-    """Open every graph; unless `strict`, go on without a provider that fails after all."""
+    """Open every graph; unless `strict`, go on without a provider that fails after all.
+
+    Args:
+        folder: the bundle's folder.
+        manifest: its manifest.
+        requests: providers in order of preference.
+        threads: threads one operator may use.
+        strict: whether a provider that fails is an error.
+        cache: where optimised graphs are kept; None: nowhere.
+
+    Raises:
+        BundleError: a graph that does not load or differs from the manifest.
+        OptionError: a provider that was asked for did not start.
+    """
     try:
         return {
-            name: Graph(name, spec, bundle_file(folder, spec.file), requests, threads)
-            for name, spec in manifest.graphs.items()
+            name: _open(folder, manifest, name, requests, threads, cache)
+            for name in manifest.graphs
         }
     except (BundleError, OptionError) as error:
         if strict or len(requests) < 2:
             raise
         logger.info("going on without %s: %s", requests[0][0], error)
-        return open_graphs(folder, manifest, requests[1:], threads, strict=strict)
+        return open_graphs(folder, manifest, requests[1:], threads, strict=strict, cache=cache)
 
 
-def default_threads() -> int:
-    """Return how many CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _open(
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    requests: Sequence[Request],
+    threads: int,
+    cache: Path | None,
+) -> Graph:
+    spec = manifest.graphs[name]
+    files = _written(folder, sorted(manifest.files))
+    options = json.dumps(list(requests), sort_keys=True, default=str)
+    key = (os.getpid(), name, spec, files, options, threads, cache)
+    graph = _graphs.get(key)
+    if graph is None:
+        session = None
+        if cache is not None:
+            session = open_prepacked(cache, folder, manifest, name, requests, threads)
+        if session is None:
+            session = open_session(bundle_file(folder, spec.file), requests, threads)
+        graph = _graphs.setdefault(key, Graph(name, spec, session))
+    return graph
+
+
+def open_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer | None:
+    """Open the bundle's tokenizer; None where it has none.
+
+    Raises:
+        BundleError: the file cannot be read.
+    """
+    spec = manifest.tokenizer
+    if spec is None:
+        return None
+    described = json.dumps(spec.to_json(), sort_keys=True)
+    key = (os.getpid(), described, _written(folder, [spec.file]))
+    tokenizer = _tokenizers.get(key)
+    if tokenizer is None:
+        path = bundle_file(folder, spec.file)
+        tokenizer = _tokenizers.setdefault(key, TextTokenizer(path, spec))
+    return tokenizer
+
+
+def _written(folder: Path, files: Sequence[str]) -> tuple[tuple[int, int, int, int], ...]:
+    """Return what changes where one of the files is written or replaced."""
+    found = [bundle_file(folder, file).stat() for file in files]
+    return tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns) for file in found)

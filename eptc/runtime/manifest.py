@@ -39,7 +39,8 @@ class Manifest:
         kind: a key of `INTERFACES`.
         target: what the graphs were written for (`onnx`).
         opset: the graphs' ONNX opset.
-        precision: of the weights (`fp32`).
+        precision: of the weights: `fp32`, or `fp16-weights` and `bf16-weights` for matrices that
+            are stored in 16 bits; the engine computes in float32.
         task: the task it was compiled for; None for a bare model.
         num_labels: width of a classifier's logits; None for an engine that writes text.
         vocab_size: token ids are below it; None where unknown.
@@ -51,6 +52,8 @@ class Manifest:
         base: hash and description of the base model.
         tools: versions of what built it.
         files: every file beside the manifest, by name.
+        optimized_for: execution provider whose kernels the graphs are fused for (`cpu`, `cuda`);
+            `any` where all operators are standard ones.
         parity: summary of the comparison with the reference; `verified` says whether it ran.
     """
 
@@ -70,6 +73,7 @@ class Manifest:
     tools: Mapping[str, Any]
     files: Mapping[str, FileRecord]
     parity: Mapping[str, Any]
+    optimized_for: str = "any"
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -80,6 +84,7 @@ class Manifest:
             "target": self.target,
             "opset": self.opset,
             "precision": self.precision,
+            "optimized_for": self.optimized_for,
             "task": self.task.to_json() if self.task is not None else None,
             "num_labels": self.num_labels,
             "vocab_size": self.vocab_size,
@@ -115,6 +120,7 @@ class Manifest:
             target=fields.text("target"),
             opset=fields.integer("opset", at_least=1),
             precision=fields.text("precision"),
+            optimized_for=fields.choice("optimized_for", ("any", "cpu", "cuda"), default="any"),
             task=_task(fields.optional("task")),
             num_labels=fields.optional_integer("num_labels", at_least=1),
             vocab_size=fields.optional_integer("vocab_size", at_least=1, default=None),
@@ -173,6 +179,8 @@ class Manifest:
         named = [graph.file for graph in self.graphs.values()]
         if self.tokenizer is not None:
             named.append(self.tokenizer.file)
+            if self.tokenizer.chat_template is not None:
+                named.append(self.tokenizer.chat_template)
         for file in named:
             if file not in self.files:
                 raise BundleError(f"{file!r} is used but not listed under files")

@@ -19,21 +19,18 @@ class Classification:
     """One text's class, or value for a regression.
 
     Args:
-        label: the label; None for a regression, a model without labels, or a written answer
-            that is none of the labels.
-        index: the label's position; None where the label is for those reasons, but given for a
-            classifier without labels.
-        probabilities: one per label in order, adding up to 1; None for a regression and for a
-            written answer.
+        label: the label; None for a regression or a model without labels.
+        index: the label's position; None for a regression.
+        probabilities: one per label in order, adding up to 1; None for a regression. Where the
+            engine writes its labels, the largest may, in rare cases, be another's (see
+            `Engine.classify`).
         value: a regression's value; None otherwise.
-        text: the written answer of a text-to-text task; None otherwise.
     """
 
     label: str | None = None
     index: int | None = None
     probabilities: tuple[float, ...] | None = None
     value: float | None = None
-    text: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +38,10 @@ class Generation:
     """One text's continuation or answer.
 
     Args:
-        text: without special tokens.
-        token_ids: the new tokens, the stop token included, without prompt and padding.
-        finished: whether a stop token ended it; False where max_new_tokens did.
+        text: without special tokens, up to where a stop string begins.
+        token_ids: the new tokens, the stop token or those of the stop string included, without
+            prompt and padding.
+        finished: whether a stop token or stop string ended it; False where max_new_tokens did.
     """
 
     text: str

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from eptc.errors import BundleError
 from eptc.runtime.json_fields import Fields
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "DTYPES",
@@ -123,6 +126,8 @@ class GenerationSpec:
         head_dim: width of one head of the cache.
         max_positions: prompt and answer together may not be longer; None where the positions
             have no bound.
+        answer_prefix: tokens that training put before each answer (a BOS of its own).
+        answer_ends: whether training ended each answer with a stop token.
     """
 
     decoder_start_token_id: int | None
@@ -133,27 +138,31 @@ class GenerationSpec:
     num_key_value_heads: int
     head_dim: int
     max_positions: int | None = None
+    answer_prefix: tuple[int, ...] = ()
+    answer_ends: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        return dataclasses.asdict(self) | {"eos_token_id": list(self.eos_token_id)}
+        return dataclasses.asdict(self) | {
+            "eos_token_id": list(self.eos_token_id),
+            "answer_prefix": list(self.answer_prefix),
+        }
 
     @classmethod
     def from_json(cls, data: object, where: str) -> GenerationSpec:
         """Read JSON values; raises BundleError."""
         fields = Fields(data, where)
-        stops = fields.items("eos_token_id")
-        if not all(isinstance(stop, int) and not isinstance(stop, bool) for stop in stops):
-            raise BundleError(f"{where}: eos_token_id is {stops}", expected="a list of token ids")
         spec = cls(
             fields.optional_integer("decoder_start_token_id"),
-            tuple(stops),
+            fields.token_ids("eos_token_id"),
             fields.integer("pad_token_id"),
             fields.integer("max_new_tokens", at_least=1),
             fields.integer("num_layers", at_least=1),
             fields.integer("num_key_value_heads", at_least=1),
             fields.integer("head_dim", at_least=1),
             fields.optional_integer("max_positions", at_least=1, default=None),
+            fields.token_ids("answer_prefix", default=[]),
+            fields.flag("answer_ends", default=True),
         )
         fields.finish()
         return spec
@@ -174,6 +183,8 @@ class TokenizerSpec:
         truncation_side: the end that truncation takes tokens from.
         pair_types: whether training told the texts of a pair apart by token_type_ids; where its
             tokenizer passed none to the model, they were all zero.
+        chat_template: the file of the model's chat template; None where it has none.
+        special_tokens: tokens that a chat template knows by name, such as `bos_token`.
     """
 
     file: str
@@ -185,6 +196,8 @@ class TokenizerSpec:
     return_token_type_ids: bool
     truncation_side: str = "right"
     pair_types: bool = True
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -195,6 +208,7 @@ class TokenizerSpec:
     def from_json(cls, data: object, where: str) -> TokenizerSpec:
         """Read JSON values; raises BundleError."""
         fields = Fields(data, where)
+        template = fields.optional_text("chat_template", default=None)
         spec = cls(
             file_name(fields.text("file"), where),
             fields.choice("from", ("base", "checkpoint")),
@@ -205,6 +219,8 @@ class TokenizerSpec:
             fields.flag("return_token_type_ids"),
             fields.choice("truncation_side", ("left", "right"), default="right"),
             fields.flag("pair_types", default=True),
+            None if template is None else file_name(template, where),
+            fields.texts("special_tokens", default={}),
         )
         fields.finish()
         return spec

@@ -57,6 +57,8 @@ class TextTokenizer:
     def __init__(self, path: Path, spec: TokenizerSpec) -> None:
         self.spec = spec
         self._plain = _read(path)
+        added = self._plain.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special}
         self._cutting = self._plain
         if spec.max_length is not None:
             self._cutting = _read(path)
@@ -65,9 +67,18 @@ class TextTokenizer:
             )
 
     def encode(
-        self, texts: Sequence[tuple[str, ...]], *, truncate: bool = False
+        self,
+        texts: Sequence[tuple[str, ...]],
+        *,
+        truncate: bool = False,
+        add_special_tokens: bool = True,
     ) -> list[tokenizers.Encoding]:
         """Return one encoding per text or pair, not padded.
+
+        Args:
+            texts: texts and pairs.
+            truncate: cut what is too long.
+            add_special_tokens: False where the text already has them.
 
         Raises:
             TextTooLongError: a text above `max_length`, unless `truncate`.
@@ -75,7 +86,7 @@ class TextTokenizer:
         """
         tokenizer = self._cutting if truncate else self._plain
         batch = [text[0] if len(text) == 1 else text for text in texts]
-        encodings = tokenizer.encode_batch(batch)
+        encodings = tokenizer.encode_batch(batch, add_special_tokens=add_special_tokens)
         limit = self.spec.max_length
         for position, encoding in enumerate(encodings):
             length = len(encoding.ids)
@@ -108,6 +119,22 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids without special tokens."""
         return str(self._plain.decode(list(ids), skip_special_tokens=True))
+
+    def answer_ids(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of an answer, without special tokens."""
+        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def name(self, token: int) -> str:
+        """Return a token as the vocabulary spells it; empty where it is not in it."""
+        return self._plain.id_to_token(token) or ""
+
+    def has_no_text(self, token: int) -> bool:
+        """Return whether `decode` leaves a token out: a special one, or none of the vocabulary."""
+        return token in self._special.values() or not self.name(token)
+
+    def special_token(self, name: str) -> int | None:
+        """Return the id of a special token; None where no special token has that name."""
+        return self._special.get(name)
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:

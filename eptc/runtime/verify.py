@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from eptc.errors import BundleError, OptionError
-from eptc.runtime.graph import open_session, signature
-from eptc.runtime.loading import default_threads
+from eptc.runtime.graph import signature
 from eptc.runtime.manifest import Manifest, bundle_file, read_manifest
+from eptc.runtime.prepacked import sha256
 from eptc.runtime.providers import CPU
+from eptc.runtime.session import open_session
 from eptc.runtime.spec import MANIFEST, FileRecord
 from eptc.runtime.tokenizer import TextTokenizer
 
 __all__ = ["VerifyReport", "verify"]
-
-_CHUNK: Final = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,25 +89,21 @@ def _file(folder: Path, name: str, record: FileRecord) -> str | None:
         size = path.stat().st_size
         if size != record.size:
             return f"has {size} bytes instead of {record.size}"
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
+        digest = sha256(path)
     except BundleError as error:
         return error.found
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if digest.hexdigest() != record.sha256:
-        return f"has SHA-256 {digest.hexdigest()} instead of {record.sha256}"
+    if digest != record.sha256:
+        return f"has SHA-256 {digest} instead of {record.sha256}"
     return None
 
 
 def _graph(folder: Path, manifest: Manifest, name: str) -> str | None:
     spec = manifest.graphs[name]
     try:
-        session = open_session(
-            bundle_file(folder, spec.file), [(CPU, {})], default_threads(), optimize=False
-        )
+        path = bundle_file(folder, spec.file)
+        session = open_session(path, [(CPU, {})], threads=1, optimize=False)
     except (BundleError, OptionError) as error:
         return error.found
     return signature(session, spec)

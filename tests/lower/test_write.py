@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import hashlib
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -56,8 +58,11 @@ def test_graphs_share_the_weights(tmp_path: Path) -> None:
     }
     graphs = {"first": model_of("a", "b"), "second": model_of("c", "b")}
     bind(graphs, weights)
-    paths = write(graphs, tmp_path)
-    assert [path.name for path in paths] == ["weights.bin", "first.onnx", "second.onnx"]
+    digests = write(graphs, tmp_path)
+    assert list(digests) == ["weights.bin", "first.onnx", "second.onnx"]
+    paths = [tmp_path / name for name in digests]
+    for path in paths:
+        assert digests[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
     first, second = entries(paths[1]), entries(paths[2])
     assert first["b"] == second["b"]
     assert paths[0].stat().st_size == 3 * 64 * 64 * 4
@@ -103,12 +108,14 @@ def test_same_bytes_and_graphs_untouched(tmp_path: Path) -> None:
     contents = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        contents.append([path.read_bytes() for path in write(graphs, tmp_path / name)])
+        written = write(graphs, tmp_path / name)
+        contents.append([(tmp_path / name / file).read_bytes() for file in written])
     assert contents[0] == contents[1]
     assert {n: v.const_value for n, v in graphs["model"].graph.initializers.items()} == before
 
 
-def test_one_large_tensor_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_large_tensor_at_a_time(tmp_path: Path, threads: int) -> None:
     """The tensor before is gone when the next one is made, also where one is transposed."""
     alive: list[weakref.ref[Any]] = []
 
@@ -124,8 +131,53 @@ def test_one_large_tensor_at_a_time(tmp_path: Path) -> None:
     value = graphs["model"].graph.initializers["b"]
     assert value.const_value is not None
     value.const_value = derive(value.const_value, "t", np.transpose, shape=(128, 256))
-    write(graphs, tmp_path)
+    write(graphs, tmp_path, threads=threads, in_flight=0)
     assert len(alive) == 3
+
+
+def test_tensors_ahead_are_bounded(tmp_path: Path) -> None:
+    """While one is written the next are computed, as many as may be in memory."""
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def compute() -> Array:
+        nonlocal most
+        array = np.ones((256, 128), np.float32)
+        alive.append(weakref.ref(array))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return array
+
+    names = "abcdefghij"
+    graphs = {"model": model_of(*names, shape=(256, 128))}
+    bind(graphs, {n: ComputedTensor(n, "float32", (256, 128), compute) for n in names})
+    write(graphs, tmp_path, threads=4, in_flight=3 * 256 * 128 * 4)
+    assert len(alive) == 10
+    assert most <= 3
+
+
+def test_an_error_ends_it(tmp_path: Path) -> None:
+    """The error of a thread is raised, and what was not begun is left."""
+    computed: list[str] = []
+
+    def compute(name: str) -> Array:
+        computed.append(name)
+        if name == "b":
+            raise OSError("gone")
+        return np.ones((256, 128), np.float32)
+
+    names = [f"{letter}{i}" for i in range(50) for letter in "a"]
+    names[3] = "b"
+    graphs = {"model": model_of(*names, shape=(256, 128))}
+    bind(
+        graphs,
+        {
+            n: ComputedTensor(n, "float32", (256, 128), functools.partial(compute, n))
+            for n in names
+        },
+    )
+    with pytest.raises(OSError, match="gone"):
+        write(graphs, tmp_path, threads=2)
+    assert len(computed) < 20
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.int8, ml_dtypes.int4])

@@ -23,6 +23,7 @@ from eptc.ir import (
     Float64,
     PerTask,
     Route,
+    Rows,
     TaskRouter,
 )
 from eptc.passes.drop_dead_experts import DropDeadExperts
@@ -49,8 +50,8 @@ class Wrong(Delta):
     def factors(self) -> tuple[Float64, Float64]:
         return self.array, np.eye(self.in_features)
 
-    def dense(self) -> Float64:
-        return self.array
+    def reader(self) -> Rows:
+        return lambda start, stop: self.array[start:stop]
 
     @property
     def rank_bound(self) -> int:
@@ -482,12 +483,13 @@ def test_matrix_and_factors_differ(
     recorded: Any, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Readers are measured by an expert's factors, the fold forms its matrix: both must hold."""
-    path, sound = "model.layers.0.mlp.down_proj", CellScaledLowRank.dense
+    path, sound = "model.layers.0.mlp.down_proj", CellScaledLowRank.reader
 
-    def dense(self: CellScaledLowRank) -> Float64:
-        return sound(self) * (1.01 if path in self.A.name else 1.0)
+    def reader(self: CellScaledLowRank) -> Rows:
+        rows, factor = sound(self), 1.01 if path in self.A.name else 1.0
+        return lambda start, stop: rows(start, stop) * factor
 
-    monkeypatch.setattr(CellScaledLowRank, "dense", dense)
+    monkeypatch.setattr(CellScaledLowRank, "reader", reader)
     message = refused(recorded("llama-tiny"), 1)
     assert "the pass fold-pyramid" in message
     assert path in message

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from eptc import build
 from eptc.passes.fold_transposes import FoldTransposes
+from eptc.skeletons import Skeleton
 
 Change = Callable[[ir.Model], None]
 
@@ -583,14 +583,14 @@ def test_in_the_lowering(
     subject: Any, refused: Any, monkeypatch: pytest.MonkeyPatch, name: str, what: str
 ) -> None:
     key, change = SETS[name][what]
-    sound = build._traced
+    sound = Skeleton.copy_graphs
 
-    def traced(*arguments: Any) -> dict[str, ir.Model]:
-        graphs = sound(*arguments)
+    def copy_graphs(self: Skeleton) -> dict[str, ir.Model]:
+        graphs = sound(self)
         change(graphs[key])
         return graphs
 
-    monkeypatch.setattr(build, "_traced", traced)
+    monkeypatch.setattr(Skeleton, "copy_graphs", copy_graphs)
     message = refused(subject(name), 0)
     assert "the lowering is the first step after which the engine is off" in message
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eptc import build, describe
-from eptc.runtime import decoding
+from eptc.runtime import decoding, generation
 from eptc.runtime.manifest import Manifest
 from eptc.text import TrainingTokenizer
 
@@ -43,8 +43,8 @@ def manifest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def plant(change: Callable[[Manifest], Manifest]) -> None:
         sound = describe.describe
 
-        def changed(*arguments: Any) -> Manifest:
-            return change(sound(*arguments))
+        def changed(*arguments: Any, **options: Any) -> Manifest:
+            return change(sound(*arguments, **options))
 
         monkeypatch.setattr(build, "describe", changed)
 
@@ -234,8 +234,8 @@ def second_best(logits: Any) -> Any:
 def test_one_row_takes_the_second_best_token(
     recorded: Any, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = decoding._last_logits
-    monkeypatch.setattr(decoding, "_last_logits", lambda outputs: second_best(sound(outputs)))
+    sound = decoding.last_logits
+    monkeypatch.setattr(decoding, "last_logits", lambda logits: second_best(sound(logits)))
     assert "decisions differ from the reference" in refused(recorded("t5-gated-tiny"), 0)
 
 
@@ -255,13 +255,12 @@ def test_goes_on_after_the_end(
     recorded: Any, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer that ended goes on: its stop token is taken for another one."""
-    sound = decoding._greedy
+    sound = generation.greedy
 
-    def greedy(step: Any, tokens: Any, settings: Any, limit: int) -> Any:
-        rows = sound(step, tokens, settings, limit)
-        return [row[:-1] for row in rows]
+    def greedy(steps: Any, settings: Any, limit: int) -> Any:
+        return [row[:-1] for row in sound(steps, settings, limit)]
 
-    monkeypatch.setattr(decoding, "_greedy", greedy)
+    monkeypatch.setattr("eptc.runtime.engine.greedy", greedy)
     assert "decisions differ from the reference" in refused(recorded("t5-gated-tiny"), 0)
 
 
@@ -274,10 +273,10 @@ def test_engine_that_does_not_load(
 
     sound = lower.write
 
-    def write(graphs: Any, directory: Path) -> Any:
-        paths = sound(graphs, directory)
+    def write(graphs: Any, directory: Path, **options: Any) -> Any:
+        digests = sound(graphs, directory, **options)
         (directory / "weights.bin").write_bytes(b"")
-        return paths
+        return digests
 
     monkeypatch.setattr(lower, "write", write)
     (tmp_path / "place").mkdir()

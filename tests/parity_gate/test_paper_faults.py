@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eptc.ir import AdaptedModel, Delta, Kronecker, PerTask, TaskRouter
+from eptc.ir import AdaptedModel, Delta, Kronecker, PerTask, Rows, TaskRouter
 from eptc.nn import GateConfig, ModuleConfig, ScaleConfig
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.specialize_router import SpecializeRouter
@@ -42,8 +42,8 @@ class Wrong(Delta):
     def factors(self) -> tuple[Array, Array]:
         return self.array, np.eye(self.in_features)
 
-    def dense(self) -> Array:
-        return self.array
+    def reader(self) -> Rows:
+        return lambda start, stop: self.array[start:stop]
 
     @property
     def rank_bound(self) -> int:

@@ -11,15 +11,20 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from eptc import lower
+from eptc import build, lower
+from eptc.lower.weights import WeightTensor, derive
+from eptc.lower.weights import join as sound
+from eptc.passes import pack_projections
 from eptc.passes.fold_transposes import FoldTransposes
 from eptc.passes.stable_names import StableNames
+from eptc.pipeline import graph_passes
 from eptc.tensors import ArrayTensor, LazyTensor
 
 Array = np.ndarray[Any, Any]
 
 O = "model.layers.1.self_attn.o_proj.weight"  # noqa: E741  # [64, 64], adapted
 Q, K = (f"encoder.block.1.layer.0.SelfAttention.{x}.weight" for x in "qk")
+K_AND_V = "+".join(f"bert.encoder.layer.0.attention.self.{x}.weight" for x in ("key", "value"))
 BIAS = "bert.encoder.layer.0.attention.self.query.bias"
 
 
@@ -168,16 +173,54 @@ def test_two_weights_renamed(recorded: Any, refused: Any, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engines be built with the passes that pack weights."""
+    monkeypatch.setattr(build, "graph_passes", lambda _: graph_passes("cuda"))
+
+
+@pytest.mark.usefixtures("packed")
+def test_packed_weights_are_sound(paper: Any, tmp_path: Path) -> None:
+    built = paper().export(tmp_path / "out", "tone")
+    names = ir.load(built.path / "model.onnx").graph.initializers
+    assert K_AND_V in names
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize("what", ["exchanged", "one element", "one too many", "renamed"])
+def test_packed(paper: Any, refused: Any, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """A packed weight is compared part by part."""
+
+    def join(tensors: Any, *, axis: int, name: str) -> WeightTensor:
+        if what == "renamed":
+            return sound(tensors, axis=axis, name=f"{name}+other")
+        if what == "exchanged":
+            return sound(tensors[::-1], axis=axis, name=name)
+        if what == "one too many":
+            return sound(tensors, axis=axis, name=f"{name}+classifier.weight")
+        whole = sound(tensors, axis=axis, name=name)
+        return derive(whole, "nudged", lambda array: nudged(array, None))
+
+    monkeypatch.setattr(pack_projections, "join", join)
+    message = refused(paper(), "tone")
+    assert {
+        "exchanged": "the weight bert.encoder.layer.0.attention.self.",
+        "one element": "the weight bert.encoder.layer.0.attention.self.value.weight in the engine",
+        "one too many": "columns: 34 + 34 + ",
+        "renamed": "the reference has no such weight",
+    }[what] in message
+
+
+@pytest.fixture
 def damage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that changes a folder right after its files were written."""
 
     def plant(change: Callable[[Path], None]) -> None:
         sound = lower.write
 
-        def write(graphs: Mapping[str, ir.Model], directory: Path) -> list[Path]:
-            paths = sound(graphs, directory)
+        def write(graphs: Any, directory: Path, **options: Any) -> dict[str, str]:
+            sound(graphs, directory, **options)
             change(directory)
-            return paths
+            return {}  # the manifest takes the damaged files for what they are
 
         monkeypatch.setattr(lower, "write", write)
 

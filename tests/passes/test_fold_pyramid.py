@@ -48,7 +48,7 @@ def test_reads_nothing_before_it_is_asked(
         raise AssertionError("computed too early")
 
     for family in {type(b.delta) for a in fixed.adapters.values() for b in a.branches}:
-        monkeypatch.setattr(family, "dense", refuse)
+        monkeypatch.setattr(family, "reader", refuse)
     folded = FoldPyramid().rewrite(fixed)
     with pytest.raises(AssertionError, match="too early"):
         folded.weights["a.weight"].numpy()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx_ir
 import pytest
@@ -15,7 +16,14 @@ import eptc.passes
 from eptc.ir import AdaptedModel
 from eptc.linear_probe import LinearProbe
 from eptc.pass_base import AdapterPass, GraphPass
-from eptc.pipeline import adapter_passes, check_graph, graph_passes, run_adapter_passes
+from eptc.pipeline import (
+    OptimizeFor,
+    Precision,
+    adapter_passes,
+    check_graph,
+    graph_passes,
+    run_adapter_passes,
+)
 from eptc.registry import PASSES, find_pass, passes_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,9 +96,14 @@ def test_no_file_is_an_orphan() -> None:
 
 
 def test_default_pipelines_are_registered() -> None:
-    """The default pipelines run exactly the registered passes, in that order."""
-    names = [p.name for p in adapter_passes(0)] + [p.name for p in graph_passes()]
-    assert names == list(PASSES)
+    """The pipelines run exactly the registered passes, in the registry's order."""
+    used = set()
+    for provider, precision in itertools.product(get_args(OptimizeFor), get_args(Precision)):
+        names = [step.name for step in adapter_passes(0)]
+        names += [step.name for step in graph_passes(provider, precision)]
+        assert names == [name for name in PASSES if name in names]
+        used.update(names)
+    assert used == set(PASSES)
 
 
 def test_readme_has_the_table() -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from eptc.errors import BundleError, InternalError, TaskError
 from eptc.runtime import MANIFEST, Classification, Engine
-from eptc.runtime.labels import label_index
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +42,6 @@ def test_toy(classifier: Any, sentences: Any, batch_size: int) -> None:
             assert answer.index == int(wanted.argmax())
             assert answer.label == ("negative", "neutral", "positive")[answer.index]
             assert answer.value is None
-            assert answer.text is None
     assert answers[0] == answers[-1]
 
 
@@ -117,23 +115,6 @@ def test_regression(classifier: Any, tmp_path: Path) -> None:
         assert engine.classify(["the film"]) == [Classification(value=float(logits[0, 0]))]
 
 
-def test_written_answers(lowered_t5: Any, tmp_path: Path) -> None:
-    """What the engine writes is matched to a label; what is no label is still shown."""
-    texts = ["a good film", "rain", "the cat"]
-    with Engine.load(lowered_t5.path, ["cpu"]) as engine:
-        written = engine.generate(texts)
-        plain = engine.classify(texts)
-        assert [answer.text for answer in plain] == [answer.text for answer in written]
-        assert {answer.label for answer in plain} == {None}
-        assert {answer.index for answer in plain} == {None}
-    labels = ["good", written[1].text.strip().upper() + "!", "bad"]
-    bundle = edited(lowered_t5.path, tmp_path / "t5", lambda d: d["task"].update(labels=labels))
-    with Engine.load(bundle, ["cpu"]) as engine:
-        answer = engine.classify(texts)[1]
-        assert (answer.label, answer.index, answer.text) == (labels[1], 1, written[1].text)
-        assert answer.probabilities is None
-
-
 def test_no_labels(writer: Any) -> None:
     with Engine.load(writer.path, ["cpu"]) as engine:
         with pytest.raises(TaskError, match="'story' has no labels") as refusal:
@@ -150,17 +131,3 @@ def test_another_width(classifier: Any, tmp_path: Path) -> None:
     )
     with pytest.raises(BundleError, match="logits has shape"):
         Engine.load(bundle, ["cpu"])
-
-
-LABELS = ("entailment", "not_entailment", "Yes", "yes", "U.S.A.", "5.0")
-ANSWERS = {
-    "entailment": 0, " Entailment.": 0, "not_entailment!?": 1, "ENTAILMENT .": 0, "Yes": 2,
-    "yes": 3, "YES": None, "u.s.a": 4, "5.0": 5, "5": None, "": None, "entail": None,
-    "entailment yes": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("answer", "index"), ANSWERS.items())
-def test_label_index(answer: str, index: int | None) -> None:
-    """Space, case and closing punctuation do not count, unless two labels then fit."""
-    assert label_index(answer, LABELS) == index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,7 @@ import pytest
 import eptc.runtime
 from eptc.errors import BundleError, InputError, OptionError, TaskError
 from eptc.runtime import Engine, probe_providers
-from eptc.runtime.loading import default_threads
-from eptc.runtime.providers import _does_not_start
+from eptc.runtime.providers import _does_not_start, choose
 
 CPU = "CPUExecutionProvider"
 
@@ -117,6 +115,16 @@ def test_cuda(request: pytest.FixtureRequest, sentences: Any) -> None:
         assert engine.generate(sentences) == expected
 
 
+def test_provider_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 stays float32 on a GPU, unless the caller wants it otherwise."""
+    monkeypatch.setattr("eptc.runtime.providers.why_not", lambda _: None)
+    cuda = "CUDAExecutionProvider"
+    assert dict(choose(None))[cuda] == {"use_tf32": "0"}
+    assert choose(["cuda"]) == [(cuda, {"use_tf32": "0"})]
+    options = {"device_id": "1", "use_tf32": "1"}
+    assert choose([("cuda", options), "cpu"]) == [(cuda, options), (CPU, {})]
+
+
 def test_a_provider_that_fails_after_all(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default the engine goes on with the rest; asked for by name, it is an error."""
     reason = probe_providers().get("CUDAExecutionProvider")
@@ -135,9 +143,6 @@ def test_wrong_threads(classifier: Any, threads: Any) -> None:
 
 
 def test_threads(classifier: Any) -> None:
-    """The default is what this process may use, not what the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        assert default_threads() == len(os.sched_getaffinity(0))
     with Engine.load(classifier.path, ["cpu"], threads=1) as engine:
         assert engine.classify(["the film"])
 

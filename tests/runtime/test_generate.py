@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eptc.errors import InputError, InternalError, OptionError, TaskError
-from eptc.runtime import MANIFEST, Engine
+from eptc.runtime import MANIFEST, Engine, decoding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -171,6 +171,128 @@ def test_nan_is_no_answer(writer: Any, tmp_path: Path, rewrite: Callable[..., Pa
     rewrite(bundle, "decoder-only", **values)
     with Engine.load(bundle, ["cpu"]) as engine, pytest.raises(InternalError, match="NaN"):
         engine.generate(["rain"])
+
+
+def spoilt(toy: Any, to: Path, token: int) -> Path:
+    """Copy the toy writer; whatever reads one token of it computes NaN."""
+    bundle = Path(shutil.copytree(toy.path, to))
+    weights = np.fromfile(bundle / "weights.bin", np.float32)
+    (at,) = np.flatnonzero(weights == toy.weights["E"][token, 0])
+    weights[at] = np.nan
+    weights.tofile(bundle / "weights.bin")
+    return bundle
+
+
+def test_usable_after_nan(writer: Any, tmp_path: Path) -> None:
+    """One prompt's numbers are none; the next call is answered as ever."""
+    with Engine.load(writer.path, ["cpu"]) as engine:
+        expected = engine.generate(["rain"], 1)
+        film, rain = (set(engine.tokenize([text])["input_ids"][0]) for text in ("film", "rain"))
+    with Engine.load(
+        spoilt(writer, tmp_path / "bundle", int(min(film - rain))), ["cpu"]
+    ) as engine:
+        for ask in (
+            lambda: engine.generate(["rain", "film"], 1),
+            lambda: engine.generate(["film"], 1, do_sample=True),
+            lambda: list(engine.stream("film", 1)),
+            lambda: engine.generate_ids(engine.tokenize(["film"]), 1),
+        ):
+            with pytest.raises(InternalError, match="NaN"):
+                ask()
+            assert engine.generate(["rain"], 1) == expected
+
+
+WRONG_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no mask": ({"input_ids": [[5, 6]]}, "no input 'attention_mask'"),
+    "more": (
+        {"input_ids": [[5]], "attention_mask": [[1]], "position_ids": [[0]]},
+        "unknown input 'position_ids'",
+    ),
+    "one row": ({"input_ids": [5, 6], "attention_mask": [1, 1]}, "has shape [2]"),
+    "floats": ({"input_ids": [[5.0]], "attention_mask": [[1]]}, "has dtype float64"),
+    "empty": ({"input_ids": np.zeros((0, 3), int), "attention_mask": []}, "batch is empty"),
+    "different": ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, "sequence is 1"),
+    "outside the vocabulary": ({"input_ids": [[400]], "attention_mask": [[1]]}, "the token 400"),
+    "padded on the right": ({"input_ids": [[5, 0]], "attention_mask": [[1, 0]]}, "ends with"),
+    "a row of padding": (
+        {"input_ids": [[5], [0]], "attention_mask": [[1], [0]]}, "a row of zeros",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("feeds", "message"), WRONG_PROMPTS.values(), ids=WRONG_PROMPTS)
+def test_wrong_prompts(writer: Any, feeds: dict[str, Any], message: str) -> None:
+    """Ids that fit no graph are named before one runs; the engine still works afterwards."""
+    with Engine.load(writer.path, ["cpu"]) as engine:
+        with pytest.raises(InputError) as refusal:
+            engine.generate_ids(feeds, 1)
+        assert message in refusal.value.found
+        assert engine.generate_ids({"input_ids": [[5]], "attention_mask": [[1]]}, 1)
+
+
+def test_usable_after_bad_text(writer: Any) -> None:
+    """Too long, no text, too many tokens asked for: an error each, and then an answer."""
+    with Engine.load(writer.path, ["cpu"]) as engine:
+        expected = engine.generate(["rain"])
+        calls: dict[str, Any] = {
+            "text 1 has 32 tokens": lambda: engine.generate(["rain", "rain " * 30]),
+            "text 0 is None": lambda: engine.generate([None]),  # type: ignore[list-item]
+            "the texts are 'rain'": lambda: engine.generate("rain"),
+            "do not fit the model": lambda: engine.generate(["rain"], 40),
+        }
+        for message, ask in calls.items():
+            with pytest.raises(InputError) as refusal:
+                ask()
+            assert message in refusal.value.found
+            assert engine.generate(["rain"]) == expected
+        # An empty text has the BOS; it is a prompt like any other.
+        assert engine.generate([""])[0].token_ids
+        assert engine.generate(["rain " * 30], truncate=True)[0].token_ids
+
+
+def test_only_the_last_logits_are_kept(writer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt's logits, one position a row is copied."""
+    copied: list[tuple[int, ...]] = []
+
+    seen: list[Any] = []
+    last, sound = decoding.last_logits, decoding.sound
+
+    def given(logits: Any) -> Any:
+        seen.append(logits)
+        return last(logits)
+
+    def kept(logits: Any) -> Any:
+        assert not np.shares_memory(logits, seen[-1])
+        copied.append(logits.shape)
+        return sound(logits)
+
+    monkeypatch.setattr(decoding, "last_logits", given)
+    monkeypatch.setattr(decoding, "sound", kept)
+    with Engine.load(writer.path, ["cpu"]) as engine:
+        engine.generate(["rain", "the film"], 3)
+    assert seen[0].shape[1] > 1
+    assert copied == [(2, 400)] * 3
+
+
+def test_recorded_llama(golden: Path, tmp_path: Path) -> None:
+    """Two heads share a cache's head: the tokens the original wrote for texts of a batch."""
+    import eptc
+
+    folder = golden / "ept" / "llama-tiny"
+    meta = json.loads((folder / "meta.json").read_text())
+    built = eptc.export(
+        folder / "adapter", base=folder / "base", task=6, tasks=meta["tasks"],
+        top_k=meta["moe_top_k"], out=tmp_path / "out", verify=False,
+    )  # fmt: skip
+    want = np.load(folder / "golden" / "task6.npz")
+    path = built.path / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task": None}))  # plain text
+    with Engine.load(built.path, ["cpu"]) as engine:
+        answers = engine.generate([str(text) for text in want["prompts"]], 10)
+    new = want["generated"][:, want["input_ids"].shape[1] :]
+    for answer, row in zip(answers, new.tolist(), strict=True):
+        assert list(answer.token_ids) == row[: len(answer.token_ids)]
+        assert set(row[len(answer.token_ids) :]) <= {2}
 
 
 def test_outside_the_vocabulary(writer: Any, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks of eptc: `make bench`. See README.md in this folder."""

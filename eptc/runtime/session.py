@@ -1,0 +1,98 @@
+"""Opening an ONNX Runtime session, with the options that measured best."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from eptc.errors import BundleError, OptionError
+from eptc.runtime.ort_errors import ort_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from eptc.runtime.providers import Request
+
+__all__ = ["open_session"]
+
+_FATAL: Final = 4  # ONNX Runtime's errors are raised; its log would only say them twice
+
+_CONFIG: Final = {
+    # How long an idle thread waits for work before it sleeps. ONNX Runtime's own waiting lasts
+    # far longer, and takes its CPU from whoever else has work: the caller's next step, another
+    # session (the encoder beside the decoder), another process. Alone on two cores 50 us were
+    # as fast; beside other work, or with four callers, 0.6 to 0.9 of the time. No waiting at
+    # all costs a lone caller 6 to 30 %. ONNX Runtime before 1.26 does not know the key.
+    "session.intra_op.spin_duration_us": "50",
+}
+
+
+def open_session(
+    path: Path,
+    requests: Sequence[Request],
+    threads: int,
+    *,
+    optimize: bool = True,
+    save_as: Path | None = None,
+    external_from: int = 0,
+) -> Any:
+    """Open a session.
+
+    What was tried and left as it is, for it made no difference or things slower: denormals as
+    zero, no arena, a device allocator for initializers, shrinking the arena
+    after each run (memory grew).
+
+    Args:
+        path: the `.onnx` file.
+        requests: providers in order of preference.
+        threads: threads one operator may use.
+        optimize: whether ONNX Runtime rewrites the graph.
+        save_as: where to write the graph as it will run, with packed weights in `NAME.data`.
+        external_from: the smallest tensor in bytes that `NAME.data` gets.
+
+    Raises:
+        BundleError: the graph or its weights cannot be loaded.
+        OptionError: the first provider asked for did not start.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.intra_op_num_threads = threads
+    # It would keep a plan of the memory for each shape that was ever seen, and texts and caches
+    # come in thousands of shapes; a run takes as long without (within 1 %).
+    options.enable_mem_pattern = False
+    for key, value in _CONFIG.items():
+        options.add_session_config_entry(key, value)
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_as is not None:
+        options.optimized_model_filepath = str(save_as)
+        for key, value in _saving(f"{save_as.name}.data", external_from).items():
+            options.add_session_config_entry(key, value)
+    try:
+        # Its own fallback prints to stdout and goes on with less than was asked for.
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=list(requests), enable_fallback=0
+        )
+    except ort_errors() as error:
+        raise BundleError(
+            f"{path} does not load in ONNX Runtime {onnxruntime.__version__}: {error}",
+            fix="check the bundle with `eptc verify`, or upgrade onnxruntime",
+        ) from error
+    missing = [name for name, _ in requests if name not in session.get_providers()]
+    if missing:
+        raise OptionError(
+            f"{missing[0]} did not start",
+            expected=f"what did: {', '.join(session.get_providers())}",
+            fix="look at ONNX Runtime's log, or ask for fewer providers",
+        )
+    return session
+
+
+def _saving(data: str, external_from: int) -> dict[str, str]:
+    return {
+        "session.save_external_prepacked_constant_initializers": "1",
+        "session.optimized_model_external_initializers_file_name": data,
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(external_from),
+    }
