@@ -92,9 +92,9 @@ def case_table(case: CaseResult) -> list[str]:
         f"others used {_share(case.foreign_cpu)} of the machine, waiting contestants "
         f"{_share(case.idle_cpu)} of a CPU.",
         "",
-        "| contestant | median, ms | engine / it | 95 % interval | eptc is | answer off by "
-        "| peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| contestant | median, ms | engine's, same rounds | engine / it | 95 % interval "
+        "| eptc is | answer off by | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for timing in case.timings:
         if timing.status == "failed":
@@ -102,12 +102,16 @@ def case_table(case: CaseResult) -> list[str]:
         faster = f"{1 / timing.ratio.estimate:.2f}x" if timing.ratio else ""
         off = "" if timing.difference is None else _off(case, timing.difference)
         lines.append(
-            f"| {timing.label} | {statistics.median(timing.seconds) * 1e3:.2f} "
-            f"| {_ratio(timing.ratio)} | {faster} | {off} | {_size(timing.peak_rss or 0)} |"
+            f"| {timing.label} | {_milliseconds(timing.seconds)} "
+            f"| {_milliseconds(timing.engine)} | {_ratio(timing.ratio)} | {faster} | {off} | {_size(timing.peak_rss or 0)} |"
         )
     failed = [timing for timing in case.timings if timing.status == "failed"]
     notes = [f"* {t.label} did not run: {_one_line(t.reason)}" for t in failed]
     return [*lines, "", *notes] if notes else lines
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds) * 1e3:.2f}"
 
 
 def _off(case: CaseResult, difference: float) -> str:
