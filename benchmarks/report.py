@@ -103,7 +103,8 @@ def case_table(case: CaseResult) -> list[str]:
         off = "" if timing.difference is None else _off(case, timing.difference)
         lines.append(
             f"| {timing.label} | {_milliseconds(timing.seconds)} "
-            f"| {_milliseconds(timing.engine)} | {_ratio(timing.ratio)} | {faster} | {off} | {_size(timing.peak_rss or 0)} |"
+            f"| {_milliseconds(timing.engine)} | {_ratio(timing.ratio)} | {faster} | {off} "
+            f"| {_size(timing.peak_rss or 0)} |"
         )
     failed = [timing for timing in case.timings if timing.status == "failed"]
     notes = [f"* {t.label} did not run: {_one_line(t.reason)}" for t in failed]
