@@ -42,7 +42,7 @@ class BuildCase:
             `optimum`: optimum-onnx's export of the merged model, its own validation included.
             `keep`: `eptc export --no-verify --precision keep`. `copy`: a copy of the base.
         rounds: times each runs.
-        disk: free bytes it needs.
+        disk: free bytes it needs beside the model.
         removed: whether the model is removed when the build is done.
     """
 
@@ -60,7 +60,7 @@ BUILDS = (
         disk=8 * 2**30,
     ),
     BuildCase(
-        "llama-2-7b-build", "llama-2-7b", (("copy",), ("keep",)), rounds=2, disk=48 * 2**30,
+        "llama-2-7b-build", "llama-2-7b", (("copy",), ("keep",)), rounds=2, disk=20 * 2**30,
         removed=True,
     ),
     BuildCase("tiny-t5-build", "tiny-t5", (("cold", "second"), ("copy",)), rounds=1),

@@ -47,6 +47,8 @@ CASES = (
     Case("minilm-b8-s128", "minilm", "classify", 8, 128),
     Case("t5-base-encoder-b1-s128", "t5-base", "encode", 1, 128),
     Case("t5-base-encoder-b8-s32", "t5-base", "encode", 8, 32),
+    Case("t5-base-first-token-b1-s128", "t5-base", "generate", 1, 128, 1),
+    Case("t5-base-first-token-b8-s32", "t5-base", "generate", 8, 32, 1),
     Case("t5-base-2-tokens", "t5-base", "generate", 1, 32, 2),
     Case("t5-base-16-tokens", "t5-base", "generate", 1, 32, 16),
     Case("smollm2-64-tokens", "smollm2", "generate", 1, 32, 64, rounds=20),

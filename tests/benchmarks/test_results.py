@@ -105,7 +105,7 @@ def test_the_report_drops_nothing(found: list[Results]) -> None:
     for said in (
         "a CPU, 2 threads of 2 CPUs", "commit 0123456789ab", "numpy 2.0",
         "| minilm-b1-s32 | the fast | 0.800 | 0.720 to 0.880 |",
-        "| the slow | 2.00 | 0.500 | 0.450 to 0.550 | 2.00x | 1.0e-06 | 128 MiB |",
+        "| the slow | 2.00 | 1.00 | 0.500 | 0.450 to 0.550 | 2.00x | 1.0e-06 | 128 MiB |",
         "the gone did not run: export: no way",
         "others used an unknown share of the machine, waiting contestants 1% of a CPU",
         "| cold | 50.0 | 1.00 GiB | 2.00 GiB | 0 MiB | 2.000 |",
