@@ -19,6 +19,7 @@ from eptc.describe import OPSET, describe, write_texts
 from eptc.errors import OptionError
 from eptc.fitting import check_fit, task_config
 from eptc.ir import AdaptedModel
+from eptc.passes.narrow_weights import NarrowWeights
 from eptc.pipeline import (
     OptimizeFor,
     PassRecord,
@@ -390,7 +391,9 @@ def _refuse(
     written = {lower.WEIGHTS, *(graph.file for graph in manifest.graphs.values())}
     for count in range(len(steps)):
         graphs = job.bound(model)
-        run_graph_passes(graphs, steps[:count])
+        # How weights are stored is part of what the reference is compared with.
+        storing = [step for step in steps[count:] if isinstance(step, NarrowWeights)]
+        run_graph_passes(graphs, [*steps[:count], *storing])
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             trial = Path(folder)
             for name in manifest.files:

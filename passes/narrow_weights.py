@@ -49,12 +49,13 @@ class NarrowWeights(GraphPass):
 
 def _narrow(graph: ir.Graph, weight: ir.Value, tensor: WeightTensor) -> None:
     uses = weight.uses()
-    weight.const_value, weight.dtype = tensor, tensor.dtype
+    # A type of its own: copies of a graph share theirs.
+    weight.const_value, weight.type = tensor, ir.TensorType(tensor.dtype)
     widened: ir.Value | None = None
     for node in sorted({use.node for use in uses}, key=_position(graph).__getitem__):
         if node.op_identifier() == ("", "Gather", "") and not node.outputs[0].is_graph_output():
             rows = node.outputs[0]
-            rows.dtype = tensor.dtype
+            rows.type = ir.TensorType(tensor.dtype)
             cast = _cast(rows, node, weight)
             graph.insert_after(node, cast)
             ir.convenience.replace_all_uses_with(rows, cast.outputs[0])

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from eptc.lower.edit import constant, drop, insert, made_by, module, replace
+from eptc.lower.edit import constant, drop, insert, module, replace
 from eptc.lower.weights import PACKED, WeightTensor, join
 from eptc.pass_base import Contract, GraphPass
 
@@ -28,8 +28,8 @@ class PackProjections(GraphPass):
 
     Queries, keys and values of an attention, gate and value of a feed-forward block: whatever
     one module or its direct children project from the same input. The packed weight is called
-    after its parts, `Wq+Wk+Wv`, and is put together when it is written. Weights behind a Cast
-    are packed before it. Exact: every output is the same sum. Main graph only. A MatMul is left
+    after its parts, `Wq+Wk+Wv`, and is put together when it is written. Exact: every
+    output is the same sum. Main graph only. A MatMul is left
     alone, its reason logged at DEBUG, where its weight is not bound, not a matrix, of another
     type or kept otherwise than its neighbour's, read elsewhere, or seen by a caller.
     """
@@ -48,8 +48,7 @@ class PackProjections(GraphPass):
                 logger.debug("%s: left %s alone: %s", self.name, node.name, weight)
                 continue
             parent = module(node).rpartition(".")[0]
-            cast = made_by(node.inputs[1], "Cast") is not None
-            groups[node.inputs[0], parent, weight.dtype, cast, _rows(weight)].append(node)
+            groups[node.inputs[0], parent, weight.dtype, _rows(weight)].append(node)
         packed = [nodes for nodes in groups.values() if len(nodes) > 1]
         for nodes in packed:
             _pack(nodes, model.graph)
@@ -58,15 +57,13 @@ class PackProjections(GraphPass):
 
 def _weight(node: ir.Node) -> ir.Value | str:
     """Return the weight of a projection, or why it is none that can be packed."""
-    value = node.inputs[1]
-    cast = made_by(value, "Cast")
-    weight = cast.inputs[0] if cast is not None else value
+    weight = node.inputs[1]
     if weight is None or not weight.is_initializer():
         return "its right side is no weight"
     tensor = weight.const_value
     if not isinstance(tensor, WeightTensor) or len(tensor.shape) != 2:
         return "its weight has no data yet, or is no matrix"
-    if len(weight.uses()) > 1 or (cast is not None and len(cast.outputs[0].uses()) > 1):
+    if len(weight.uses()) > 1:
         return "its weight is read elsewhere"
     if weight.is_graph_input() or weight.is_graph_output() or node.outputs[0].is_graph_output():
         return "a caller can set or read it"
@@ -91,14 +88,7 @@ def _pack(nodes: list[ir.Node], graph: ir.Graph) -> None:
     graph.register_initializer(packed)
 
     path = module(first).rpartition(".")[0]
-    right: ir.Value = packed
-    kind = first.outputs[0].type
-    cast = made_by(first.inputs[1], "Cast")
-    if cast is not None:
-        to = {"to": cast.attributes.get_int("to", int(ir.DataType.FLOAT))}
-        right = insert(first, "Cast", [packed], to, path=path).outputs[0]
-        right.type, right.shape = kind, packed.shape
-    product = insert(first, "MatMul", [first.inputs[0], right], path=path).outputs[0]
+    product = insert(first, "MatMul", [first.inputs[0], packed], path=path).outputs[0]
     sizes = constant(graph, np.array([t.shape.numpy()[1] for t in tensors], np.int64))
     split = insert(first, "Split", [product, sizes], {"axis": -1}, path=path, outputs=len(nodes))
     shape = first.outputs[0].shape

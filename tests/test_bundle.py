@@ -311,7 +311,7 @@ def test_writing_fails(
     small_native: Any, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int,
     when: str,
 ) -> None:  # fmt: skip
-    def full(_: object, directory: Any = None, *__: object) -> None:
+    def full(_: object, directory: Any = None, *__: object, **___: object) -> None:
         folder = directory if isinstance(directory, Path) else next(tmp_path.glob(".out*"))
         write(folder, half="of it")
         raise OSError(code, os.strerror(code))
@@ -465,8 +465,8 @@ KILLED = """
 import os, signal, sys
 import eptc.lower
 write = eptc.lower.write
-def then_die(graphs, directory):
-    write(graphs, directory)
+def then_die(graphs, directory, **options):
+    write(graphs, directory, **options)
     (directory / "weights.bin").open("r+b").truncate(1000)
     os.kill(os.getpid(), signal.SIGKILL)
 eptc.lower.write = then_die

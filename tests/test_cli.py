@@ -573,7 +573,7 @@ def test_verbose_shows_stages_and_passes(copy_native: Any, cli: Callable[..., An
     result = cli("export", copy_native.ckpt, "--task", "tone", *place)
     lines = [line.split()[0] for line in result.stderr.splitlines() if line.strip()]
     assert [w for w in lines if w in ("read", "hash", "trace", "write")] == [
-        "read", "hash", "trace", "write",
+        "read", "trace", "hash", "write",
     ]  # fmt: skip
     assert {"specialize-router", "fold-pyramid", "stable-names"} <= set(lines)
 

@@ -52,6 +52,8 @@ def _plain(config: Any) -> Any:
     """Copy a configuration without the options that only change what else is returned."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
+    # What the base is stored as; the graphs compute in float32 whatever that is.
+    config.dtype = torch.float32
     config.return_dict = True
     config.output_attentions = False
     config.output_hidden_states = False

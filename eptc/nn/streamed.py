@@ -26,9 +26,6 @@ from eptc.tasks import Task
 
 __all__ = ["StreamedModel", "Visit", "stream_reference"]
 
-# Of a matrix that are in memory in float64.
-_ROWS = 1024
-
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
@@ -81,7 +78,7 @@ class StreamedModel:
         task: str | int,
         batches: Sequence[Mapping[str, Any]],
         outputs: list[Any],
-        rounded: Mapping[str, torch.dtype] | None = None,
+        stored: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> Iterator[Visit]:
         """Run batches, yielding each module once all have passed it; nothing is loaded then.
 
@@ -89,9 +86,9 @@ class StreamedModel:
             task: name, alias or id.
             batches: what the Hugging Face model takes.
             outputs: what it returns for each is put here at the end.
-            rounded: adapted linears, by full name, that compute with the sum of their weight and
-                of the matrix their experts stand for, rounded to a type; the others add up two
-                outputs.
+            stored: of adapted linears, by full name, what gives the weight to compute with for
+                the sum of their own and of the matrix their experts stand for: that sum as it is
+                stored somewhere in fewer bits. The others add up two outputs.
 
         Raises:
             TaskError: there is no such task.
@@ -108,7 +105,7 @@ class StreamedModel:
                     return
                 assert len(waiting) == 1, "batches take different ways through the model"
                 path = waiting.pop()
-                with self._base.loaded(units[path]), _folded(units[path], rounded or {}):
+                with self._base.loaded(units[path]), _folded(units[path], stored or {}):
                     memory.present = path
                     for i, batch in enumerate(batches):
                         memory.forward(self.model.hf, i, batch)
@@ -117,12 +114,12 @@ class StreamedModel:
 
 
 @contextlib.contextmanager
-def _folded(unit: nn.Module, rounded: Mapping[str, torch.dtype]) -> Iterator[None]:
+def _folded(unit: nn.Module, stored: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Fold the adapted linears of a module into their weights, which come and go with it."""
-    layers = [m for m in unit.modules() if isinstance(m, EptLinear) and m.path in rounded]
+    layers = [m for m in unit.modules() if isinstance(m, EptLinear) and m.path in stored]
     try:
         for layer in layers:
-            _fold(layer.weight, layer.dense(), rounded[layer.path])
+            layer.weight.copy_(stored[layer.path](layer.weight + layer.dense()))
             layer.__dict__["delta"] = _nothing
         yield
     finally:
@@ -132,13 +129,6 @@ def _folded(unit: nn.Module, rounded: Mapping[str, torch.dtype]) -> Iterator[Non
 
 def _nothing(x: Tensor) -> Tensor:
     return x.new_zeros(())
-
-
-def _fold(weight: Tensor, delta: Tensor, dtype: torch.dtype) -> None:
-    """Add a matrix to a weight in place, in float64, and round; some rows at a time."""
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
-        weight[rows] = (weight[rows].double() + delta[rows].double()).to(dtype).float()
 
 
 class _Memory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 
 from eptc.errors import ParityError
+from eptc.lower.weights import PACKED
+from eptc.nn import EptModel
 from eptc.nn.streamed import StreamedModel
 from eptc.parity_gate.block_probes import Batch
 from eptc.parity_gate.block_runs import Runner, as_past
@@ -18,7 +20,7 @@ from eptc.parity_gate.compare import FP32, Bound, Comparison, compare, not_run
 from eptc.parity_gate.outputs import Decision, decide
 from eptc.parity_gate.partition import AFTER, BEFORE, Partition
 
-__all__ = ["Outcome", "Walk"]
+__all__ = ["STATE", "Outcome", "Walk"]
 
 Float32 = npt.NDArray[np.float32]
 Outcome = Comparison | Decision
@@ -28,9 +30,6 @@ STATE = Bound(
     "float32 on both sides of one block, as a part of the token's largest number before or after "
     "it: sums in another order move elements by up to 2e-6 of that over the tested models",
 )
-
-# An eighth of half a step: what one such weight in a matrix of 64 columns moves an output by.
-_NEAR_TIE = {torch.float16: 2.0**-14, torch.bfloat16: 2.0**-11}
 
 
 class Walk:
@@ -45,10 +44,8 @@ class Walk:
         self._role = {
             block: role for role, runner in runners.items() for block in runner.partition.blocks
         }
-        layers = reference.model.layers
-        self.rounded = _rounded(layers, [runner.partition for runner in runners.values()])
-        self._slack = max((_NEAR_TIE[dtype] for dtype in self.rounded.values()), default=0.0)
-        self.bound = self._widened(STATE)
+        partitions = [runner.partition for runner in runners.values()]
+        self.stored = _narrow(reference.model, partitions)
         self._encoded: Sequence[Float32] = ()
         self._tokens: dict[int, int] = {}  # that the engine's last part gave, by batch
 
@@ -58,7 +55,7 @@ class Walk:
         state: Sequence[Float32] = ()  # the reference's, after the last block
         role = ""
         feeds = [batch.reference for batch in self._batches]
-        for visit in self._reference.run(task_id, feeds, answers, self.rounded):
+        for visit in self._reference.run(task_id, feeds, answers, self.stored):
             if visit.path in self._role:
                 progress(f"parity: {visit.path}")
                 before, after = _numpy(visit.inputs), _numpy(visit.outputs)
@@ -121,7 +118,7 @@ class Walk:
         for (i, run), made in zip(jobs, results, strict=True):
             batch, what = self._batches[i], f"{title}, {run.what}"
             if "logits" in made:
-                bound = self._widened(FP32)
+                bound = FP32
                 outcomes += _logits(what, batch, role, made["logits"], after[i], bound)
                 continue
             got: Float32 = np.sum([made[value] for value in part.result], axis=0)
@@ -131,18 +128,8 @@ class Walk:
                 # A class follows from the first token: the last block may make that one alone.
                 want, old, valid = want[:, :1], None if old is None else old[:, :1], None
             sizes = _by_token(want if old is None else np.maximum(np.abs(old), np.abs(want)))
-            outcomes.append(compare(what, got, want, self.bound, valid, sizes=sizes))
+            outcomes.append(compare(what, got, want, STATE, valid, sizes=sizes))
         return outcomes
-
-    def _widened(self, bound: Bound) -> Bound:
-        if not self._slack:
-            return bound
-        return dataclasses.replace(
-            bound,
-            relative=bound.relative + self._slack,
-            why=f"{bound.why}; an adapted weight that lies between two numbers of 16 bits may be "
-            "rounded to one on one side and to the other on the other",
-        )
 
 
 def _logits(
@@ -165,19 +152,43 @@ def _logits(
             yield decide(what, row, step, mine[row], theirs[row], 2 * comparison.bound)
 
 
-def _rounded(layers: Iterable[str], partitions: Iterable[Partition]) -> dict[str, torch.dtype]:
-    """Return the 16-bit types that the engine's adapted weights were rounded to, by linear.
+def _narrow(
+    model: EptModel, partitions: Iterable[Partition]
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return what gives the engine's own weight of each adapted linear stored in 16 bits.
 
-    What that rounding moves is seen where the weights are compared. In a block's state it would
-    hide what else is wrong, so the reference rounds its own sums of weight and experts.
+    What rounding moves is seen where the weights are compared, each with the sum of base and
+    experts. In a block's state it would hide what else is wrong, so the reference computes with
+    the weights that were found to be right.
     """
-    narrow = {name: kind for graph in partitions for name, kind in graph.narrow.items()}
-    return {
-        path: getattr(torch, kind)
-        for path in layers
-        for name, kind in narrow.items()
-        if f"{path}.weight" in name  # a weight packed with others is called after all of them
-    }
+    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    for partition in partitions:
+        for name in partition.narrow:
+            parts = [part.removesuffix(".weight") for part in name.split(PACKED)]
+            for position, path in enumerate(parts):
+                if path in model.layers:
+                    ends = np.cumsum([_width(model, part) for part in parts])
+                    columns = (int(ends[position] - _width(model, path)), int(ends[position]))
+                    packed = columns if len(parts) > 1 else None
+                    found[path] = functools.partial(_as_stored, partition, name, packed)
+    return found
+
+
+def _width(model: EptModel, path: str) -> int:
+    return int(model.hf.get_submodule(path).out_features)
+
+
+def _as_stored(
+    partition: Partition, name: str, columns: tuple[int, int] | None, own: torch.Tensor
+) -> torch.Tensor:
+    """Return a stored weight the way round that is nearer to the reference's own."""
+    array = partition.read(name).astype(np.float32)
+    found = torch.from_numpy(array if columns is None else array[:, slice(*columns)].copy())
+    if found.shape != own.shape:
+        return found.T
+    if found.shape == own.shape[::-1] and (found - own).abs().sum() > (found.T - own).abs().sum():
+        return found.T
+    return found
 
 
 def _by_token(state: Float32) -> Float32:

@@ -18,7 +18,7 @@ from eptc.checkpoint import Checkpoint
 from eptc.nn.streamed import StreamedModel
 from eptc.parity_gate.block_probes import few, make_batch
 from eptc.parity_gate.block_runs import Runner
-from eptc.parity_gate.block_walk import Walk
+from eptc.parity_gate.block_walk import STATE, Walk
 from eptc.parity_gate.compare import Comparison
 from eptc.parity_gate.gate import make_probes, with_outcomes
 from eptc.parity_gate.interface import check_manifest
@@ -98,11 +98,11 @@ def prove_blocks(
     batches = [make_batch(manifest, probe) for probe in few(probes, given=examples is not None)]
     walk = Walk(reference, runners, batches)
     report = ParityReport(
-        (), walk.bound, dict(layers or {}), weights, (), (), tokenized, mode="block by block"
+        (), STATE, dict(layers or {}), weights, (), (), tokenized, mode="block by block"
     )
-    if walk.rounded:
+    if walk.stored:
         report = dataclasses.replace(
-            report, reference="PyTorch model, float32, adapted weights rounded as they are stored"
+            report, reference="PyTorch model, float32, adapted weights as they are stored"
         )
     for batch in batches:
         report = with_outcomes(report, batch.probe, [])

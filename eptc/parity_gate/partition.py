@@ -191,6 +191,15 @@ class Partition:
             if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
         }
 
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """Return a copy of a weight; its file is not held open."""
+        tensor = self._graph.initializers[name].const_value
+        assert tensor is not None
+        array = np.array(tensor.numpy())
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
+        return array
+
     def serialize(self, part: Part, arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
         """Return a part as an ONNX model whose weights stay where the graph's are.
 

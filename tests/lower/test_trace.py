@@ -33,7 +33,7 @@ NODES = {
 }
 # One hidden layer each: what matters is that nothing else is in the way.
 SCRIPT = """
-import hashlib, sys, tempfile
+import sys, tempfile
 from pathlib import Path
 import numpy as np
 from transformers import LlamaConfig, T5Config
@@ -54,8 +54,8 @@ for name in sys.argv[1:]:
     for graph in graphs.values():
         StableNames()(graph)
     with tempfile.TemporaryDirectory() as folder:
-        for path in write(graphs, Path(folder)):
-            print(name, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+        for file, digest in write(graphs, Path(folder)).items():
+            print(name, file, digest)
 """
 
 

@@ -175,7 +175,7 @@ def test_two_weights_renamed(recorded: Any, refused: Any, monkeypatch: pytest.Mo
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let engines be built with the passes that pack weights."""
-    monkeypatch.setattr(build, "graph_passes", lambda _: graph_passes("cuda"))
+    monkeypatch.setattr(build, "graph_passes", lambda *_: graph_passes("cuda"))
 
 
 @pytest.mark.usefixtures("packed")

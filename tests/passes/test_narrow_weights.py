@@ -117,6 +117,16 @@ def test_leaves_what_a_caller_sees() -> None:
     assert model.graph.initializers["E"].dtype == ir.DataType.FLOAT16
 
 
+def test_a_copy_of_the_graph_keeps_its_types() -> None:
+    """Builds of one process start from copies of one traced graph."""
+    model = unbound()
+    copied = model.clone()
+    before = str(model.graph)
+    bind({"model": copied}, weights(np.float16))
+    NarrowWeights()(copied)
+    assert str(model.graph) == before
+
+
 def test_reads_nothing() -> None:
     class Unread(ArrayTensor):
         def numpy(self) -> Array:
