@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import shutil
@@ -174,7 +175,9 @@ def _write_report(out: Path) -> None:
     text = report(found)
     (out / "report.md").write_text(text)
     print(text)
-    if any(result.case for result in found):
+    if importlib.util.find_spec("matplotlib") is None:
+        print("latency.svg is not drawn: matplotlib is not installed", file=sys.stderr)
+    elif any(result.case for result in found):
         draw(found, out / "latency.svg")
 
 
