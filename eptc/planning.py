@@ -28,12 +28,12 @@ _LARGE = 256 * 2**20
 # nearly all of it.
 _COMPILER = 760 * 2**20
 _VERIFIER = 650 * 2**20
-# Measured on two cores of a server of 2024, for orders of magnitude: bytes hashed and numbers
-# folded and written in a second; numbers of weights times tokens that are verified in a second.
-_START, _HASHED, _WRITTEN, _VERIFIED = 8.0, 1.2e9, 1.6e8, 6e9
-_TRACE = 1.3
+# Seconds to import everything, and for each block that is traced; bytes hashed, numbers folded
+# and written, and numbers verified (weights times tokens of all probes) in a second: measured on
+# two cores, for orders of magnitude.
+_START, _TRACE, _HASHED, _WRITTEN, _VERIFIED = 8.0, 2.0, 1.2e9, 1.6e8, 6e10
 # Tokens that the built-in probes feed a model, passes of either side counted.
-_PROBED = 2500
+_PROBED = 7500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def make_plan(
     )
     seconds = _START + max(_TRACE * traced, hashed / _HASHED) + numbers / _WRITTEN
     if verify:
-        seconds += hashed / _HASHED + _PROBED * numbers / _VERIFIED / 10
+        seconds += hashed / _HASHED + _PROBED * numbers / _VERIFIED
     return Plan(
         stored, sum(sizes), compiler, verification, verifier, own,
         in_flight, seconds, limit,

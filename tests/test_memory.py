@@ -36,7 +36,12 @@ def test_folding_streams(tmp_path: Path) -> None:
     try:
         child = subprocess.run(
             [sys.executable, __file__, str(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "MALLOC_ARENA_MAX": "2",
+                "EPTC_CACHE_DIR": "",
+            },
             capture_output=True,
             text=True,
             timeout=600,
@@ -45,7 +50,7 @@ def test_folding_streams(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path)
     assert child.returncode == 0, child.stderr
     report = json.loads(child.stdout.splitlines()[-1])
-    assert report["weight_bytes"] >= 1.5 * report["room"]
+    assert report["weight_bytes"] >= 1.2 * report["room"]
     assert report["written"] >= report["weight_bytes"]
     assert report["room_used"] <= report["room"]
     assert report["peak"] <= LIMIT
