@@ -26,6 +26,8 @@ __all__ = ["REFERENCE", "competitors", "run_case"]
 
 REFERENCE = "unfolded"  # the one whose answers are right by definition
 _LOAD_LIMIT = 600.0
+# Thread pools spin for a moment after a call, in case there is another: not into the next turn.
+_SETTLE = 0.02
 
 
 @dataclasses.dataclass
@@ -157,6 +159,7 @@ def _rounds(
         for name in order:
             if name not in workers:  # it failed in an earlier round
                 continue
+            time.sleep(_SETTLE)
             waiting = [worker.pid for other, worker in workers.items() if other != name]
             try:
                 with idle.watch(waiting):

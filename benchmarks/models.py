@@ -12,21 +12,17 @@ import importlib.util
 import json
 import shutil
 import sys
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.places import ROOT, Files
+from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.random_weights import model_class, write_streamed
 
-__all__ = ["MODELS", "Model", "make", "write_checkpoint", "write_streamed"]
-
-KERNEL_SIZES = (2, 2, 4, 4, 6, 6, 8, 8)
-TOP_K = 2
-RANK = 8
-TASKS = 8
+__all__ = ["MODELS", "Model", "make"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +36,7 @@ class Model:
         config: fields of its configuration, where the weights are random.
         targets: the linears that are adapted.
         streamed: written shard by shard in float16: it may not fit in memory.
+        timed: whether engines of it are timed; otherwise builds alone are.
         together: contestants beside the engine that are in memory at once.
     """
 
@@ -49,6 +46,7 @@ class Model:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     targets: tuple[str, ...] = ()
     streamed: bool = False
+    timed: bool = True
     together: int = 12
 
 
@@ -80,6 +78,7 @@ MODELS = {
             },
             targets=_LLAMA,
             streamed=True,
+            timed=False,
         ),
         Model(
             "tiny-bert",
@@ -114,7 +113,7 @@ MODELS = {
 
 
 def make(model: Model, files: Files, *, seed: int = 0) -> None:
-    """Write base, checkpoint, and unless it is streamed the zero checkpoint and the merged model.
+    """Write base and checkpoint, and where it is timed the zero checkpoint and merged model.
 
     Args:
         model: which one.
@@ -129,7 +128,7 @@ def make(model: Model, files: Files, *, seed: int = 0) -> None:
     else:
         _write_base(model, files.base, seed)
         write_checkpoint(files.base, files.checkpoint, model.targets, seed=seed)
-    if model.name != "llama-2-7b":
+    if model.timed:
         _write_zero(files)
         _write_merged(files, model.task)
 
@@ -168,122 +167,7 @@ def _write_base(model: Model, folder: Path, seed: int) -> None:
         write_streamed(config, folder, seed=seed)
         return
     torch.manual_seed(seed)
-    _model_class(config)(config).save_pretrained(folder)
-
-
-def _model_class(config: Any) -> Any:
-    import transformers
-
-    from eptc.architectures import architecture
-
-    return getattr(transformers, architecture(config).task_class)
-
-
-def _meta_model(config: Any) -> Any:
-    import torch
-
-    with torch.device("meta"):
-        return _model_class(config)(config)
-
-
-def write_streamed(config: Any, folder: Path, *, seed: int = 0) -> None:
-    """Write a model with random float16 weights, a shard for each layer, in little memory.
-
-    Args:
-        config: its configuration.
-        folder: an existing folder.
-        seed: of the weights.
-    """
-    from safetensors.numpy import save_file
-
-    config.dtype = "float16"
-    model = _meta_model(config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    shards: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, parameter in model.named_parameters():
-        layer = "-".join(part for part in name.split(".")[:3] if part not in ("model", "weight"))
-        shards.setdefault(f"model-{layer}.safetensors", []).append((name, tuple(parameter.shape)))
-    index: dict[str, str] = {}
-    for shard, parameters in shards.items():
-        tensors = {name: _random_float16(name, shape, seed) for name, shape in parameters}
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, shard)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index}, indent=1)
-    )
-
-
-def _random_float16(name: str, shape: tuple[int, ...], seed: int) -> Any:
-    if len(shape) == 1:  # of a norm
-        return np.ones(shape, np.float16)
-    count = int(np.prod(shape))
-    bits = np.frombuffer(_generator(name, seed).bytes(2 * count), np.uint16)
-    # Random sign and mantissa, the exponent of 2**-6: of the size trained weights have, and
-    # many times faster than a normal distribution.
-    return ((bits & 0x83FF) | (9 << 10)).astype(np.uint16).view(np.float16).reshape(shape)
-
-
-def _generator(name: str, seed: int) -> np.random.Generator:
-    # By name, so that a tensor does not depend on which others there are.
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
-
-
-def write_checkpoint(base: Path, folder: Path, targets: tuple[str, ...], *, seed: int = 0) -> None:
-    """Write a native checkpoint of the released variant with random tensors.
-
-    Args:
-        base: folder of the base model; only its configuration is read.
-        folder: made where it is missing.
-        targets: the linears to adapt, by the ends of their names.
-        seed: of the tensors.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    from eptc.nn import EptConfig, native
-    from eptc.tasks import Task
-
-    config = AutoConfig.from_pretrained(base)
-    labels = ("no", "yes") if config.model_type == "bert" else ()
-    kind: Any = "classification" if labels else "generation"
-    tasks = tuple(Task(f"task-{i}", kind, labels=labels) for i in range(TASKS))
-    options = EptConfig(
-        variant="released", targets=targets, kernel_sizes=KERNEL_SIZES, top_k=TOP_K, rank=RANK,
-        tasks=tasks,
-    )  # fmt: skip
-    options = dataclasses.replace(
-        options, base=dataclasses.replace(options.base, model_type=config.model_type)
-    )
-    tensors = {
-        name: torch.from_numpy(_generator(name, seed).standard_normal(shape, np.float32) * scale)
-        for name, shape, scale in _tensors(config, targets, len(labels))
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    native.write(folder, options, tensors)
-
-
-def _tensors(
-    config: Any, targets: tuple[str, ...], labels: int
-) -> Iterator[tuple[str, tuple[int, ...], float]]:
-    """Yield name, shape and standard deviation of each tensor."""
-    model = _meta_model(config)
-    for path, module in model.named_modules():
-        if path.rsplit(".", 1)[-1] not in targets or getattr(module, "weight", None) is None:
-            continue
-        height, width = module.weight.shape
-        # So that a task moves a weight by about a tenth of itself.
-        yield f"{path}.ept.A", (RANK, width // 2), 0.05
-        yield f"{path}.ept.B", (height // 2, RANK), 0.05
-        for expert, size in enumerate(KERNEL_SIZES):
-            yield f"{path}.ept.kernels.{expert}", (max(1, height // size), size), 0.3
-        yield f"{path}.ept.router.weight", (len(KERNEL_SIZES), width), 0.05
-        yield f"{path}.ept.router.bias", (len(KERNEL_SIZES),), 0.05
-        yield f"{path}.ept.task_embedding", (TASKS, width), 0.05
-    for task in range(TASKS if labels else 0):
-        yield f"heads.task-{task}.classifier.weight", (labels, config.hidden_size), 0.05
-        yield f"heads.task-{task}.classifier.bias", (labels,), 0.05
+    model_class(config)(config).save_pretrained(folder)
 
 
 def _write_zero(files: Files) -> None:
