@@ -94,8 +94,7 @@ def make_plan(
     compiler = _COMPILER + working
     if max_memory is not None and compiler > max_memory:
         raise OptionError(
-            f"the build takes {_mb(compiler)} beside its largest tensors, the limit is "
-            f"{_mb(max_memory)}",
+            f"the build takes {_mb(compiler)}, the limit is {_mb(max_memory)}",
             fix=f"give --max-memory {_mb(compiler)} or more",
         )
     stored = _stored_name(weights, precision)

@@ -33,9 +33,7 @@ def whole_model_bytes(source: Checkpoint) -> int:
         source: the checkpoint; no tensor is read.
     """
     base = _numbers(source.base.weights.values())
-    adapters = _numbers(source.contents.tensors.values())
-    largest = max((math.prod(t.shape) for t in source.base.weights.values()), default=0)
-    return _FLOAT32 * (2 * base + 2 * adapters + _COPIES * largest)
+    return _FLOAT32 * (2 * base + _beside(source))
 
 
 def block_bytes(source: Checkpoint) -> int:
@@ -54,10 +52,8 @@ def block_bytes(source: Checkpoint) -> int:
     for name, tensor in source.base.weights.items():
         if found := block.match(name):
             blocks[found[0]] += math.prod(tensor.shape)
-    adapters = _numbers(source.contents.tensors.values())
-    largest = max((math.prod(t.shape) for t in source.base.weights.values()), default=0)
     most = max(blocks.values(), default=0)
-    return _FLOAT32 * (4 * most + 2 * adapters + _COPIES * largest)
+    return _FLOAT32 * (4 * most + _beside(source))
 
 
 def verified_by_block(source: Checkpoint, precision: str, limit: int | None) -> bool:
@@ -72,6 +68,13 @@ def verified_by_block(source: Checkpoint, precision: str, limit: int | None) -> 
         limit: bytes that may be used beyond what the process holds already; None: any number.
     """
     return precision != "fp32" or (limit is not None and whole_model_bytes(source) > limit)
+
+
+def _beside(source: Checkpoint) -> int:
+    """Return how many numbers either way takes beside the base: 2 A + 4 L."""
+    adapters = _numbers(source.contents.tensors.values())
+    largest = max((math.prod(t.shape) for t in source.base.weights.values()), default=0)
+    return 2 * adapters + _COPIES * largest
 
 
 def _numbers(tensors: Iterable[LazyTensor]) -> int:
