@@ -39,11 +39,13 @@ class AdapterPass(abc.ABC):
 class GraphPass(onnx_ir.passes.InPlacePass):
     """A named rewrite of one ONNX graph, in place.
 
-    The graph is valid before and after (the pipeline checks both), and its interface is kept.
+    The graph is valid before and after (the pipeline checks both), and its interface is kept;
+    a pass that `retypes` may change the types of inputs and outputs, not their names and shapes.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
+    retypes: ClassVar[bool] = False
 
     @abc.abstractmethod
     def rewrite(self, model: onnx_ir.Model) -> int:

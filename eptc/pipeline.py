@@ -173,28 +173,40 @@ def run_adapter_passes(
 
 
 def run_graph_passes(
-    graphs: Mapping[str, onnx_ir.Model], passes: Sequence[GraphPass]
+    graphs: Mapping[str, onnx_ir.Model], passes: Sequence[GraphPass | Mapping[str, GraphPass]]
 ) -> list[PassRecord]:
     """Run passes over every graph in place.
+
+    Args:
+        graphs: by name.
+        passes: in order; one for all graphs, or the same pass with other options for each graph.
 
     Raises:
         InternalError: a pass made a graph invalid or changed its interface; both are named.
     """
     records = []
-    for step in passes:
+    for given in passes:
         before, start = _graph_sizes(graphs), time.perf_counter()
         changed = False
+        steps = given if isinstance(given, Mapping) else dict.fromkeys(graphs, given)
         for key, graph in graphs.items():
-            interface = _interface(graph)
+            step = steps[key]
+            interface = _interface(graph, types=not step.retypes)
             changed |= _guarded(f"{step.name} on {key}", step, graph).modified
-            if step.name != StableNames.name and _interface(graph) != interface:
+            changed_interface = _interface(graph, types=not step.retypes) != interface
+            if step.name != StableNames.name and changed_interface:
                 raise InternalError(f"the pass {step.name} changed the interface of {key}")
             _guarded(f"{step.name} on {key}", check_graph, graph)
         seconds = time.perf_counter() - start
+        options = (
+            {key: step.options() for key, step in given.items()}
+            if isinstance(given, Mapping)
+            else given.options()
+        )
         records.append(
             PassRecord(
-                step.name, step.options(), step.contract, changed, before, _graph_sizes(graphs),
-                None, seconds,
+                step.name, options, step.contract, changed, before, _graph_sizes(graphs), None,
+                seconds,
             )
         )  # fmt: skip
     return records
@@ -266,9 +278,9 @@ def _graph_sizes(graphs: Mapping[str, onnx_ir.Model]) -> dict[str, int]:
     }
 
 
-def _interface(graph: onnx_ir.Model) -> tuple[Any, ...]:
+def _interface(graph: onnx_ir.Model, *, types: bool) -> tuple[Any, ...]:
     return tuple(
-        (value.name, str(value.dtype), str(value.shape))
+        (value.name, str(value.dtype) if types else None, str(value.shape))
         for side in (graph.graph.inputs, graph.graph.outputs)
         for value in side
     )

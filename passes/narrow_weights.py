@@ -12,6 +12,8 @@ from eptc.pass_base import Contract, GraphPass
 
 __all__ = ["NarrowWeights"]
 
+_NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
 
 @dataclasses.dataclass(frozen=True)
 class NarrowWeights(GraphPass):
@@ -36,13 +38,14 @@ class NarrowWeights(GraphPass):
         narrowed = 0
         for weight in tuple(model.graph.initializers.values()):
             tensor = weight.const_value
-            if not isinstance(tensor, WeightTensor) or tensor.narrow is None:
+            narrow = tensor.origin if isinstance(tensor, WeightTensor) else None
+            if tensor is None or narrow is None or narrow.dtype not in _NARROW:
                 continue
             if len(tensor.shape) < 2 or weight.is_graph_input() or weight.is_graph_output():
                 continue
             if any(node.graph is not model.graph for node in weight.consumers()):
                 continue
-            _narrow(model.graph, weight, tensor.narrow)
+            _narrow(model.graph, weight, narrow)
             narrowed += 1
         return narrowed
 

@@ -13,7 +13,7 @@ from eptc.tensors import LazyTensor
 __all__ = ["bind", "unbound"]
 
 _SHOWN = 3
-_TYPES = ("float32", "float16", "bfloat16")
+_TYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def unbound(graph: ir.Graph) -> list[ir.Value]:
@@ -25,7 +25,8 @@ def bind(graphs: Mapping[str, ir.Model], weights: Mapping[str, LazyTensor]) -> N
     """Bind every unbound initializer to the weight of its name, in place; nothing is read.
 
     The graphs compute in float32: a weight of a 16-bit type is widened when it is read, which
-    changes no number, and its tensor knows the narrow form (`WeightTensor.narrow`).
+    changes no number, one of float64 is rounded, and the tensor knows either
+    (`WeightTensor.origin`).
 
     Args:
         graphs: traced graphs.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import threading
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -9,20 +12,23 @@ import onnx_ir as ir
 
 from eptc.tensors import Array, LazyTensor, as_dtype, numpy_dtype
 
-__all__ = ["PACKED", "WeightTensor", "bound", "derive", "join"]
+__all__ = ["PACKED", "PART", "Piece", "WeightTensor", "bound", "derive", "join", "split"]
 
 # Between the names of the parts in the name of a packed weight: no parameter's name has it.
 PACKED = "+"
+# Before what a part of a weight is, in its name: `encoder.wi.weight@scale`.
+PART = "@"
 
 
 class WeightTensor(ir.LazyTensor):
     """A lazy ONNX tensor that knows which numbers it stands for.
 
     Two tensors with equal `key` have equal numbers in the same layout, and are written once.
-    `narrow` is the same numbers in the 16-bit type they came in; None where they have no such.
+    `origin` is the same numbers before they became float32: in the 16-bit type they came in, or
+    in the float64 they were folded in; None where they were float32 all along.
     """
 
-    __slots__ = ("key", "narrow")
+    __slots__ = ("key", "origin")
 
     def __init__(
         self,
@@ -31,13 +37,13 @@ class WeightTensor(ir.LazyTensor):
         shape: tuple[int, ...],
         key: Hashable,
         name: str | None,
-        narrow: WeightTensor | None = None,
+        origin: WeightTensor | None = None,
     ) -> None:
         super().__init__(
             lambda: ir.Tensor(compute(), dtype=dtype), dtype, ir.Shape(shape), name=name
         )
         self.key = key
-        self.narrow = narrow
+        self.origin = origin
 
 
 def bound(source: LazyTensor, name: str | None) -> WeightTensor:
@@ -46,9 +52,11 @@ def bound(source: LazyTensor, name: str | None) -> WeightTensor:
     if source.dtype == "float32":
         return WeightTensor(source.numpy, ir.DataType.FLOAT, source.shape, key, name)
     dtype = ir.DataType.from_numpy(numpy_dtype(source.dtype))
-    narrow = WeightTensor(source.numpy, dtype, source.shape, key, name)
-    wide = as_dtype(source, "float32")
-    return WeightTensor(wide.numpy, ir.DataType.FLOAT, wide.shape, (key, "float32"), name, narrow)
+    origin = WeightTensor(source.numpy, dtype, source.shape, key, name)
+    single = as_dtype(source, "float32")
+    return WeightTensor(
+        single.numpy, ir.DataType.FLOAT, single.shape, (key, "float32"), name, origin
+    )
 
 
 def derive(
@@ -68,17 +76,17 @@ def derive(
         compute: the step.
         shape: shape of the result where it differs.
         dtype: type of the result where it differs.
-        moves: whether the step only moves numbers, so that it does the same to narrow ones.
+        moves: whether the step only moves numbers, so that it does the same to their origin.
     """
     source = tensor.key if isinstance(tensor, WeightTensor) else ("tensor", _Identity(tensor))
-    narrow = tensor.narrow if moves and isinstance(tensor, WeightTensor) else None
+    origin = tensor.origin if moves and isinstance(tensor, WeightTensor) else None
     return WeightTensor(
         lambda: compute(tensor.numpy()),
         tensor.dtype if dtype is None else dtype,
         tuple(tensor.shape.numpy()) if shape is None else shape,
         (source, step),
         tensor.name,
-        None if narrow is None else derive(narrow, step, compute, shape=shape),
+        None if origin is None else derive(origin, step, compute, shape=shape),
     )
 
 
@@ -96,16 +104,86 @@ def join(tensors: Sequence[ir.TensorProtocol], *, axis: int, name: str) -> Weigh
         tensor.key if isinstance(tensor, WeightTensor) else ("tensor", _Identity(tensor))
         for tensor in tensors
     )
-    narrow = [t.narrow for t in tensors if isinstance(t, WeightTensor) and t.narrow is not None]
-    alike = len(narrow) == len(tensors) and len({t.dtype for t in narrow}) == 1
+    origins = [t.origin for t in tensors if isinstance(t, WeightTensor) and t.origin is not None]
+    alike = len(origins) == len(tensors) and len({t.dtype for t in origins}) == 1
     return WeightTensor(
         lambda: np.concatenate([tensor.numpy() for tensor in tensors], axis=axis),
         tensors[0].dtype,
         tuple(shape),
         (keys, ("join", axis)),
         name,
-        join(narrow, axis=axis, name=name) if alike else None,
+        join(origins, axis=axis, name=name) if alike else None,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One of the tensors that a weight becomes.
+
+    Args:
+        suffix: what it is, in its name behind `PART`; empty for the one that keeps the name.
+        dtype: its type.
+        shape: its shape.
+    """
+
+    suffix: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+
+def split(
+    tensor: ir.TensorProtocol,
+    step: Hashable,
+    compute: Callable[[Array], Sequence[Array]],
+    pieces: Sequence[Piece],
+) -> tuple[WeightTensor, ...]:
+    """Return the lazy tensors that one step makes of a weight, such as integers and scales.
+
+    The step is done once for all of them. It reads the weight as it was before it became
+    float32, where that is known: what is rounded here is rounded once.
+
+    Args:
+        tensor: the weight; not read before one of the pieces is.
+        step: what the step is, options included: equal steps on equal tensors are written once.
+        compute: the step; one array for each piece.
+        pieces: what it makes.
+    """
+    origin = tensor.origin if isinstance(tensor, WeightTensor) else None
+    source = tensor if origin is None else origin
+    key = source.key if isinstance(source, WeightTensor) else ("tensor", _Identity(source))
+    once = _Once(lambda: compute(source.numpy()))
+    return tuple(
+        WeightTensor(
+            functools.partial(once.take, number),
+            piece.dtype,
+            piece.shape,
+            (key, step, number),
+            f"{tensor.name}{PART}{piece.suffix}" if piece.suffix else tensor.name,
+        )
+        for number, piece in enumerate(pieces)
+    )
+
+
+# Bytes. Pieces up to this stay: they lie in the graph itself, which is written last.
+_KEPT = 4096
+
+
+class _Once:
+    """What a step made, until each piece was asked for once; asked again, it is made again."""
+
+    def __init__(self, compute: Callable[[], Sequence[Array]]) -> None:
+        self._compute = compute
+        self._made: dict[int, Array] = {}
+        self._lock = threading.Lock()
+
+    def take(self, number: int) -> Array:
+        with self._lock:
+            if number not in self._made:
+                self._made = dict(enumerate(self._compute()))
+            array = self._made[number]
+            if array.nbytes > _KEPT:
+                del self._made[number]
+            return array
 
 
 class _Identity:

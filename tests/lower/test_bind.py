@@ -66,8 +66,8 @@ REFUSED: dict[str, tuple[dict[str, LazyTensor], str]] = {
         r"1 of 4 weights do not fit: d is float32\[2, 1\], not \[2\]",
     ),
     "type": (
-        {name: zeros(name, 2) for name in "abc"} | {"d": zeros("d", 2, dtype=np.float64)},
-        r"d is float64\[2\], not \[2\]",
+        {name: zeros(name, 2) for name in "abc"} | {"d": zeros("d", 2, dtype=np.int32)},
+        r"d is int32\[2\], not \[2\]",
     ),
 }
 
