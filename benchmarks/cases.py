@@ -30,6 +30,7 @@ class Case:
         length: tokens a row, none of them padding.
         new_tokens: tokens written a row (`generate`).
         rounds: rounds that are counted.
+        precision: the engine's; below `fp32` it is compared with the float32 engine and PyTorch.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Case:
     length: int
     new_tokens: int = 0
     rounds: int = 30
+    precision: str = "fp32"
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the engine's answers may differ beyond rounding."""
+        return self.precision != "fp32"
 
 
 CASES = (
@@ -52,6 +59,12 @@ CASES = (
     Case("t5-base-2-tokens", "t5-base", "generate", 1, 32, 2),
     Case("t5-base-16-tokens", "t5-base", "generate", 1, 32, 16),
     Case("smollm2-64-tokens", "smollm2", "generate", 1, 32, 64, rounds=20),
+    Case("int8-minilm-b1-s32", "minilm", "classify", 1, 32, precision="int8"),
+    Case("int8-minilm-b1-s128", "minilm", "classify", 1, 128, precision="int8"),
+    Case("int8-minilm-b8-s128", "minilm", "classify", 8, 128, precision="int8"),
+    Case("int8-t5-base-2-tokens", "t5-base", "generate", 1, 32, 2, precision="int8"),
+    Case("int8-smollm2-64-tokens", "smollm2", "generate", 1, 32, 64, 20, "int8"),
+    Case("int4-smollm2-64-tokens", "smollm2", "generate", 1, 32, 64, 20, "int4"),
     Case("tiny-bert", "tiny-bert", "classify", 2, 8, rounds=6),
     Case("tiny-t5", "tiny-t5", "generate", 1, 8, 3, rounds=6),
     Case("tiny-llama", "tiny-llama", "generate", 1, 8, 3, rounds=6),

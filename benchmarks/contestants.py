@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from benchmarks.cases import Mode
 
-__all__ = ["CONTESTANTS", "ENGINE", "Call", "Contestant", "Environment", "Family"]
+__all__ = ["BESIDE_LOSSY", "CONTESTANTS", "ENGINE", "EXACT", "Call", "Contestant", "Environment", "Family"]
 
 Environment = Literal["eptc", "optimum"]
 Family = Literal["engine", "base", "pytorch", "exporter"]
@@ -50,12 +50,20 @@ class Contestant:
 
 
 ENGINE = "eptc"
+# The float32 engine, where the engine is one of lower precision.
+EXACT = "eptc-float32"
+# Who is compared with an engine of lower precision: nobody else's answers are worse.
+BESIDE_LOSSY = (ENGINE, EXACT, "unfolded", "folded")
 
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
         Contestant(
             ENGINE, "eptc engine", "engine", "benchmarks.eptc_engines", exports=True, kept=False
+        ),
+        Contestant(
+            EXACT, "eptc engine, float32", "engine", "benchmarks.eptc_engines",
+            exports=True, kept=False,
         ),
         Contestant(
             "base", "base model's eptc engine", "base", "benchmarks.eptc_engines",

@@ -13,6 +13,7 @@ import numpy as np
 import eptc
 from benchmarks.cases import Case, feeds
 from benchmarks.contestants import ENGINE, Call, Contestant
+from benchmarks.exports import engine_folder
 from benchmarks.models import MODELS
 from benchmarks.places import Files
 
@@ -22,10 +23,11 @@ __all__ = ["export", "load"]
 def export(contestant: Contestant, files: Files, case: Case) -> None:
     """Compile the checkpoint; parity is the tests' affair, answers are compared here as well."""
     eptc.export(
-        files.checkpoint if contestant.name == ENGINE else files.zero,
+        files.zero if contestant.name == "base" else files.checkpoint,
         task=MODELS[case.model].task,
         base=files.base,
-        out=files.engine(contestant.name),
+        out=engine_folder(contestant, case, files),
+        precision=case.precision if contestant.name == ENGINE else "fp32",
         verify=False,
         force=True,
     )
@@ -33,7 +35,7 @@ def export(contestant: Contestant, files: Files, case: Case) -> None:
 
 def load(contestant: Contestant, files: Files, case: Case, threads: int) -> Call:
     """Return what runs the engine once, through its public methods."""
-    folder = files.engine(contestant.name)
+    folder = engine_folder(contestant, case, files)
     engine = eptc.Engine.load(folder, providers=["cpu"], threads=threads)
     inputs = feeds(case, files)
     if case.mode == "generate":

@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 
 from benchmarks.cases import Case
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import ENGINE, Contestant
 from benchmarks.places import Files
 from benchmarks.processes import Worker, WorkerError
 from benchmarks.settings import Settings
 
-__all__ = ["export"]
+__all__ = ["engine_folder", "export"]
 
 _LIMIT = 1800.0
 
@@ -25,7 +25,8 @@ def export(contestant: Contestant, case: Case, files: Files, settings: Settings)
     """
     if not contestant.exports:
         return None
-    mark = files.engine(contestant.name).with_suffix(".json")
+    folder = engine_folder(contestant, case, files)
+    mark = folder.with_name(f"{folder.name}.json")
     try:
         packages = _packages(contestant, settings)
         done = json.loads(mark.read_text()) if mark.is_file() else {}
@@ -43,11 +44,17 @@ def export(contestant: Contestant, case: Case, files: Files, settings: Settings)
     return reason
 
 
+def engine_folder(contestant: Contestant, case: Case, files: Files) -> Path:
+    """Return where a contestant keeps what it exported for a case."""
+    lossy = case.lossy and contestant.name == ENGINE
+    return files.engine(f"{contestant.name}-{case.precision}" if lossy else contestant.name)
+
+
 def _run(contestant: Contestant, case: Case, files: Files, settings: Settings) -> str | None:
-    folder = files.engine(contestant.name)
+    folder = engine_folder(contestant, case, files)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_suffix(".log")
+    log = folder.with_name(f"{folder.name}.log")
     try:
         with Worker(
             contestant.name, case, files, settings.environments, settings.threads, log

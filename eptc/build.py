@@ -6,60 +6,33 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
 from eptc.describe import OPSET, describe, write_texts
-from eptc.errors import OptionError
-from eptc.fitting import check_fit, task_config
 from eptc.ir import AdaptedModel
-from eptc.passes.narrow_weights import NarrowWeights
-from eptc.pipeline import (
-    OptimizeFor,
-    PassRecord,
-    Precision,
-    adapter_passes,
-    graph_passes,
-    run_adapter_passes,
-    run_graph_passes,
-)
-from eptc.planning import WRITERS, Plan, make_plan
+from eptc.job import Clock, Event, Job, Progress, Written
+from eptc.options import TARGETS, CalibrationMethod, Options
+from eptc.pipeline import PassRecord, adapter_passes, run_adapter_passes, run_graph_passes
+from eptc.planning import WRITERS, Plan
+from eptc.precision import SCHEMES, OptimizeFor, Precision
+from eptc.precision_plan import FILE as PLAN
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
 from eptc.skeletons import skeleton
-from eptc.tasks import Task, resolve
+from eptc.tasks import Task
 
 if TYPE_CHECKING:
-    from eptc.parity_gate import ParityReport, Verifier
+    from eptc.parity_gate import Verifier
 
 __all__ = ["TARGETS", "Bundle", "Event", "Options", "Written", "export", "plan", "precise_routes"]
 
-TARGETS = ("onnx",)
 # A log-probability gap below this can flip under other float32 arithmetic.
 SMALL_MARGIN = 1e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """How far the weights are written.
-
-    Args:
-        done: bytes written so far.
-        total: bytes in all.
-    """
-
-    done: int
-    total: int
-
-
-Event = str | PassRecord | Written
-Progress = Callable[[Event], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,100 +58,6 @@ class Bundle:
         return Engine.load(self.path, **options)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a build is asked for; `export` describes each."""
-
-    task: str | int
-    base: str | Path | None = None
-    target: str = "onnx"
-    tasks: Sequence[str] | None = None
-    top_k: int | None = None
-    task_spec: str | Path | None = None
-    probe: str | Path | None = None
-    precision: Precision = "fp32"
-    optimize_for: OptimizeFor = "cpu"
-    max_memory: int | None = None
-    verify: bool = True
-    allow_pickle: bool = False
-
-    def check(self) -> None:
-        """Raise OptionError for a value that no build can have."""
-        for name, value, known in (
-            ("target", self.target, TARGETS),
-            ("precision", self.precision, get_args(Precision)),
-            ("provider to optimize for", self.optimize_for, get_args(OptimizeFor)),
-        ):
-            if value not in known:
-                raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
-        if self.probe is not None and not self.verify:
-            raise OptionError("--probe was given together with --no-verify", fix="leave one out")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """A build whose inputs were read and go together; no weight was."""
-
-    options: Options
-    source: checkpoint.Checkpoint
-    task_id: int
-    config: Any
-    plan: Plan
-
-    @classmethod
-    def read(cls, ckpt: str | Path, options: Options) -> _Job:
-        options.check()
-        source = checkpoint.read(
-            Path(ckpt),
-            Path(options.base) if options.base is not None else None,
-            top_k=options.top_k,
-            tasks=options.tasks,
-            task_spec=Path(options.task_spec) if options.task_spec is not None else None,
-            allow_pickle=options.allow_pickle,
-        )
-        task_id = resolve(options.task, source.contents.tasks)
-        config = task_config(source, task_id)
-        check_fit(source, task_id, config)
-        plan = make_plan(
-            source, config, precision=options.precision, verify=options.verify,
-            max_memory=options.max_memory,
-        )  # fmt: skip
-        return cls(options, source, task_id, config, plan)
-
-    @property
-    def dtype(self) -> str | None:
-        """Type that folded weights are rounded to; None for each base weight's own."""
-        return None if self.options.precision == "keep" else "float32"
-
-    def bound(self, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
-        """Return the graphs with a model's weights, none of them read."""
-        found = skeleton(self.config, opset=OPSET, tied_head=self.source.base.tied_head)
-        graphs = found.copy_graphs()
-        lower.bind(graphs, model.weights)
-        return graphs
-
-    def graph_passes(self) -> list[Any]:
-        """Return the passes over the graphs."""
-        return graph_passes(self.options.optimize_for, self.options.precision)
-
-
-class _Clock:
-    """Wall time by stage; reports each stage as it starts."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._progress(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def export(
     ckpt: str | Path,
     *,
@@ -191,6 +70,14 @@ def export(
     task_spec: str | Path | None = None,
     probe: str | Path | None = None,
     precision: Precision = "fp32",
+    precision_plan: str | Path | None = None,
+    calibration: str | Path | None = None,
+    calibration_method: CalibrationMethod = "minmax",
+    data: str | Path | None = None,
+    max_drop: float | None = None,
+    max_flips: float | None = None,
+    search_evaluations: int = 100,
+    search_minutes: float | None = None,
     optimize_for: OptimizeFor = "cpu",
     max_memory: int | None = None,
     verify: bool = True,
@@ -210,8 +97,24 @@ def export(
         top_k: experts a task uses, where the checkpoint does not store it.
         task_spec: JSON file with prompts and labels of tasks that are not the published ones.
         probe: JSON lines file with examples to verify on; None for built-in text.
-        precision: `fp32`, or `keep`: matrices are stored in the base's own 16-bit type, folded
-            ones rounded to it once; the engine computes in float32.
+        precision: `fp32`; `keep`: matrices are stored in the base's own 16-bit type, folded ones
+            rounded to it once, and computed in float32; `fp16` and `bf16`: stored and computed in
+            16 bits where that is safe; `int8`: integers, activations quantised as they come;
+            `int8-static`: activations too by ranges seen on `calibration`; `int8-weights` and
+            `int4`: weights alone, in blocks; `auto`: for each weight what the budget allows.
+        precision_plan: JSON file with a level for each weight, as `precision.json` of a bundle
+            that was built with `auto`; with `auto`, instead of a search.
+        calibration: JSON lines file with texts to see the ranges of activations on; None, where
+            the precision does not demand it: `data`, `probe` or the built-in text.
+        calibration_method: how ranges follow from what was seen: `minmax`, `entropy` or
+            `percentile`.
+        data: JSON lines file with labelled examples that a lossy engine is scored on beside the
+            exact one.
+        max_drop: points (hundredths) of the task's metric that may be lost on `data`.
+        max_flips: share of the rows of `data` whose label may change where the exact engine is
+            sure. Where neither is given but `data` is, 0.01.
+        search_evaluations: engines that a search for `auto` may try.
+        search_minutes: wall time after which it takes the best plan so far; None: no limit.
         optimize_for: the execution provider whose kernels the graphs are fused for, `cpu` or
             `cuda`; `any`: standard operators only.
         max_memory: bytes that each process of the build may have resident; None: what is
@@ -227,7 +130,8 @@ def export(
 
     Raises:
         InputError: something about the input; nothing was written.
-        ParityError: the engine does not give the reference's answers; nothing was published.
+        ParityError: the engine does not give the reference's answers, or loses more of them than
+            its precision or the budget allows; nothing was published.
     """
     out = Path(out)
     bundle.check_place(
@@ -235,22 +139,22 @@ def export(
         force=force,
         inputs={
             "the checkpoint": ckpt, "the base model": base, "the probes": probe,
-            "the task description": task_spec,
+            "the task description": task_spec, "the precision plan": precision_plan,
+            "the calibration text": calibration, "the labelled data": data,
         },
     )  # fmt: skip
     options = Options(
-        task, base, target, tasks, top_k, task_spec, probe, precision, optimize_for, max_memory,
-        verify, allow_pickle,
+        task, base, target, tasks, top_k, task_spec, probe, precision, precision_plan, calibration,
+        calibration_method, data, max_drop, max_flips, search_evaluations, search_minutes,
+        optimize_for, max_memory, verify, allow_pickle,
     )  # fmt: skip
-    clock = _Clock(progress)
+    clock = Clock(progress)
     with contextlib.ExitStack() as stack:
         with clock.stage("read the checkpoint"):
-            job = _Job.read(ckpt, options)
+            job = Job.read(ckpt, options)
             source = job.source
-            examples = _examples(probe, source.contents.tasks[job.task_id])
-            tokenizer = text.find_tokenizer(source.path, source.base.path)
-            generation = text.generation_config(source.base.path)
-        verifier = stack.enter_context(_verifier(job, examples)) if verify else None
+            examples = _Examples.read(options, job.task)
+        verifier = stack.enter_context(_verifier(job, examples.probe)) if verify else None
         # Hashing takes one processor, tracing another.
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
         checked = pool.submit(source.check_base)
@@ -263,33 +167,41 @@ def export(
             model, records = _rewrite(job, verifier, layers, progress)
         with clock.stage("graph passes"):
             graphs = job.bound(model)
-            graph_records = run_graph_passes(graphs, job.graph_passes())
-            for record in graph_records:
-                progress(record)
-        records += graph_records
+            records += _told(run_graph_passes(graphs, job.graph_passes()), progress)
 
         draft = stack.enter_context(bundle.draft(out, force=force))
-        with clock.stage("write"):
-            digests = lower.write(
-                graphs, draft.path, threads=WRITERS, in_flight=job.plan.in_flight,
-                progress=lambda done, total: progress(Written(done, total)),
-            )  # fmt: skip
-            # Settings that config.json leaves out have the values transformers gives them.
-            settings = {**job.config.to_dict(), **model.config}
-            manifest = describe(
-                source, job.task_id, settings, generation, graphs, tokenizer, records,
-                precision=job.plan.stored, optimize_for=optimize_for,
-            )  # fmt: skip
-            write_texts(draft.path, source, model, generation, tokenizer)
-            manifest = bundle.write_manifest(draft.path, manifest, digests)
-        if verifier is not None:
-            with clock.stage("parity"):
-                report = verifier.prove(draft.path, layers, progress)
-                if not report.passed:
-                    _refuse(report, job, model, manifest, draft.path, verifier, layers)
-                bundle.write_json(draft.path / "parity.json", report.to_json())
-                manifest = dataclasses.replace(manifest, parity=report.summary())
-                manifest = bundle.write_manifest(draft.path, manifest)
+        writer = _Writer(job, model, clock, progress)
+        judge = None
+        if verify or data is not None:
+            from eptc.judge import Judge
+
+            judge = Judge(job, model, verifier, layers, clock, progress)
+        exact = None
+        if job.needs_exact:
+            exact = draft.path / "exact"
+            exact.mkdir()
+            manifest = writer.write(graphs, exact, records, "fp32")
+            if judge is not None:
+                judge.prove_exact(exact, manifest)
+        if job.scheme.lossy:
+            from eptc.lossy import lower_precision
+
+            with clock.stage("lower the precision"):
+                lowered = lower_precision(
+                    graphs, options, source.base.architecture, exact, texts=examples.texts,
+                    data=examples.data, progress=progress,
+                )  # fmt: skip
+            records += _told(lowered.records, progress)
+            bundle.write_json(draft.path / PLAN, lowered.report)
+        manifest = writer.write(graphs, draft.path, records, job.plan.stored)
+        if judge is not None:
+            if job.scheme.lossy:
+                judge.prove_lossy(draft.path, exact, examples.data)
+            else:
+                judge.prove_exact(draft.path, manifest)
+            manifest = judge.signed(draft.path, manifest)
+        if exact is not None:
+            shutil.rmtree(exact)
         draft.publish()
     notes = precise_routes(source, job.task_id)
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
@@ -305,7 +217,7 @@ def plan(ckpt: str | Path, **options: Any) -> Plan:
     Raises:
         InputError: something about the input.
     """
-    return _Job.read(ckpt, Options(**options)).plan
+    return Job.read(ckpt, Options(**options)).plan
 
 
 def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ...]:
@@ -324,16 +236,78 @@ def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ..
     return tuple(notes)
 
 
-def _examples(probe: str | Path | None, task: Task) -> list[Mapping[str, Any]] | None:
-    if probe is None:
-        return None
-    from eptc.parity_gate import read_examples
+@dataclasses.dataclass(frozen=True)
+class _Examples:
+    """The texts a build was given.
 
-    return read_examples(Path(probe), task)
+    Args:
+        probe: to verify on; None for the built-in ones.
+        data: labelled ones to score on; None where there are none.
+        texts: what ranges of activations are seen on.
+    """
+
+    probe: Sequence[Mapping[str, Any]] | None = None
+    data: Sequence[Mapping[str, Any]] | None = None
+    texts: Sequence[Mapping[str, Any]] = ()
+
+    @classmethod
+    def read(cls, options: Options, task: Task) -> _Examples:
+        if not (options.probe or options.data or SCHEMES[options.precision].calibrated):
+            return cls()
+        from eptc.parity_gate import builtin_examples, read_examples
+
+        def read(path: str | Path | None, *, labelled: bool = False) -> Any:
+            return None if path is None else read_examples(Path(path), task, labelled=labelled)
+
+        probe, data = read(options.probe), read(options.data, labelled=True)
+        calibration = read(options.calibration)
+        return cls(probe, data, calibration or data or probe or builtin_examples(task))
+
+
+def _told(records: Sequence[PassRecord], progress: Progress) -> Sequence[PassRecord]:
+    for record in records:
+        progress(record)
+    return records
+
+
+class _Writer:
+    """Writes engines of one model."""
+
+    def __init__(self, job: Job, model: AdaptedModel, clock: Clock, progress: Progress) -> None:
+        self._job = job
+        self._model = model
+        self._clock = clock
+        self._progress = progress
+        source = job.source
+        self._tokenizer = text.find_tokenizer(source.path, source.base.path)
+        self._generation = text.generation_config(source.base.path)
+
+    def write(
+        self,
+        graphs: Mapping[str, onnx_ir.Model],
+        directory: Path,
+        records: Sequence[PassRecord],
+        precision: str,
+    ) -> Manifest:
+        """Write a bundle that nobody has compared with anything."""
+        job, model = self._job, self._model
+        with self._clock.stage("write"):
+            digests = lower.write(
+                graphs, directory, threads=WRITERS, in_flight=job.plan.in_flight,
+                progress=lambda done, total: self._progress(Written(done, total)),
+            )  # fmt: skip
+            # Settings that config.json leaves out have the values transformers gives them.
+            settings = {**job.config.to_dict(), **model.config}
+            manifest = describe(
+                job.source, job.task_id, settings, self._generation, graphs, self._tokenizer,
+                records, precision=precision, optimize_for=job.options.optimize_for,
+            )  # fmt: skip
+            write_texts(directory, job.source, model, self._generation, self._tokenizer)
+            return bundle.write_manifest(directory, manifest, digests)
 
 
 @contextlib.contextmanager
-def _verifier(job: _Job, examples: Sequence[Mapping[str, Any]] | None) -> Iterator[Verifier]:
+def _verifier(job: Job, examples: Sequence[Mapping[str, Any]] | None) -> Iterator[Verifier]:
     """Give the reference side, in a process of its own where the plan says so."""
     from eptc.parity_gate import LocalVerifier, RemoteVerifier, Subject
 
@@ -348,7 +322,7 @@ def _verifier(job: _Job, examples: Sequence[Mapping[str, Any]] | None) -> Iterat
 
 
 def _rewrite(
-    job: _Job, verifier: Verifier | None, layers: dict[str, float], progress: Progress
+    job: Job, verifier: Verifier | None, layers: dict[str, float], progress: Progress
 ) -> tuple[AdaptedModel, list[PassRecord]]:
     """Run the adapter passes; with a reference, each is followed by the layer gate."""
     passes, task_id, model = adapter_passes(job.task_id, job.dtype), job.task_id, job.source.model
@@ -368,40 +342,3 @@ def _rewrite(
         progress(record)
 
     return run_adapter_passes(model, passes, task_id=task_id, probe=gate.probe, after=after)
-
-
-def _refuse(
-    report: ParityReport,
-    job: _Job,
-    model: AdaptedModel,
-    manifest: Manifest,
-    directory: Path,
-    verifier: Verifier,
-    layers: Mapping[str, float],
-) -> None:
-    """Raise ParityError and name the first step after which the engine is off.
-
-    Every linear and every weight agreed with the reference, so the graph is wrong: it is built
-    again with one graph pass more each time.
-    """
-    from eptc.parity_gate import refuse
-
-    steps = job.graph_passes()
-    guilty = f"the pass {steps[-1].name}"
-    written = {lower.WEIGHTS, *(graph.file for graph in manifest.graphs.values())}
-    for count in range(len(steps)):
-        graphs = job.bound(model)
-        # How weights are stored is part of what the reference is compared with.
-        storing = [step for step in steps[count:] if isinstance(step, NarrowWeights)]
-        run_graph_passes(graphs, [*steps[:count], *storing])
-        with tempfile.TemporaryDirectory(dir=directory) as folder:
-            trial = Path(folder)
-            for name in manifest.files:
-                if name not in written:
-                    shutil.copy(directory / name, trial / name)
-            lower.write(graphs, trial, in_flight=job.plan.in_flight)
-            bundle.write_manifest(trial, dataclasses.replace(manifest, files={}))
-            if not verifier.prove(trial, layers, lambda _: None).passed:
-                guilty = f"the pass {steps[count - 1].name}" if count else "the lowering"
-                break
-    refuse(report, f"{guilty} is the first step after which the engine is off: report this bug")

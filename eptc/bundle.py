@@ -188,7 +188,7 @@ def write_manifest(
         path.name: manifest.files.get(path.name)
         or FileRecord(known.get(path.name) or _sha256(path), path.stat().st_size)
         for path in sorted(directory.iterdir())
-        if path.name != MANIFEST
+        if path.name != MANIFEST and path.is_file()
     }
     manifest = dataclasses.replace(manifest, files=files)
     write_json(directory / MANIFEST, manifest.to_json())

@@ -120,6 +120,20 @@ def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _share(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Read a share such as `1%` or `0.01`."""
+    if value is None:
+        return None
+    number, percent = value.strip().removesuffix("%"), value.strip().endswith("%")
+    try:
+        return float(number) / (100 if percent else 1)
+    except ValueError:
+        option = str(parameter.name).replace("_", "-")
+        raise OptionError(
+            f"--{option} is {value!r}", expected="a share such as 1% or 0.01"
+        ) from None
+
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -184,10 +198,60 @@ def main() -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "keep"]),
+    type=click.Choice(
+        ["fp32", "keep", "fp16", "bf16", "int8", "int8-static", "int8-weights", "int4", "auto"]
+        + ["all"]
+    ),
     default="fp32",
     show_default=True,
-    help="keep: store matrices in the base's own 16-bit type.",
+    help="keep: store matrices in the base's own 16-bit type. fp16, bf16: compute in 16 bits. "
+    "int8: integers. int8-static: integers with ranges from --calibration. int8-weights, int4: "
+    "weights alone. auto: for each weight what --max-drop or --max-flips allows. all: build and "
+    "compare them.",
+)
+@click.option(
+    "--precision-plan",
+    type=_FOLDER,
+    help="With auto: JSON file with a level for each weight, instead of a search.",
+)
+@click.option(
+    "--calibration",
+    type=_FOLDER,
+    help="JSON lines file with texts to see the ranges of activations on.",
+)
+@click.option(
+    "--calibration-method",
+    type=click.Choice(["minmax", "entropy", "percentile"]),
+    default="minmax",
+    show_default=True,
+    help="How ranges follow from what was seen.",
+)
+@click.option(
+    "--data",
+    type=_FOLDER,
+    help="JSON lines file with labelled examples to score a lower precision on.",
+)
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="POINTS",
+    help="Points of the task's metric that may be lost on --data.",
+)
+@click.option(
+    "--max-flips",
+    metavar="SHARE",
+    callback=_share,
+    help="Share of --data, such as 1%, whose label may change where float32 is sure.",
+)
+@click.option(
+    "--search-evaluations",
+    type=int,
+    default=100,
+    show_default=True,
+    help="Engines that auto may try.",
+)
+@click.option(
+    "--search-minutes", type=float, help="Time after which auto takes the best plan so far."
 )
 @click.option(
     "--optimize-for",
@@ -226,9 +290,19 @@ def export(
     """Compile one task of the checkpoint CKPT into a verified engine.
 
     The engine is compared with the unfolded PyTorch model before it is published. Where they
-    differ, nothing is published and the exit code is 1.
+    differ, nothing is published and the exit code is 1. Below float32 that holds for the engine
+    before its precision is lowered; what is lost then is bounded for each precision, and by
+    --max-drop and --max-flips on --data.
     """
     options |= {"task": task, "target": target, "verify": not no_verify}
+    if options["precision"] == "all":
+        if dry_run or force:
+            raise OptionError(
+                f"--precision all was given together with {'--dry-run' if dry_run else '--force'}",
+                fix="leave one out",
+            )
+        _export_all(ckpt, out, verbose, as_json, options)
+        return
     if dry_run:
         plan = eptc.plan(ckpt, **options)
         click.echo(json.dumps(plan.to_json()) if as_json else _predicted(plan))
@@ -256,15 +330,43 @@ def export(
     for warning in bundle.warnings:
         click.echo(f"eptc: warning: {warning}", err=True)
     size = sum(record.size for record in bundle.manifest.files.values())
-    if parity["verified"]:
-        click.echo(
-            f"parity passed: {parity['tensors']} tensors, largest error "
-            f"{parity['largest_error']:.2g} (allowed {parity['its_bound']:.2g}); "
-            f"{parity['decisions']} decisions, {parity['flips']} flips"
-        )
-    else:
+    if not parity["verified"]:
         click.echo("NOT VERIFIED: --no-verify was given, and the manifest says so")
+    for name, found in (("parity before lowering", parity.get("exact")), ("parity", parity)):
+        if found and found["verified"]:
+            click.echo(
+                f"{name} passed: {found['tensors']} tensors, largest error "
+                f"{found['largest_error']:.2g} (allowed {found['its_bound']:.2g}); "
+                f"{found['decisions']} decisions, {found['flips']} flips"
+            )
+    if scores := parity.get("scores"):
+        low, high = (100 * points for points in scores["drop_interval"])
+        click.echo(
+            f"{scores['metric']} {scores['engine']:.4f} of {scores['reference']:.4f} on "
+            f"{scores['rows']} rows: {100 * scores['drop']:.2f} points lost ({low:.2f} to "
+            f"{high:.2f}); {scores['flips']} labels changed, {scores['flips_beyond_noise']} where "
+            "float32 is sure" + ("" if scores["claimed"] else "; too few rows for a claim")
+        )
     click.echo(f"{bundle.path}: {_bytes(size)}, {sum(bundle.seconds.values()):.1f} s")
+
+
+def _export_all(
+    ckpt: Path, out: Path | None, verbose: bool, as_json: bool, options: dict[str, Any]
+) -> None:
+    """Build every precision and print them side by side."""
+    if out is None:
+        raise click.UsageError("Missing option '-o' / '--out'.")
+    del options["precision"]
+    with _progress(as_json, verbose) as progress:
+        comparison = eptc.compare_precisions(ckpt, out=out, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(comparison.to_json()))
+        return
+    from eptc.tables import print_comparison
+
+    print_comparison(comparison)
+    click.echo(f"{comparison.path}: comparison.md, comparison.json, comparison.svg, and a bundle "
+               "for each precision")  # fmt: skip
 
 
 @main.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import onnx
@@ -15,6 +15,7 @@ from eptc.errors import EptcError, InternalError, ParityError
 from eptc.ir import AdaptedModel
 from eptc.linear_probe import LinearProbe
 from eptc.pass_base import AdapterPass, GraphPass
+from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
@@ -23,22 +24,25 @@ from eptc.passes.fuse_rotary import FuseRotary
 from eptc.passes.gather_early import GatherEarly
 from eptc.passes.narrow_weights import NarrowWeights
 from eptc.passes.pack_projections import PackProjections
+from eptc.passes.quantize_int8_dynamic import QuantizeInt8Dynamic
+from eptc.passes.quantize_int8_static import QuantizeInt8Static
+from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
+from eptc.precision import OptimizeFor, Precision
+from eptc.precision_plan import PrecisionPlan
 from eptc.tensors import unit_roundoff
 
 __all__ = [
-    "OptimizeFor",
     "PassRecord",
-    "Precision",
+    "Ranges",
+    "Step",
     "adapter_passes",
     "graph_passes",
+    "lossy_passes",
     "run_adapter_passes",
     "run_graph_passes",
 ]
-
-OptimizeFor = Literal["any", "cpu", "cuda"]
-Precision = Literal["fp32", "keep"]
 
 
 def adapter_passes(task_id: int, dtype: str | None = "float32") -> list[AdapterPass]:
@@ -58,12 +62,12 @@ def adapter_passes(task_id: int, dtype: str | None = "float32") -> list[AdapterP
 def graph_passes(
     optimize_for: OptimizeFor = "cpu", precision: Precision = "fp32"
 ) -> list[GraphPass]:
-    """Return the passes over each ONNX graph, in order.
+    """Return the exact passes over each ONNX graph, in order.
 
     Args:
         optimize_for: the execution provider whose kernels the graphs are fused for; `any`:
             standard operators only, which every runtime has.
-        precision: `fp32`, or `keep` for weights in the 16-bit type they came in.
+        precision: with `keep`, weights are stored in the 16-bit type they came in.
     """
     fusions: dict[OptimizeFor, list[GraphPass]] = {
         "any": [],
@@ -86,6 +90,54 @@ def graph_passes(
         *([NarrowWeights()] if precision == "keep" else []),
         StableNames(),  # last: nothing after it may add a node or a name
     ]
+
+
+# A pass for all graphs of an engine, or one for each.
+Step = GraphPass | Mapping[str, GraphPass]
+Ranges = Mapping[str, Mapping[str, tuple[float, float]]]
+
+
+def lossy_passes(
+    precision: Precision,
+    optimize_for: OptimizeFor,
+    *,
+    keep: tuple[str, ...] = (),
+    ranges: Ranges | None = None,
+    plan: PrecisionPlan | None = None,
+) -> list[Step]:
+    """Return the passes that lower the precision of exact graphs, in order.
+
+    Args:
+        precision: what to.
+        optimize_for: where the engine will run.
+        keep: weights that stay float32.
+        ranges: least and largest number of each value that was observed, by graph, where the
+            precision is a calibrated one.
+        plan: for `auto`, what each weight is stored as.
+    """
+    steps: list[Step]
+    if precision in ("fp16", "bf16"):
+        assert ranges is not None
+        dtype = "float16" if precision == "fp16" else "bfloat16"
+        steps = [{key: CastHalf(dtype, found, keep=keep) for key, found in ranges.items()}]
+    elif precision == "int8-static":
+        assert ranges is not None
+        # TensorRT takes no zero points; ONNX Runtime's CPU kernels want them for activations.
+        symmetric = optimize_for != "cpu"
+        steps = [
+            {key: QuantizeInt8Static(found, symmetric, keep=keep) for key, found in ranges.items()}
+        ]
+    elif plan is not None:
+        steps = [
+            QuantizeWeights(bits=4, only=plan.of("int4"), keep=keep),
+            QuantizeInt8Dynamic(only=plan.of("int8"), keep=keep),
+        ]
+    elif precision == "int8":
+        steps = [QuantizeInt8Dynamic(keep=keep)]
+    else:
+        steps = [QuantizeWeights(bits=4 if precision == "int4" else 8, keep=keep)]
+    # New nodes and initializers get names of their own, and their place.
+    return [*steps, StableNames()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +225,7 @@ def run_adapter_passes(
 
 
 def run_graph_passes(
-    graphs: Mapping[str, onnx_ir.Model], passes: Sequence[GraphPass | Mapping[str, GraphPass]]
+    graphs: Mapping[str, onnx_ir.Model], passes: Sequence[Step]
 ) -> list[PassRecord]:
     """Run passes over every graph in place.
 

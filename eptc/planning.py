@@ -12,7 +12,7 @@ from eptc.checkpoint import Checkpoint
 from eptc.errors import OptionError
 from eptc.lower import IN_FLIGHT
 from eptc.machine import available_memory
-from eptc.pipeline import Precision
+from eptc.precision import Precision
 from eptc.tensors import LazyTensor, numpy_dtype
 
 __all__ = ["WRITERS", "Plan", "Verification", "make_plan"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_bench", "print_inspection"]
+if TYPE_CHECKING:
+    from eptc.comparison import Comparison
+
+__all__ = ["print_bench", "print_comparison", "print_inspection"]
 
 # In a pipe nothing is cut off to fit a screen.
 _UNCUT = 10_000
@@ -32,6 +35,22 @@ def print_bench(report: Mapping[str, Any]) -> None:
             f"{shape['median_ms']:.2f}", f"{shape['p95_ms']:.2f}", f"{shape[rate]:.1f}",
         )  # fmt: skip
     console.print(table)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print what `--precision all` made, one precision a line."""
+    from eptc.comparison import table
+
+    console = _console()
+    heads, lines = table(comparison)
+    found = Table(*heads)
+    for line in lines:
+        if any(line[2:]):
+            found.add_row(*line)
+    console.print(found)
+    for line in lines:
+        if not any(line[2:]):
+            console.print(f"{line[0]}: no engine: {line[1]}", soft_wrap=True)
 
 
 def print_inspection(report: Mapping[str, Any]) -> None:

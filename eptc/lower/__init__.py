@@ -10,6 +10,6 @@
 
 from eptc.lower.bind import bind
 from eptc.lower.trace import expected_parameters, trace
-from eptc.lower.write import IN_FLIGHT, WEIGHTS, write
+from eptc.lower.write import IN_FLIGHT, WEIGHTS, WeightsFile, write
 
-__all__ = ["IN_FLIGHT", "WEIGHTS", "bind", "expected_parameters", "trace", "write"]
+__all__ = ["IN_FLIGHT", "WEIGHTS", "WeightsFile", "bind", "expected_parameters", "trace", "write"]

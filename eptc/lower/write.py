@@ -16,7 +16,7 @@ from eptc.errors import InternalError
 from eptc.lower.weights import WeightTensor
 from eptc.tensors import Array
 
-__all__ = ["IN_FLIGHT", "WEIGHTS", "write"]
+__all__ = ["IN_FLIGHT", "WEIGHTS", "WeightsFile", "write"]
 
 WEIGHTS = "weights.bin"
 
@@ -40,6 +40,49 @@ class _Slot:
     tensor: ir.TensorProtocol
     offset: int
     length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFile:
+    """A written `weights.bin`: any graph of tensors that are in it can be written beside it.
+
+    Args:
+        sha256: hex digest of its content.
+        slots: where each tensor lies.
+    """
+
+    sha256: str
+    slots: Mapping[Hashable, _Slot]
+
+    @classmethod
+    def write(
+        cls,
+        graphs: Mapping[str, ir.Model],
+        directory: Path,
+        *,
+        threads: int = 1,
+        in_flight: int = IN_FLIGHT,
+        progress: Callable[[int, int], None] = lambda _, __: None,
+    ) -> WeightsFile:
+        """Write every distinct tensor of some graphs once; arguments as for `write`."""
+        slots = _plan(graphs)
+        total = sum(slot.length for slot in slots.values())
+        written, digest = 0, hashlib.sha256()
+        with (directory / WEIGHTS).open("wb") as file:
+            for slot, array in _computed(list(slots.values()), threads, in_flight):
+                for piece in _pieces(slot, array, file.tell()):
+                    file.write(piece)
+                    digest.update(piece)
+                del array, piece  # before the next one is asked for
+                written += slot.length
+                progress(written, total)
+        return cls(digest.hexdigest(), slots)
+
+    def write_graph(self, model: ir.Model, path: Path) -> str:
+        """Write a graph whose weights are in this file; return its SHA-256 (hex)."""
+        content = _serialize(model, self.slots)
+        path.write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
 
 
 def write(
@@ -69,22 +112,12 @@ def write(
     Raises:
         InternalError: a graph has a weight that was never bound.
     """
-    slots = _plan(graphs)
-    total = sum(slot.length for slot in slots.values())
-    written, digest = 0, hashlib.sha256()
-    with (directory / WEIGHTS).open("wb") as file:
-        for slot, array in _computed(list(slots.values()), threads, in_flight):
-            for piece in _pieces(slot, array, file.tell()):
-                file.write(piece)
-                digest.update(piece)
-            del array, piece  # before the next one is asked for
-            written += slot.length
-            progress(written, total)
-    digests = {WEIGHTS: digest.hexdigest()}
+    weights = WeightsFile.write(
+        graphs, directory, threads=threads, in_flight=in_flight, progress=progress
+    )
+    digests = {WEIGHTS: weights.sha256}
     for name, model in graphs.items():
-        content = _serialize(model, slots)
-        (directory / f"{name}.onnx").write_bytes(content)
-        digests[f"{name}.onnx"] = hashlib.sha256(content).hexdigest()
+        digests[f"{name}.onnx"] = weights.write_graph(model, directory / f"{name}.onnx")
     return digests
 
 

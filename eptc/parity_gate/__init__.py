@@ -1,24 +1,32 @@
 """The parity gate: the engine against an independent PyTorch reference; a failure is fatal."""
 
+from eptc.parity_gate.answers import Answers, Budget, answers, compare_answers, right_answers
 from eptc.parity_gate.gate import make_probes, prove, refuse
 from eptc.parity_gate.layers import LayerGate
-from eptc.parity_gate.probes import read_examples
+from eptc.parity_gate.probes import Example, builtin_examples, read_examples
 from eptc.parity_gate.recheck import parity
 from eptc.parity_gate.reference import load_reference
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier, RemoteVerifier, Subject, Verifier
 
 __all__ = [
+    "Answers",
+    "Budget",
+    "Example",
     "LayerGate",
     "LocalVerifier",
     "ParityReport",
     "RemoteVerifier",
     "Subject",
     "Verifier",
+    "answers",
+    "builtin_examples",
+    "compare_answers",
     "load_reference",
     "make_probes",
     "parity",
     "prove",
     "read_examples",
     "refuse",
+    "right_answers",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FP32", "Bound", "Comparison", "compare", "not_run"]
+__all__ = ["FP32", "Bound", "Comparison", "bound_of", "compare", "not_run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,13 @@ class Bound:
         relative: fraction of the tensor's largest magnitude.
         floor: magnitude below which the bound shrinks no further.
         why: where the numbers come from.
+        cosine: smallest cosine of the angle between both tensors.
     """
 
     relative: float
     floor: float
     why: str
+    cosine: float = -1.0
 
     def absolute(self, sizes: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return the bound of elements that belong to tensors, or rows, of these magnitudes."""
@@ -40,6 +42,24 @@ FP32 = Bound(
 )
 
 
+_LOSSY = "what the type loses over the tested models, with room for others; a fault in the graph "
+_LOSSY += "moves logits by as much as they are large"
+_BY_PRECISION = {
+    "fp16": Bound(1e-2, 1.0, _LOSSY, 0.9995),
+    "bf16": Bound(8e-2, 1.0, _LOSSY, 0.995),
+    "int8": Bound(0.25, 1.0, _LOSSY, 0.97),
+    "int8-static": Bound(0.4, 1.0, _LOSSY, 0.93),
+    "int8-weights": Bound(5e-2, 1.0, _LOSSY, 0.999),
+    "int4": Bound(0.5, 1.0, _LOSSY, 0.9),
+    "mixed": Bound(0.5, 1.0, _LOSSY, 0.9),
+}
+
+
+def bound_of(precision: str) -> Bound:
+    """Return the bound of the outputs of an engine of some precision."""
+    return _BY_PRECISION.get(precision, FP32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """One tensor against its reference.
@@ -53,6 +73,7 @@ class Comparison:
         got: its value.
         want: the reference's.
         cosine: of the angle between both, flattened.
+        least_cosine: the smallest that passes.
     """
 
     what: str
@@ -63,11 +84,13 @@ class Comparison:
     got: float
     want: float
     cosine: float
+    least_cosine: float = -1.0
 
     @property
     def passed(self) -> bool:
-        """Whether the worst element is within the bound; a NaN never is."""
-        return self.error <= self.bound
+        """Whether the worst element and the cosine are within the bound; a NaN never is."""
+        turned = self.least_cosine > -1 and not self.cosine >= self.least_cosine
+        return self.error <= self.bound and not turned
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values; what is not finite becomes a string."""
@@ -84,7 +107,8 @@ class Comparison:
         return (
             f"{self.what} {list(self.shape)}: element {list(self.worst)} is {self.got:.7g}, the "
             f"reference has {self.want:.7g}: off by {self.error:.3g}, allowed {self.bound:.3g} "
-            f"(cosine {self.cosine:.6f})"
+            f"(cosine {self.cosine:.6f}"
+            + (f", at least {self.least_cosine:g})" if self.least_cosine > -1 else ")")
         )
 
 
@@ -138,6 +162,8 @@ def compare(
         float(a[worst]),
         float(b[worst]),
         _cosine(a, b),
+        # Of an angle between single numbers only the sign is left.
+        bound.cosine if a.shape[-1] > 1 else -1.0,
     )
 
 

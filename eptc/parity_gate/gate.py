@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eptc.errors import InputError, InternalError, ParityError
 from eptc.nn import EptModel
-from eptc.parity_gate.compare import FP32, Comparison, not_run
+from eptc.parity_gate.compare import Bound, Comparison, bound_of, not_run
 from eptc.parity_gate.interface import (
     Tokenizes,
     check_layout,
@@ -136,22 +136,23 @@ def prove(
     files = [graph.file for graph in engine.manifest.graphs.values()]
     weights = check_weights(directory, files, reference, task_id)
     probes, tokenized = make_probes(engine, reference, task_id, tokenizer, examples)
-    report = ParityReport((), FP32, dict(layers or {}), weights, (), (), tokenized)
+    bound = bound_of(engine.manifest.precision)
+    report = ParityReport((), bound, dict(layers or {}), weights, (), (), tokenized)
     for probe in probes:
         progress(f"parity: {probe.name}")
-        report = with_outcomes(report, probe, _outcomes(engine, reference, task, probe))
+        report = with_outcomes(report, probe, _outcomes(engine, reference, task, probe, bound))
         if not report.passed:
             break
     return report
 
 
 def _outcomes(
-    engine: Engine, reference: EptModel, task: str, probe: Probe
+    engine: Engine, reference: EptModel, task: str, probe: Probe, bound: Bound
 ) -> list[Comparison | Decision]:
     """Return a probe's outcomes; an engine that cannot run it has failed it."""
     outcomes: list[Comparison | Decision] = []
     try:
-        for outcome in check_outputs(engine, reference, task, probe, FP32):
+        for outcome in check_outputs(engine, reference, task, probe, bound):
             outcomes.append(outcome)  # noqa: PERF402  # what came before an error counts
     except (InputError, InternalError) as error:
         outcomes.append(not_run(f"{probe.name}: the engine does not run: {error.found}"))

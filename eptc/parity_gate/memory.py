@@ -64,10 +64,11 @@ def verified_by_block(source: Checkpoint, precision: str, limit: int | None) -> 
 
     Args:
         source: the checkpoint; no tensor is read.
-        precision: what the engine's matrices are stored as, `fp32` or another.
+        precision: what the engine's matrices are stored as.
         limit: bytes that may be used beyond what the process holds already; None: any number.
     """
-    return precision != "fp32" or (limit is not None and whole_model_bytes(source) > limit)
+    narrow = precision in ("fp16-weights", "bf16-weights")
+    return narrow or (limit is not None and whole_model_bytes(source) > limit)
 
 
 def _beside(source: Checkpoint) -> int:

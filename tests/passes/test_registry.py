@@ -17,13 +17,12 @@ from eptc.ir import AdaptedModel
 from eptc.linear_probe import LinearProbe
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.pipeline import (
-    OptimizeFor,
-    Precision,
     adapter_passes,
     check_graph,
     graph_passes,
     run_adapter_passes,
 )
+from eptc.precision import OptimizeFor, Precision
 from eptc.registry import PASSES, find_pass, passes_table
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,132 @@
+"""A build: what it was asked for, what it reads, how it reports on itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+
+from eptc import checkpoint, lower
+from eptc.describe import OPSET
+from eptc.fitting import check_fit, task_config
+from eptc.ir import AdaptedModel
+from eptc.options import Options
+from eptc.pipeline import PassRecord, graph_passes
+from eptc.planning import Plan, make_plan
+from eptc.precision import SCHEMES, Scheme
+from eptc.skeletons import skeleton
+from eptc.tasks import Task, resolve
+
+__all__ = ["Clock", "Event", "Job", "Progress", "Written"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """How far the weights are written.
+
+    Args:
+        done: bytes written so far.
+        total: bytes in all.
+    """
+
+    done: int
+    total: int
+
+
+Event = str | PassRecord | Written
+Progress = Callable[[Event], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A build whose inputs were read and go together; no weight was."""
+
+    options: Options
+    source: checkpoint.Checkpoint
+    task_id: int
+    config: Any
+    plan: Plan
+
+    @classmethod
+    def read(cls, ckpt: str | Path, options: Options) -> Job:
+        """Read what a build needs to know; raise InputError where something does not fit."""
+        options.check()
+        source = checkpoint.read(
+            Path(ckpt),
+            Path(options.base) if options.base is not None else None,
+            top_k=options.top_k,
+            tasks=options.tasks,
+            task_spec=Path(options.task_spec) if options.task_spec is not None else None,
+            allow_pickle=options.allow_pickle,
+        )
+        task_id = resolve(options.task, source.contents.tasks)
+        options.check_task(source.contents.tasks[task_id])
+        config = task_config(source, task_id)
+        check_fit(source, task_id, config)
+        plan = make_plan(
+            source, config, precision=options.precision, verify=options.verify,
+            max_memory=options.max_memory,
+        )  # fmt: skip
+        return cls(options, source, task_id, config, plan)
+
+    @property
+    def task(self) -> Task:
+        """The task that is compiled."""
+        return self.source.contents.tasks[self.task_id]
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the precision asked for means."""
+        return SCHEMES[self.options.precision]
+
+    @property
+    def dtype(self) -> str | None:
+        """Type that folded weights are rounded to; None for each base weight's own.
+
+        What becomes integers is not rounded before: each pass rounds float64 once.
+        """
+        if self.options.precision == "keep":
+            return None
+        return "float64" if self.scheme.integers else "float32"
+
+    @property
+    def needs_exact(self) -> bool:
+        """Whether the float32 engine is written first: to be proven, or to be run on text."""
+        whole = self.plan.verification == "whole model"
+        return self.scheme.lossy and (
+            whole or self.scheme.calibrated or self.options.data is not None
+        )
+
+    def bound(self, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
+        """Return the graphs with a model's weights, none of them read."""
+        found = skeleton(self.config, opset=OPSET, tied_head=self.source.base.tied_head)
+        graphs = found.copy_graphs()
+        lower.bind(graphs, model.weights)
+        return graphs
+
+    def graph_passes(self) -> list[Any]:
+        """Return the passes over the graphs."""
+        return graph_passes(self.options.optimize_for, self.options.precision)
+
+
+class Clock:
+    """Wall time by stage; reports each stage as it starts."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time until the end of the block to a stage."""
+        self._progress(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

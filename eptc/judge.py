@@ -1,0 +1,163 @@
+"""The verdict on what a build wrote; what does not pass is never published."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eptc import bundle, lower
+from eptc.ir import AdaptedModel
+from eptc.job import Clock, Job, Progress
+from eptc.lossy import budget_of
+from eptc.parity_gate import (
+    Example,
+    ParityReport,
+    Verifier,
+    answers,
+    compare_answers,
+    refuse,
+    right_answers,
+)
+from eptc.parity_gate.simulate import simulated
+from eptc.passes.narrow_weights import NarrowWeights
+from eptc.pipeline import run_graph_passes
+from eptc.runtime import Engine
+from eptc.runtime.manifest import Manifest
+
+__all__ = ["Judge"]
+
+_SIMULATED = (
+    "simulated: in float32, every 16-bit value rounded to 16 bits; a CPU that computes the engine "
+    "in float32 would prove nothing"
+)
+
+
+class Judge:
+    """Compares what was written with the reference; what does not pass is never published."""
+
+    def __init__(
+        self,
+        job: Job,
+        model: AdaptedModel,
+        verifier: Verifier | None,
+        layers: Mapping[str, float],
+        clock: Clock,
+        progress: Progress,
+    ) -> None:
+        self._job = job
+        self._model = model
+        self._verifier = verifier
+        self._layers = layers
+        self._clock = clock
+        self._progress = progress
+        self._exact: ParityReport | None = None
+        self._lossy: ParityReport | None = None
+        self._scores: dict[str, Any] | None = None
+
+    def prove_exact(self, directory: Path, manifest: Manifest) -> None:
+        """Prove an engine in float32; the first step that is off is named where one is."""
+        if self._verifier is None:
+            return
+        with self._clock.stage("parity"):
+            report = self._verifier.prove(directory, self._layers, self._progress)
+            if not report.passed:
+                _refuse(
+                    report, self._job, self._model, manifest, directory, self._verifier,
+                    self._layers,
+                )  # fmt: skip
+        self._exact = report
+
+    def prove_lossy(
+        self, directory: Path, exact: Path | None, data: Sequence[Example] | None
+    ) -> None:
+        """Compare an engine of lower precision with the reference, and on data with the exact."""
+        if self._verifier is None and data is None:
+            return
+        with contextlib.ExitStack() as stack, self._clock.stage("parity"):
+            if self._job.scheme.simulated:
+                twin = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory)))
+                simulated(directory, twin)
+                directory = twin
+            if self._verifier is not None:
+                report = self._verifier.prove(directory, self._layers, self._progress)
+                refuse(
+                    report,
+                    f"{self._job.options.precision} loses more on this model than it may: choose "
+                    "a precision that loses less, or --precision auto with a budget",
+                )
+                self._lossy = report
+            if data is not None and exact is not None:
+                self._progress("score")
+                self._scores = _scores(exact, directory, data)
+                budget_of(self._job.options).check(self._scores, self._job.options.precision)
+
+    def signed(self, directory: Path, manifest: Manifest) -> Manifest:
+        """Write down what was compared; return the manifest with its summary."""
+        last = self._lossy or self._exact
+        summary: dict[str, Any] = {"verified": False}
+        if last is not None:
+            details, summary = last.to_json(), last.summary()
+            if self._lossy is not None and self._exact is not None:
+                details["exact"] = self._exact.to_json()
+                summary["exact"] = self._exact.summary()
+            if self._scores is not None:
+                details["scores"] = self._scores
+            if self._job.scheme.simulated:
+                details["engine"] = summary["engine"] = _SIMULATED
+            bundle.write_json(directory / "parity.json", details)
+        elif self._scores is None:
+            return manifest
+        if self._scores is not None:
+            summary["scores"] = self._scores
+        return bundle.write_manifest(directory, dataclasses.replace(manifest, parity=summary))
+
+
+def _scores(exact: Path, lossy: Path, data: Sequence[Example]) -> dict[str, Any]:
+    """Return how the answers of two bundles compare on labelled examples."""
+    found = []
+    for folder in (exact, lossy):
+        with Engine.load(folder, providers=["cpu"]) as engine:
+            found.append(answers(engine, data))
+            task = engine.task
+    assert task is not None
+    return compare_answers(task, found[0], found[1], right_answers(task, data))
+
+
+def _refuse(
+    report: ParityReport,
+    job: Job,
+    model: AdaptedModel,
+    manifest: Manifest,
+    directory: Path,
+    verifier: Verifier,
+    layers: Mapping[str, float],
+) -> None:
+    """Raise ParityError and name the first step after which the engine is off.
+
+    Every linear and every weight agreed with the reference, so the graph is wrong: it is built
+    again with one graph pass more each time.
+    """
+    steps = job.graph_passes()
+    guilty = f"the pass {steps[-1].name}"
+    written = {lower.WEIGHTS, *(graph.file for graph in manifest.graphs.values())}
+    for count in range(len(steps)):
+        graphs = job.bound(model)
+        # How weights are stored is part of what the reference is compared with.
+        storing = [step for step in steps[count:] if isinstance(step, NarrowWeights)]
+        run_graph_passes(graphs, [*steps[:count], *storing])
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            trial = Path(folder)
+            for name in manifest.files:
+                if name not in written:
+                    shutil.copy(directory / name, trial / name)
+            lower.write(graphs, trial, in_flight=job.plan.in_flight)
+            bundle.write_manifest(trial, dataclasses.replace(manifest, files={}))
+            if not verifier.prove(trial, layers, lambda _: None).passed:
+                guilty = f"the pass {steps[count - 1].name}" if count else "the lowering"
+                break
+    refuse(report, f"{guilty} is the first step after which the engine is off: report this bug")

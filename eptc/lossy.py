@@ -1,0 +1,127 @@
+"""From exact graphs to lower precision: which passes, what they need to know, what they did."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+
+from eptc.architectures import Architecture
+from eptc.errors import InternalError
+from eptc.options import Options
+from eptc.parity_gate import Budget, Example
+from eptc.pipeline import PassRecord, Step, lossy_passes, run_graph_passes
+from eptc.precision import SCHEMES
+from eptc.precision_plan import PrecisionPlan, stored_weights
+from eptc.search import levels, search
+
+__all__ = ["Lowered", "budget_of", "lower_precision"]
+
+Progress = Callable[[Any], None]
+Graphs = Mapping[str, onnx_ir.Model]
+
+_HEAD = "the head that decides is small, and each error in it is an error of the answer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """What lowering the precision of some graphs came to.
+
+    Args:
+        records: what the passes did.
+        report: the content of the bundle's `precision.json`.
+    """
+
+    records: Sequence[PassRecord]
+    report: Mapping[str, Any]
+
+
+def budget_of(options: Options) -> Budget:
+    """Return what an engine may cost on labelled data.
+
+    Where nothing is said, one label in a hundred may change where the reference is sure.
+    """
+    given = options.max_drop is not None or options.max_flips is not None
+    return Budget(options.max_drop, options.max_flips) if given else Budget()
+
+
+def lower_precision(
+    graphs: Graphs,
+    options: Options,
+    architecture: Architecture,
+    exact: Path | None,
+    *,
+    texts: Sequence[Example],
+    data: Sequence[Example] | None,
+    progress: Progress,
+) -> Lowered:
+    """Lower the precision of exact graphs, in place.
+
+    Args:
+        graphs: the graphs after every exact pass, their weights bound.
+        options: what the build was asked for.
+        architecture: the model's.
+        exact: the bundle of the same graphs in float32; None where none was written.
+        texts: what the ranges of activations are seen on.
+        data: labelled texts that a plan is searched on.
+        progress: called with what is being done.
+
+    Raises:
+        InputError: a plan or a text that cannot be used.
+        ParityError: no plan keeps the budget.
+    """
+    kept = dict.fromkeys(_heads(graphs, architecture), _HEAD)
+    plan, ranges, report = None, None, {}
+    if options.precision == "auto":
+        plan, report = _planned(graphs, options, exact, kept, data, progress)
+    elif SCHEMES[options.precision].calibrated:
+        ranges = _observed(graphs, options, exact, texts, progress)
+    steps = lossy_passes(
+        options.precision, options.optimize_for, keep=tuple(kept), ranges=ranges, plan=plan
+    )
+    if SCHEMES[options.precision].simulated:
+        kept |= {
+            what: why
+            for key, step in steps[0].items()
+            for what, why in step.plan(graphs[key]).items()
+        }
+    records = run_graph_passes(graphs, steps)
+    stored = PrecisionPlan(stored_weights(graphs))
+    return Lowered(records, {**stored.to_json(), "stays_float32": kept, **report})
+
+
+def _heads(graphs: Graphs, architecture: Architecture) -> list[str]:
+    """Return the matrices of a classifier's head: those outside of the bare model."""
+    if architecture.kind != "encoder-classifier":
+        return []
+    names = {name for graph in graphs.values() for name in stored_weights({"": graph})}
+    return sorted(name for name in names if not name.startswith(f"{architecture.prefix}."))
+
+
+def _planned(
+    graphs: Graphs,
+    options: Options,
+    exact: Path | None,
+    kept: Mapping[str, str],
+    data: Sequence[Example] | None,
+    progress: Progress,
+) -> tuple[PrecisionPlan, Mapping[str, Any]]:
+    """Return the plan of a file, or search for one."""
+
+    def passes(plan: PrecisionPlan) -> list[Step]:
+        return lossy_passes("auto", options.optimize_for, keep=tuple(kept), plan=plan)
+
+    if options.precision_plan is not None:
+        plan = PrecisionPlan.read(Path(options.precision_plan))
+        plan.check_names(levels(graphs, passes))
+        return plan, {}
+    if exact is None or data is None:
+        raise InternalError("a plan is searched without an exact engine or without data")
+    found = search(
+        graphs, exact, passes, data, budget_of(options), evaluations=options.search_evaluations,
+        minutes=options.search_minutes, progress=progress,
+    )  # fmt: skip
+    return found.plan, {"search": found.record}

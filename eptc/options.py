@@ -1,0 +1,143 @@
+"""What a build is asked for, checked before anything is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from eptc.errors import OptionError
+from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
+from eptc.tasks import Task
+
+__all__ = ["TARGETS", "CalibrationMethod", "Options"]
+
+TARGETS = ("onnx",)
+CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a build is asked for; `export` describes each."""
+
+    task: str | int
+    base: str | Path | None = None
+    target: str = "onnx"
+    tasks: Sequence[str] | None = None
+    top_k: int | None = None
+    task_spec: str | Path | None = None
+    probe: str | Path | None = None
+    precision: Precision = "fp32"
+    precision_plan: str | Path | None = None
+    calibration: str | Path | None = None
+    calibration_method: CalibrationMethod = "minmax"
+    data: str | Path | None = None
+    max_drop: float | None = None
+    max_flips: float | None = None
+    search_evaluations: int = 100
+    search_minutes: float | None = None
+    optimize_for: OptimizeFor = "cpu"
+    max_memory: int | None = None
+    verify: bool = True
+    allow_pickle: bool = False
+
+    def check(self) -> None:
+        """Raise OptionError for a value that no build can have, or two that contradict."""
+        for name, value, known in (
+            ("target", self.target, TARGETS),
+            ("precision", self.precision, get_args(Precision)),
+            ("provider to optimize for", self.optimize_for, get_args(OptimizeFor)),
+            ("calibration method", self.calibration_method, get_args(CalibrationMethod)),
+        ):
+            if value not in known:
+                raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
+        if self.probe is not None and not self.verify:
+            raise OptionError("--probe was given together with --no-verify", fix="leave one out")
+        check_runs(self.precision, self.optimize_for)
+        self._check_calibration()
+        self._check_budget()
+        if self.precision == "auto":
+            self._check_search()
+        elif self.precision_plan is not None:
+            raise OptionError(
+                f"--precision-plan was given together with --precision {self.precision}",
+                expected="--precision auto, which builds the plan as it is",
+            )
+
+    def _check_calibration(self) -> None:
+        if self.calibration is not None and not SCHEMES[self.precision].calibrated:
+            raise OptionError(
+                f"--calibration was given, and --precision {self.precision} needs none",
+                expected="it with "
+                + " or ".join(f"--precision {n}" for n, s in SCHEMES.items() if s.calibrated),
+                fix="leave it out",
+            )
+        if self.precision == "int8-static" and self.calibration is None:
+            raise OptionError(
+                "--precision int8-static fixes the range of every activation, and was given no "
+                "text to see them on",
+                expected="--calibration FILE: JSON lines with the task's fields, some hundred "
+                "rows as they come in production",
+            )
+
+    def _check_budget(self) -> None:
+        lossy = SCHEMES[self.precision].lossy
+        if self.data is not None and not lossy:
+            raise OptionError(
+                f"--data was given, and --precision {self.precision} changes no answer",
+                fix="score the engine with `eptc parity --data`, or choose a lower precision",
+            )
+        for name, value, most in (
+            ("--max-drop", self.max_drop, 100.0),
+            ("--max-flips", self.max_flips, 1.0),
+        ):
+            if value is None:
+                continue
+            if self.data is None:
+                raise OptionError(
+                    f"{name} was given, and no data to measure it on",
+                    expected="--data FILE: JSON lines with the task's fields and `label`",
+                )
+            if not 0 <= value <= most:  # NaN is not either
+                raise OptionError(
+                    f"{name} is {value:g}",
+                    expected="points from 0 to 100"
+                    if name == "--max-drop"
+                    else "a share of the rows, such as 1% or 0.01",
+                )
+
+    def _check_search(self) -> None:
+        if self.precision_plan is None and self.max_drop is None and self.max_flips is None:
+            raise OptionError(
+                "--precision auto has no budget to keep",
+                expected="--max-drop POINTS or --max-flips SHARE, with --data FILE; or a plan, "
+                "--precision-plan FILE",
+            )
+        if self.search_evaluations < 2:
+            raise OptionError(
+                f"--search-evaluations is {self.search_evaluations}", expected="2 or more"
+            )
+        if self.search_minutes is not None and not (
+            self.search_minutes > 0 and math.isfinite(self.search_minutes)
+        ):
+            raise OptionError(
+                f"--search-minutes is {self.search_minutes:g}", expected="a number above 0"
+            )
+
+    def check_task(self, task: Task) -> None:
+        """Raise OptionError for a budget that the task cannot be measured by."""
+        if self.data is None:
+            return
+        if task.kind == "generation":
+            raise OptionError(
+                f"task {task.name!r} has no labels, so there is no score and no flip to bound",
+                fix="leave out --data and the budget, or describe its labels with --task-spec",
+            )
+        if task.kind == "regression" and self.max_flips is not None:
+            raise OptionError(
+                f"--max-flips was given, and task {task.name!r} is a regression: it has values, "
+                "no labels that could flip",
+                expected="--max-drop",
+            )

@@ -1,0 +1,159 @@
+"""The decision gate on labelled data: a lossy engine beside the exact one, row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eptc.errors import ParityError
+from eptc.parity_gate.probes import Example
+from eptc.parity_gate.scores import score
+from eptc.runtime import Engine
+from eptc.tasks import Task
+
+__all__ = ["CLAIMED", "Answers", "Budget", "answers", "compare_answers", "right_answers"]
+
+Float64 = npt.NDArray[np.float64]
+
+# Rows from which on a drop is a claim about the task, not about these rows.
+CLAIMED = 1000
+# Probabilities below this are taken for it.
+_SMALLEST = 1e-30
+_RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What an engine answers to labelled examples.
+
+    Args:
+        chosen: a label's index, or a regression's value, for each row.
+        scores: log probabilities of the labels, their mean taken off [rows, labels]; the values
+            of a regression [rows, 1].
+    """
+
+    chosen: Sequence[Any]
+    scores: Float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a lossy engine may cost on labelled data.
+
+    Args:
+        max_drop: points (hundredths) of the task's metric; None: any.
+        max_flips: share of the rows on which the reference is sure and the engine's label is
+            another; None: any.
+    """
+
+    max_drop: float | None = None
+    max_flips: float | None = 0.01
+
+    def exceeded(self, scores: dict[str, Any]) -> str | None:
+        """Return what of a comparison is over the budget; None where nothing is."""
+        drop, flips = scores["drop"] * 100, scores["flips_beyond_noise"]
+        if self.max_drop is not None and drop > self.max_drop:
+            return (
+                f"the {scores['metric']} drops by {drop:.2f} points over {scores['rows']} rows, "
+                f"allowed are {self.max_drop:g}"
+            )
+        if self.max_flips is not None and flips > self.max_flips * scores["rows"]:
+            return (
+                f"{flips} of {scores['rows']} labels change where the reference is sure, allowed "
+                f"are {self.max_flips:.2%}"
+            )
+        return None
+
+    def check(self, scores: dict[str, Any], precision: str) -> None:
+        """Raise ParityError where a comparison is over the budget."""
+        if reason := self.exceeded(scores):
+            raise ParityError(
+                f"{precision}: {reason}",
+                fix="choose a precision that loses less, --precision auto with the same budget, "
+                "or a larger budget (--max-drop, --max-flips)",
+            )
+
+
+def answers(engine: Engine, examples: Sequence[Example]) -> Answers:
+    """Ask an engine about examples of its task, cut as in training where they are too long."""
+    found = engine.classify(list(examples), truncate=True)
+    task = engine.task
+    if task is not None and task.kind == "regression":
+        values = np.array([answer.value for answer in found], np.float64)
+        return Answers(values.tolist(), values[:, None])
+    logs = np.log(np.maximum([answer.probabilities for answer in found], _SMALLEST))
+    return Answers([answer.index for answer in found], logs - logs.mean(axis=1, keepdims=True))
+
+
+def right_answers(task: Task, examples: Sequence[Example]) -> list[Any]:
+    """Return the labels that examples have: indices, or values of a regression."""
+    if task.kind == "regression":
+        return [float(example["label"]) for example in examples]
+    return [task.labels.index(example["label"]) for example in examples]
+
+
+def compare_answers(
+    task: Task, want: Answers, got: Answers, labels: Sequence[Any]
+) -> dict[str, Any]:
+    """Compare an engine's answers with the exact engine's, paired by row.
+
+    The reference is sure of a label where it leads by more than twice the error of the scores,
+    their root mean square over all rows and labels.
+
+    Args:
+        task: the task.
+        want: the exact engine's answers.
+        got: the other's.
+        labels: the right ones.
+
+    Returns:
+        JSON values: `rows`, `metric`, `engine`, `reference`, `drop` (of the metric, positive
+        where the engine is worse) with its paired 95 % bootstrap interval `drop_interval`,
+        `claimed` (whether there are rows enough to speak of the task), `flips`,
+        `flips_beyond_noise`, `error` (root mean square of the scores) and `cosine`.
+    """
+    metric, ours = score(task, got.chosen, labels)
+    _, theirs = score(task, want.chosen, labels)
+    error = float(np.sqrt(np.mean((got.scores - want.scores) ** 2)))
+    flips = np.zeros(len(labels), bool)
+    sure = flips
+    if task.kind != "regression":
+        flips = np.array(got.chosen) != np.array(want.chosen)
+        best = np.sort(want.scores, axis=1)[:, ::-1]
+        sure = best[:, 0] - best[:, 1] > 2 * error
+    return {
+        "rows": len(labels),
+        "metric": metric,
+        "engine": round(ours, 4),
+        "reference": round(theirs, 4),
+        "drop": round(theirs - ours, 4),
+        "drop_interval": _interval(task, want, got, labels),
+        "claimed": len(labels) >= CLAIMED,
+        "flips": int(flips.sum()),
+        "flips_beyond_noise": int((flips & sure).sum()),
+        "error": float(f"{error:.2g}"),
+        "cosine": float(f"{_cosine(want.scores, got.scores):.6f}"),
+    }
+
+
+def _interval(task: Task, want: Answers, got: Answers, labels: Sequence[Any]) -> list[float]:
+    """Return the 2.5th and 97.5th percentile of the drop over resampled rows."""
+    random = np.random.default_rng(0)
+    ours, theirs, right = np.array(got.chosen), np.array(want.chosen), np.array(labels)
+    if (ours == theirs).all():
+        return [0.0, 0.0]
+    drops = []
+    for _ in range(_RESAMPLES):
+        rows = random.integers(0, len(right), len(right))
+        a, b, c = (array[rows].tolist() for array in (theirs, ours, right))
+        drops.append(score(task, a, c)[1] - score(task, b, c)[1])
+    return [round(float(q), 4) for q in np.quantile(drops, (0.025, 0.975))]
+
+
+def _cosine(a: Float64, b: Float64) -> float:
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float((a * b).sum() / norms) if norms > 0 else 1.0

@@ -1,0 +1,424 @@
+"""The cheapest precision for each weight that keeps a budget on labelled data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+
+from eptc import bundle, lower
+from eptc.cache import cache_folder
+from eptc.errors import ParityError
+from eptc.lower.weights import PART
+from eptc.parity_gate import Budget, Example, answers, compare_answers, right_answers
+from eptc.pipeline import Step, run_graph_passes
+from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
+from eptc.runtime import Engine, load_manifest
+
+__all__ = ["Found", "levels", "search"]
+
+logger = logging.getLogger(__name__)
+
+# Rows on which single weights are tried; plans are tried on all.
+_TRIED = 128
+_EXACT, *_LOWER = LEVELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Args:
+        plan: the cheapest plan that keeps the budget, of those that were tried.
+        record: how it was found, as JSON values.
+    """
+
+    plan: PrecisionPlan
+    record: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Move:
+    """One step down for a group of weights: what it costs in answers, for each byte it saves."""
+
+    slope: float
+    group: str
+    level: str
+
+
+class _Out(Exception):  # noqa: N818  # a signal, not an error
+    """The evaluations or the minutes are used up."""
+
+
+def search(
+    graphs: Mapping[str, onnx_ir.Model],
+    exact: Path,
+    passes: Callable[[PrecisionPlan], Sequence[Step]],
+    examples: Sequence[Example],
+    budget: Budget,
+    *,
+    evaluations: int,
+    minutes: float | None,
+    progress: Callable[[Any], None],
+) -> Found:
+    """Search the plan with the fewest bytes of weights that keeps a budget.
+
+    First each group of weights alone is stored in each lower level, and the error of the answers
+    measured on some rows. Steps down are then taken in the order of error for each byte saved,
+    as if errors added up: of these plans, one after another a step lower, the last that keeps the
+    budget is found by bisection, on all rows. Then every further step is tried once while there
+    are evaluations left. Nothing is drawn at random: the same input gives the same plan. What was
+    evaluated is kept on disk, so that a search that was interrupted goes on where it was.
+
+    Args:
+        graphs: the exact graphs; left as they are.
+        exact: their bundle.
+        passes: the passes that bring about a plan.
+        examples: labelled texts.
+        budget: what a plan may cost.
+        evaluations: how often some plan's answers may be asked for. It decides how fine the
+            groups are: single weights, blocks of the model, or all weights together.
+        minutes: wall time after which the best plan so far is taken; None: no limit.
+        progress: called with what is being done.
+
+    Raises:
+        ParityError: no plan that stores anything lower keeps the budget.
+    """
+    with _Trials(graphs, exact, passes, examples, progress) as trials:
+        trials.limit(evaluations, minutes)
+        groups, fineness = _groups(trials.levels, evaluations)
+        best: tuple[PrecisionPlan, dict[str, Any]] | None = None
+        moves: list[_Move] = []
+        taken: list[_Move] = []
+        last = "nothing was tried on all rows"
+        try:
+            moves = _moves(trials, groups)
+            low, high = 0, len(moves)  # plan 0 is the exact one
+            while low < high:
+                middle = (low + high + 1) // 2
+                plan = _plan(trials, groups, moves[:middle])
+                scores = trials.scores(plan)
+                if reason := budget.exceeded(scores):
+                    high, last = middle - 1, reason
+                else:
+                    low, best, taken = middle, (plan, scores), moves[:middle]
+            for move in moves[low + 1 :]:
+                plan = _plan(trials, groups, [*taken, move])
+                scores = trials.scores(plan)
+                if not budget.exceeded(scores):
+                    best, taken = (plan, scores), [*taken, move]
+        except _Out as out:
+            stopped: str | None = str(out)
+        else:
+            stopped = None
+        if best is None:
+            raise ParityError(
+                f"no plan was found that stores anything below {_EXACT} and keeps the budget: "
+                f"{last}" + (f"; {stopped}" if stopped else ""),
+                fix="allow a larger --max-drop or --max-flips"
+                + (", more --search-evaluations or --search-minutes" if stopped else "")
+                + ", or build with --precision fp32",
+            )
+        plan, scores = best
+        record = {
+            "groups": fineness,
+            "evaluations": trials.evaluated,
+            "evaluations_allowed": evaluations,
+            "minutes_allowed": minutes,
+            "stopped": stopped,
+            "budget": dataclasses.asdict(budget),
+            "weight_bytes": trials.cost(plan),
+            "weight_bytes_exact": trials.cost(_plan(trials, groups, [])),
+            "scores": scores,
+        }
+        return Found(plan, record)
+
+
+def _groups(
+    levels: Mapping[str, Sequence[str]], evaluations: int
+) -> tuple[dict[str, list[str]], str]:
+    """Return groups of weights, the finest that can be tried in so many evaluations."""
+    ways: dict[str, Callable[[str], str]] = {
+        "single weights": lambda name: name,
+        "blocks": lambda name: found[0] if (found := re.match(r".*?\.\d+(?=\.)", name)) else name,
+        "all weights together": lambda _: "all",
+    }
+    for fineness, key in ways.items():  # noqa: B007  # the last one counts
+        groups: dict[str, list[str]] = {}
+        for name in sorted(levels):
+            groups.setdefault(key(name), []).append(name)
+        alone = sum(len(_levels(levels, names)) for names in groups.values())
+        if alone + math.ceil(math.log2(alone + 1)) + 1 <= evaluations:
+            break
+    return groups, fineness
+
+
+def _levels(levels: Mapping[str, Sequence[str]], names: Iterable[str]) -> list[str]:
+    """Return the lower levels that some weights of a group have."""
+    return [level for level in _LOWER if any(level in levels[name] for name in names)]
+
+
+def _moves(trials: _Trials, groups: Mapping[str, Sequence[str]]) -> list[_Move]:
+    """Return every step down that is worth taking, the best bargain first.
+
+    Of a group's levels those count that lie on the lower convex hull of error over bytes saved.
+    """
+    moves = []
+    exact = trials.cost(_plan(trials, groups, []))
+    for group, names in groups.items():
+        points = [(0, 0.0, _EXACT)]
+        for level in _levels(trials.levels, names):
+            plan = _plan(trials, groups, [_Move(0.0, group, level)])
+            points.append((exact - trials.cost(plan), trials.error(plan), level))
+        hull = [points[0]]
+        for point in sorted(points[1:]):
+            if point[0] <= hull[-1][0]:
+                continue
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+                hull.pop()
+            hull.append(point)
+        moves += [
+            _Move(_slope(one, other), group, other[2]) for one, other in itertools.pairwise(hull)
+        ]
+    return sorted(moves, key=lambda move: (move.slope, move.group))
+
+
+def _slope(one: tuple[int, float, str], other: tuple[int, float, str]) -> float:
+    return (other[1] - one[1]) / (other[0] - one[0])
+
+
+def _plan(
+    trials: _Trials, groups: Mapping[str, Sequence[str]], moves: Iterable[_Move]
+) -> PrecisionPlan:
+    """Return the plan that some steps down, in order, come to."""
+    weights = dict.fromkeys(trials.levels, _EXACT)
+    for move in moves:
+        for name in groups[move.group]:
+            if move.level in trials.levels[name]:
+                weights[name] = move.level
+    return PrecisionPlan(weights)
+
+
+class _Trials:
+    """Engines of plans, made in one folder from one file with every weight in every level."""
+
+    def __init__(
+        self,
+        graphs: Mapping[str, onnx_ir.Model],
+        exact: Path,
+        passes: Callable[[PrecisionPlan], Sequence[Step]],
+        examples: Sequence[Example],
+        progress: Callable[[Any], None],
+    ) -> None:
+        self._graphs = graphs
+        self._exact = exact
+        self._passes = passes
+        self._progress = progress
+        self._folder = exact.with_name("trial")
+        self.evaluated = 0
+        self._allowed, self._until = 0, math.inf
+        lowered = _lowered(graphs, passes)
+        self.levels = _known(lowered)
+        self._bytes = {level: _bytes(found) for level, found in lowered.items()}
+        self._folder.mkdir()
+        self._library = lower.WeightsFile.write(
+            {
+                f"{level}/{name}": model
+                for level, found in lowered.items()
+                for name, model in found.items()
+            },
+            self._folder,
+        )
+        manifest = load_manifest(exact)
+        graph_files = {spec.file for spec in manifest.graphs.values()}
+        for name in manifest.files:
+            if name not in graph_files and name != lower.WEIGHTS:
+                shutil.copy(exact / name, self._folder / name)
+        # No hashes: they would change with every plan, and nobody else sees the folder.
+        bundle.write_manifest(self._folder, dataclasses.replace(manifest, files={}))
+        self._manifest = manifest
+
+        self._examples = list(examples)
+        step = max(1, len(self._examples) // _TRIED)
+        self._some = self._examples[::step][:_TRIED]
+        with Engine.load(exact, providers=["cpu"]) as engine:
+            assert engine.task is not None
+            self._task = engine.task
+            self._want = answers(engine, self._examples)
+            self._want_some = answers(engine, self._some)
+        self._labels = right_answers(self._task, self._examples)
+        self._memory = _Memory.open(self._key())
+
+    def __enter__(self) -> _Trials:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def limit(self, evaluations: int, minutes: float | None) -> None:
+        """Allow so many evaluations and so many minutes from now on."""
+        self._allowed = evaluations
+        self._until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def cost(self, plan: PrecisionPlan) -> int:
+        """Return the bytes that the weights of a plan take."""
+        return sum(self._bytes[level][name] for name, level in plan.weights.items())
+
+    def error(self, plan: PrecisionPlan) -> float:
+        """Return the mean squared error of a plan's scores on some rows."""
+
+        def measure(engine: Engine) -> float:
+            got = answers(engine, self._some)
+            return float(np.mean((got.scores - self._want_some.scores) ** 2))
+
+        return float(self._evaluate("error", plan, measure))
+
+    def scores(self, plan: PrecisionPlan) -> dict[str, Any]:
+        """Return how a plan's answers compare with the exact ones on all rows."""
+
+        def measure(engine: Engine) -> dict[str, Any]:
+            got = answers(engine, self._examples)
+            return compare_answers(self._task, self._want, got, self._labels)
+
+        return dict(self._evaluate("scores", plan, measure))
+
+    def _evaluate(self, what: str, plan: PrecisionPlan, measure: Callable[[Engine], Any]) -> Any:
+        """Return what was measured of a plan, now or by an earlier search; either counts."""
+        if self.evaluated >= self._allowed:
+            raise _Out(f"all {self._allowed} evaluations were used")
+        if time.monotonic() >= self._until:
+            raise _Out("the time was up")
+        self.evaluated += 1
+        self._progress(f"search: evaluation {self.evaluated} of {self._allowed} at most")
+        key = hashlib.sha256(json.dumps([what, plan.to_json()]).encode()).hexdigest()
+        found = self._memory.get(key)
+        if found is None:
+            graphs = _copies(self._graphs)
+            run_graph_passes(graphs, self._passes(plan))
+            for name, model in graphs.items():
+                self._library.write_graph(model, self._folder / self._manifest.graphs[name].file)
+            with Engine.load(self._folder, providers=["cpu"]) as engine:
+                found = measure(engine)
+            self._memory.put(key, found)
+        return found
+
+    def _key(self) -> str:
+        """Return what evaluations depend on beside the plan."""
+        content = {
+            "files": {name: record.sha256 for name, record in self._manifest.files.items()},
+            "library": self._library.sha256,
+            "examples": self._examples,
+            "versions": [
+                importlib.metadata.version(name) for name in ("ept-compiler", "onnx-ir", "numpy")
+            ],
+        }
+        import onnxruntime
+
+        content["onnxruntime"] = onnxruntime.__version__
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _Memory:
+    """What was evaluated, a JSON line for each, in a file that the next search reads."""
+
+    def __init__(self, path: Path | None, known: dict[str, Any]) -> None:
+        self._path = path
+        self._known = known
+
+    @classmethod
+    def open(cls, key: str) -> _Memory:
+        """Read what is known; without a cache folder nothing is, and nothing is kept."""
+        folder = cache_folder()
+        if folder is None:
+            return cls(None, {})
+        path, known = folder / "search" / f"{key}.jsonl", {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+                # The last line of a search that was killed may be half a line.
+                try:
+                    found, value = json.loads(line)
+                except (ValueError, TypeError):
+                    continue
+                known[found] = value
+        except OSError as error:
+            logger.warning("the search cannot be resumed: %s", error)
+            return cls(None, {})
+        return cls(path, known)
+
+    def get(self, key: str) -> Any:
+        return self._known.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        self._known[key] = value
+        if self._path is None:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps([key, value]))
+        except OSError as error:
+            logger.warning("the search cannot be resumed: %s", error)
+            self._path = None
+
+
+def levels(
+    graphs: Mapping[str, onnx_ir.Model], passes: Callable[[PrecisionPlan], Sequence[Step]]
+) -> dict[str, tuple[str, ...]]:
+    """Return the levels that each weight can be stored in, of those that have a choice.
+
+    Args:
+        graphs: the exact graphs; left as they are.
+        passes: the passes that bring about a plan.
+    """
+    return _known(_lowered(graphs, passes))
+
+
+def _lowered(
+    graphs: Mapping[str, onnx_ir.Model], passes: Callable[[PrecisionPlan], Sequence[Step]]
+) -> dict[str, dict[str, onnx_ir.Model]]:
+    """Return the graphs with every weight in each level that it can be stored in."""
+    found = {level: _copies(graphs) for level in LEVELS}
+    for level in _LOWER:
+        plan = PrecisionPlan(dict.fromkeys(stored_weights(graphs), level))
+        run_graph_passes(found[level], passes(plan))
+    return found
+
+
+def _known(lowered: Mapping[str, Mapping[str, onnx_ir.Model]]) -> dict[str, tuple[str, ...]]:
+    stored = {level: stored_weights(graphs) for level, graphs in lowered.items()}
+    return {
+        name: found
+        for name in stored[_EXACT]
+        if len(found := tuple(n for n in LEVELS if stored[n].get(name) == n)) > 1
+    }
+
+
+def _copies(graphs: Mapping[str, onnx_ir.Model]) -> dict[str, onnx_ir.Model]:
+    return {name: model.clone() for name, model in graphs.items()}
+
+
+def _bytes(graphs: Mapping[str, onnx_ir.Model]) -> dict[str, int]:
+    """Return how many bytes each weight takes with its scales, by name; once for all graphs."""
+    sizes: dict[str, int] = {}
+    for name, value in {
+        name: value
+        for model in graphs.values()
+        for name, value in model.graph.initializers.items()
+    }.items():
+        if value.const_value is not None:
+            weight = name.partition(PART)[0]
+            sizes[weight] = sizes.get(weight, 0) + value.const_value.nbytes
+    return sizes
