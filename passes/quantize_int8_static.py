@@ -16,6 +16,7 @@ from eptc.lower.int8 import FULL, REDUCED, activation
 from eptc.lower.int8_nodes import add_bias, by_position, node, read_rows, store, turned
 from eptc.lower.quantizable import Product, Quantizable, quantizable
 from eptc.pass_base import Contract, GraphPass
+from eptc.tensors import Array
 
 __all__ = ["QuantizeInt8Static"]
 
@@ -89,12 +90,14 @@ class QuantizeInt8Static(GraphPass):
         sites = [site for site in found if self._has_ranges(site)]
         largest = REDUCED if self.reduce_range else FULL
         scales = {site.weight: store(site, graph, largest=largest) for site in sites}
+        products = by_position(sites, graph)
+        # Now: a value has another name once the product that makes it was replaced.
+        steps = [self._step(product) for _, product in products]
         rounded: dict[ir.Value, ir.Value] = {}
-        for site, product in by_position(sites, graph):
+        for (site, product), step in zip(products, steps, strict=True):
             if product.x not in rounded:
-                rounded[product.x] = self._round(product, graph)
-            weight = self._weight(site, product, scales[site.weight])
-            inputs = [rounded[product.x], weight]
+                rounded[product.x] = _round(product, step, graph)
+            inputs = [rounded[product.x], self._weight(site, product, scales[site.weight])]
             add_bias(product, node(product.node, "MatMul", inputs, [_FLOAT])[0])
         for site in sites:
             if self.symmetric:
@@ -112,15 +115,10 @@ class QuantizeInt8Static(GraphPass):
             self._left(str(site.weight.name), f"{missing[0]} has no range")
         return not missing
 
-    def _round(self, product: Product, graph: ir.Graph) -> ir.Value:
-        """Return what is multiplied, in whole steps of its range."""
+    def _step(self, product: Product) -> tuple[Array, Array]:
+        """Return scale and zero point of what is multiplied."""
         name = str(product.x.name)
-        low, high = self.ranges[name]
-        found = activation(low, high, symmetric=self.symmetric, name=name)
-        scale, zero = (constant(graph, array) for array in found)
-        assert zero.dtype is not None
-        whole = node(product.node, "QuantizeLinear", [product.x, scale, zero], [zero.dtype])[0]
-        return node(product.node, "DequantizeLinear", [whole, scale, zero], [_FLOAT])[0]
+        return activation(*self.ranges[name], symmetric=self.symmetric, name=name)
 
     def _weight(self, site: Quantizable, product: Product, scale: ir.Value) -> ir.Value:
         """Return the weight as the product reads it."""
@@ -134,6 +132,14 @@ class QuantizeInt8Static(GraphPass):
         if not product.transposed:
             return weight
         return node(product.node, "Transpose", [weight], [_FLOAT], {"perm": [1, 0]})[0]
+
+
+def _round(product: Product, step: tuple[Array, Array], graph: ir.Graph) -> ir.Value:
+    """Return what is multiplied, in whole steps."""
+    scale, zero = (constant(graph, array) for array in step)
+    assert zero.dtype is not None
+    whole = node(product.node, "QuantizeLinear", [product.x, scale, zero], [zero.dtype])[0]
+    return node(product.node, "DequantizeLinear", [whole, scale, zero], [_FLOAT])[0]
 
 
 def _dequantize_table(site: Quantizable, scale: ir.Value) -> None:

@@ -24,13 +24,18 @@ class Product:
 
     Args:
         node: MatMul, or Gemm that scales nothing.
-        x: the activation.
-        transposed: whether it is multiplied by the transposed weight.
+        transposed: whether it multiplies by the transposed weight.
     """
 
     node: ir.Node
-    x: ir.Value
     transposed: bool
+
+    @property
+    def x(self) -> ir.Value:
+        """The activation; another one once the product that made it was replaced."""
+        x = self.node.inputs[0]
+        assert x is not None
+        return x
 
     @property
     def bias(self) -> ir.Value | None:
@@ -127,10 +132,10 @@ def _readers(weight: ir.Value, position: dict[ir.Node, int]) -> Quantizable | st
             uses = node.outputs[0].uses()
             if not all(at == 1 and _is(user, "MatMul") for user, at in uses):
                 return "something else than a product reads it transposed"
-            products += [Product(user, _activation(user), transposed=True) for user, _ in uses]
+            products += [Product(user, transposed=True) for user, _ in uses]
         elif index == 1 and (_is(node, "MatMul") or _plain_gemm(node)):
             transposed = bool(node.attributes.get_int("transB", 0))
-            products.append(Product(node, _activation(node), transposed))
+            products.append(Product(node, transposed))
         else:
             return f"{node.op_type} reads it"
     if reason := _too_small(shape, gathers, products) or _odd_input(products):
@@ -173,13 +178,6 @@ def _transposes(node: ir.Node) -> bool:
     """Whether a node swaps rows and columns, for nodes alone."""
     swaps = tuple(node.attributes.get_ints("perm", (1, 0))) == (1, 0)
     return _is(node, "Transpose") and swaps and not node.outputs[0].is_graph_output()
-
-
-def _activation(node: ir.Node) -> ir.Value:
-    """Return the left side of a product."""
-    x = node.inputs[0]
-    assert x is not None
-    return x
 
 
 def _plain_gemm(node: ir.Node) -> bool:

@@ -179,6 +179,21 @@ def test_leaves_and_says_why(
         assert any(reason in message for message in said)
 
 
+def test_a_chain(weighted: Callable[..., ir.Model], run_ort: Callable[..., Any]) -> None:
+    """What one product makes is what another multiplies, and so are a table's rows."""
+    body = "(float[b,s,48] y, float[b,s,48] w) "
+    body += "{ p = MatMul(x, I) y = MatMul(p, W) e = Gather(E, ids) w = MatMul(e, W) }"
+    weights = {**used(body), "I": np.eye(32, dtype="f")}
+    plain, model = (weighted(f"{INPUTS} => {body}", weights) for _ in range(2))
+    assert QuantizeInt8Dynamic()(model).modified
+    check_graph(model)
+    want, got = run_ort(plain, FEEDS), run_ort(model, FEEDS)
+    assert not got.operators["MatMul"]
+    # The identity costs half a step of x, once more: twice the bound of one product.
+    limit = 2 * bound_of(("x", "W", False))
+    assert (np.abs(got.outputs["y"] - want.outputs["y"]) <= limit).all()
+
+
 def test_stays_lazy(weighted: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch) -> None:
     body = CASES["tied"][0]
     model = weighted(f"{INPUTS} => {body}", used(body))
