@@ -1,8 +1,17 @@
-"""A small adapted model in the IR, made of arrays."""
+"""A small adapted model in the IR, made of arrays; small graphs, and how they run."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
 import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from eptc.ir import (
@@ -14,8 +23,10 @@ from eptc.ir import (
     PerTask,
     TaskRouter,
 )
+from eptc.lower.weights import bound
+from eptc.lower.write import write
 from eptc.tasks import Task
-from eptc.tensors import ArrayTensor, LazyTensor
+from eptc.tensors import Array, ArrayTensor, LazyTensor
 
 SIZES = (2, 3, 4)
 
@@ -68,3 +79,54 @@ def model() -> AdaptedModel:
             Task("second", "generation"),
         ),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What ONNX Runtime makes of a graph: its outputs, and the operators it really runs."""
+
+    outputs: dict[str, Array]
+    operators: collections.Counter[str]
+
+
+@pytest.fixture
+def weighted() -> Callable[..., ir.Model]:
+    """Return a function that builds a graph from text and binds the weights it names."""
+
+    def build(text: str, weights: Mapping[str, Array]) -> ir.Model:
+        model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 20]> g {text}')
+        for name, array in weights.items():
+            value = ir.Value(name=name, const_value=bound(ArrayTensor(name, array), name))
+            value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(array.shape)
+            model.graph.register_initializer(value)
+            for node in ir.traversal.RecursiveGraphIterator(model.graph):
+                for index, read in enumerate(node.inputs):
+                    if read is not None and read.name == name:
+                        node.replace_input_with(index, value)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def run_ort(tmp_path: Path) -> Callable[..., Run]:
+    """Return a function that writes a graph, loads it in ONNX Runtime and runs it."""
+
+    def run(model: ir.Model, feeds: Mapping[str, Array]) -> Run:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        write({"model": model}, folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.optimized_model_filepath = str(folder / "optimized.onnx")
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        names = [output.name for output in session.get_outputs()]
+        optimized = onnx.load(folder / "optimized.onnx", load_external_data=False)
+        return Run(
+            dict(zip(names, session.run(names, dict(feeds)), strict=True)),
+            collections.Counter(node.op_type for node in optimized.graph.node),
+        )
+
+    return run

@@ -27,6 +27,8 @@ from eptc.registry import PASSES, find_pass, passes_table
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED: dict[str, dict[str, Any]] = {"specialize-router": {"task_id": 1}}
+# Options of which JSON has a digest only, as they were.
+DIGESTED: dict[str, dict[str, Any]] = {"quantize-int8-static": {"ranges": {}}}
 
 GRAPH = (
     '<ir_version: 10, opset_import: ["" : 20]> g (float[batch,3] x) => (float[batch,3] y) '
@@ -47,7 +49,7 @@ def test_declaration(name: str) -> None:
     assert step.contract in ("exact", "lossy")
     assert dataclasses.is_dataclass(step)
     assert json.loads(json.dumps(step.options())) == step.options()
-    assert find_pass(name)(**step.options()) == step
+    assert find_pass(name)(**{**step.options(), **DIGESTED.get(name, {})}) == step
     assert repr(step).startswith(type(step).__name__)
     doc = type(step).__doc__ or ""
     assert "Before:" in doc
@@ -95,14 +97,14 @@ def test_no_file_is_an_orphan() -> None:
 
 
 def test_default_pipelines_are_registered() -> None:
-    """The pipelines run exactly the registered passes, in the registry's order."""
+    """The pipelines run exactly the registered exact passes, in the registry's order."""
     used = set()
     for provider, precision in itertools.product(get_args(OptimizeFor), get_args(Precision)):
         names = [step.name for step in adapter_passes(0)]
         names += [step.name for step in graph_passes(provider, precision)]
         assert names == [name for name in PASSES if name in names]
         used.update(names)
-    assert used == set(PASSES)
+    assert used == {name for name in PASSES if find_pass(name).contract == "exact"}
 
 
 def test_readme_has_the_table() -> None:

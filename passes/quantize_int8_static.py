@@ -1,0 +1,150 @@
+"""Products of integers, the activations in steps that were calibrated."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from eptc.lower.edit import constant
+from eptc.lower.int8 import FULL, REDUCED, activation
+from eptc.lower.int8_nodes import add_bias, by_position, node, read_rows, store, turned
+from eptc.lower.quantizable import Product, Quantizable, quantizable
+from eptc.pass_base import Contract, GraphPass
+from eptc.tensors import Array
+
+__all__ = ["QuantizeInt8Static"]
+
+logger = logging.getLogger(__name__)
+
+_FLOAT = ir.DataType.FLOAT
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeInt8Static(GraphPass):
+    """Products of integers, the activations in steps that were calibrated.
+
+    Before: y = MatMul(x, W)                            x [..., in], W [in, out] float32
+            e = Gather(E, ids)                          E [rows, width] float32
+    After:  xd = DequantizeLinear(QuantizeLinear(x))    once for all that read x
+            y = MatMul(xd, DequantizeLinear(W8, W8@scale, axis=1))    W8@scale [out]
+            e = Cast(Gather(E8, ids)) * Gather(E8@scale, ids)         E8@scale [rows]
+
+    Lossy: a weight moves by up to half a step of its column (a table's: of its row), an
+    activation by up to a step of its range; what is outside is cut off. Biases stay float32. A
+    Gemm becomes the same, with an Add. A table that is also the head is stored once.
+
+    Main graph only. A weight is left alone, its reason logged at DEBUG, where
+    `quantize-int8-dynamic` leaves it alone, or an activation that it multiplies has no range.
+
+    Args:
+        ranges: smallest and largest value of each activation, by its name in the graph; each is
+            widened to hold zero.
+        symmetric: int8 activations with zero point 0, and integers read by DequantizeLinear
+            alone, as TensorRT demands: a table is dequantized before its rows are read.
+            Otherwise uint8 activations, which ONNX Runtime's CPU kernels take.
+        keep: parameters that stay float32.
+        only: the parameters to quantize; None: all.
+        reduce_range: weights of -64 to 64: on x86 without VNNI, kernels add pairs of products
+            in 16 bits, which overflow with the full range.
+    """
+
+    name: ClassVar[str] = "quantize-int8-static"
+    contract: ClassVar[Contract] = "lossy"
+    ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict, repr=False)
+    symmetric: bool = False
+    keep: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+    reduce_range: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "only", None if self.only is None else tuple(self.only))
+
+    def options(self) -> dict[str, Any]:
+        """Return the pass's options as JSON values; of the ranges, their number and digest.
+
+        The digest is the SHA-256 of the JSON list of [name, low, high], sorted by name, without
+        spaces, each number as Python's shortest text that reads back the same.
+        """
+        listed = [[name, float(low), float(high)] for name, (low, high) in self.ranges.items()]
+        text = json.dumps(sorted(listed), separators=(",", ":"), ensure_ascii=False)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return {
+            "ranges": {"count": len(listed), "sha256": digest},
+            "symmetric": self.symmetric,
+            "keep": list(self.keep),
+            "only": None if self.only is None else list(self.only),
+            "reduce_range": self.reduce_range,
+        }
+
+    def rewrite(self, model: ir.Model) -> int:
+        """Quantize every weight that can be; return how many were."""
+        graph = model.graph
+        found = quantizable(graph, keep=self.keep, only=self.only, left=self._left)
+        sites = [site for site in found if self._has_ranges(site)]
+        largest = REDUCED if self.reduce_range else FULL
+        scales = {site.weight: store(site, graph, largest=largest) for site in sites}
+        products = by_position(sites, graph)
+        # Now: a value has another name once the product that makes it was replaced.
+        steps = [self._step(product) for _, product in products]
+        rounded: dict[ir.Value, ir.Value] = {}
+        for (site, product), step in zip(products, steps, strict=True):
+            if product.x not in rounded:
+                rounded[product.x] = _round(product, step, graph)
+            inputs = [rounded[product.x], self._weight(site, product, scales[site.weight])]
+            add_bias(product, node(product.node, "MatMul", inputs, [_FLOAT])[0])
+        for site in sites:
+            if self.symmetric:
+                _dequantize_table(site, scales[site.weight])
+            else:
+                read_rows(site, scales[site.weight], graph)
+        return len(sites)
+
+    def _left(self, weight: str, reason: str) -> None:
+        logger.debug("%s: left %s alone: %s", self.name, weight, reason)
+
+    def _has_ranges(self, site: Quantizable) -> bool:
+        missing = [str(p.x.name) for p in site.products if p.x.name not in self.ranges]
+        if missing:
+            self._left(str(site.weight.name), f"{missing[0]} has no range")
+        return not missing
+
+    def _step(self, product: Product) -> tuple[Array, Array]:
+        """Return scale and zero point of what is multiplied."""
+        name = str(product.x.name)
+        return activation(*self.ranges[name], symmetric=self.symmetric, name=name)
+
+    def _weight(self, site: Quantizable, product: Product, scale: ir.Value) -> ir.Value:
+        """Return the weight as the product reads it."""
+        if not self.symmetric:
+            # Turned before: ONNX Runtime knows a product of two DequantizeLinear.
+            whole = turned(site, product)
+            axis = {"axis": 1}
+            return node(product.node, "DequantizeLinear", [whole, scale], [_FLOAT], axis)[0]
+        inputs, axis = [site.weight, scale], {"axis": site.axis}
+        weight = node(product.node, "DequantizeLinear", inputs, [_FLOAT], axis)[0]
+        if not product.transposed:
+            return weight
+        return node(product.node, "Transpose", [weight], [_FLOAT], {"perm": [1, 0]})[0]
+
+
+def _round(product: Product, step: tuple[Array, Array], graph: ir.Graph) -> ir.Value:
+    """Return what is multiplied, in whole steps."""
+    scale, zero = (constant(graph, array) for array in step)
+    assert zero.dtype is not None
+    whole = node(product.node, "QuantizeLinear", [product.x, scale, zero], [zero.dtype])[0]
+    return node(product.node, "DequantizeLinear", [whole, scale, zero], [_FLOAT])[0]
+
+
+def _dequantize_table(site: Quantizable, scale: ir.Value) -> None:
+    """Let every Gather of a table read what DequantizeLinear makes of its integers."""
+    for gather in site.gathers:
+        inputs, axis = [site.weight, scale], {"axis": site.axis}
+        table = node(gather, "DequantizeLinear", inputs, [_FLOAT], axis)[0]
+        gather.replace_input_with(0, table)
