@@ -1,8 +1,8 @@
 """The parity gate: the engine against an independent PyTorch reference; a failure is fatal."""
 
+from eptc.examples_file import read_examples
 from eptc.parity_gate.gate import make_probes, prove, refuse
 from eptc.parity_gate.layers import LayerGate
-from eptc.parity_gate.probes import read_examples
 from eptc.parity_gate.recheck import parity
 from eptc.parity_gate.reference import load_reference
 from eptc.parity_gate.report import ParityReport
