@@ -23,7 +23,7 @@ from eptc.parity_gate import (
     refuse,
     right_answers,
 )
-from eptc.parity_gate.simulate import simulated
+from eptc.calibration.simulate import simulated
 from eptc.passes.narrow_weights import NarrowWeights
 from eptc.pipeline import run_graph_passes
 from eptc.runtime import Engine

@@ -21,6 +21,7 @@ PASSES: dict[str, str] = {
     "fuse-rotary": "eptc.passes.fuse_rotary:FuseRotary",
     "fuse-attention": "eptc.passes.fuse_attention:FuseAttention",
     "narrow-weights": "eptc.passes.narrow_weights:NarrowWeights",
+    "cast-half": "eptc.passes.cast_half:CastHalf",
     "quantize-int8-dynamic": "eptc.passes.quantize_int8_dynamic:QuantizeInt8Dynamic",
     "quantize-int8-static": "eptc.passes.quantize_int8_static:QuantizeInt8Static",
     "stable-names": "eptc.passes.stable_names:StableNames",

@@ -1,9 +1,10 @@
 """The parity gate: the engine against an independent PyTorch reference; a failure is fatal."""
 
+from eptc.examples_file import Example, read_examples
 from eptc.parity_gate.answers import Answers, Budget, answers, compare_answers, right_answers
 from eptc.parity_gate.gate import make_probes, prove, refuse
 from eptc.parity_gate.layers import LayerGate
-from eptc.parity_gate.probes import Example, builtin_examples, read_examples
+from eptc.parity_gate.probes import builtin_examples
 from eptc.parity_gate.recheck import parity
 from eptc.parity_gate.reference import load_reference
 from eptc.parity_gate.report import ParityReport

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from eptc.errors import InputError, TaskError
-from eptc.tasks import Task, fill
+from eptc.examples_file import Example
+from eptc.tasks import Task
 
 __all__ = [
     "Example",
     "Probe",
     "builtin_examples",
     "odd_examples",
-    "read_examples",
     "synthetic",
     "text_batches",
 ]
 
-Example = Mapping[str, Any]
 Ints = npt.NDArray[np.int64]
 
 _TEXTS = (
@@ -105,58 +100,6 @@ def builtin_examples(task: Task | None) -> list[Example]:
         {name: _TEXTS[(i + 3 * j) % len(_TEXTS)] for j, name in enumerate(fields)}
         for i in range(len(_TEXTS))
     ]
-
-
-def read_examples(path: Path, task: Task | None, *, labelled: bool = False) -> list[Example]:
-    """Return the examples of a JSON lines file.
-
-    Args:
-        path: one JSON object a line, with the task's fields and, maybe, `label`.
-        task: whose fields they must have.
-        labelled: whether each must have a label of the task.
-
-    Raises:
-        InputError: the file cannot be read, is empty, or a line is not such an object.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    examples: list[Example] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-            if not isinstance(example, dict):
-                raise InputError(f"it is a {type(example).__name__}, not an object")
-            fill(task, example)
-        except (ValueError, InputError) as error:
-            reason = error.found if isinstance(error, TaskError | InputError) else str(error)
-            raise InputError(
-                f"{path}, line {number}: {reason}",
-                expected="a JSON object with the fields "
-                + ", ".join(task.fields if task is not None else ("text",)),
-            ) from error
-        if labelled:
-            _check_label(path, number, example, task)
-        examples.append(example)
-    if not examples:
-        raise InputError(f"{path} has no examples", expected="one JSON object a line")
-    return examples
-
-
-def _check_label(path: Path, number: int, example: Mapping[str, Any], task: Task | None) -> None:
-    label = example.get("label")
-    if task is not None and task.kind == "regression":
-        sound = isinstance(label, int | float) and not isinstance(label, bool)
-        expected = "a number"
-    else:
-        labels = task.labels if task is not None else ()
-        sound = isinstance(label, str) and (not labels or label in labels)
-        expected = f"one of {', '.join(labels)}" if labels else "a string"
-    if not sound:
-        raise InputError(f"{path}, line {number}: the label is {label!r}", expected=expected)
 
 
 def text_batches(examples: Sequence[Example]) -> list[tuple[str, list[Example]]]:

@@ -14,11 +14,11 @@ import torch
 
 from eptc import checkpoint, text
 from eptc.errors import BundleError, OptionError, ParityError
+from eptc.examples_file import Example, read_examples
 from eptc.machine import available_memory
 from eptc.nn import EptModel
 from eptc.parity_gate.gate import refuse
 from eptc.parity_gate.memory import verified_by_block
-from eptc.parity_gate.probes import Example, read_examples
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.scores import score
 from eptc.parity_gate.verifier import LocalVerifier, Subject

@@ -1,0 +1,68 @@
+"""Examples in JSON lines: one object a line with the task's fields and, maybe, a label."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eptc.errors import InputError, TaskError
+from eptc.tasks import Task, fill
+
+__all__ = ["Example", "read_examples"]
+
+Example = Mapping[str, Any]
+
+
+def read_examples(path: Path, task: Task | None, *, labelled: bool = False) -> list[Example]:
+    """Return the examples of a JSON lines file.
+
+    Args:
+        path: one JSON object a line, with the task's fields and, maybe, `label`.
+        task: whose fields they must have.
+        labelled: whether each must have a label of the task.
+
+    Raises:
+        InputError: the file cannot be read, is empty, or a line is not such an object.
+    """
+    try:
+        # Not splitlines(): JSON may have other separators (U+2028) inside a string.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    examples: list[Example] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+            if not isinstance(example, dict):
+                raise InputError(f"it is a {type(example).__name__}, not an object")
+            fill(task, example)
+        except (ValueError, InputError) as error:
+            reason = error.found if isinstance(error, TaskError | InputError) else str(error)
+            raise InputError(
+                f"{path}, line {number}: {reason}",
+                expected="a JSON object with the fields "
+                + ", ".join(task.fields if task is not None else ("text",)),
+            ) from error
+        if labelled:
+            _check_label(path, number, example, task)
+        examples.append(example)
+    if not examples:
+        raise InputError(f"{path} has no examples", expected="one JSON object a line")
+    return examples
+
+
+def _check_label(path: Path, number: int, example: Example, task: Task | None) -> None:
+    label = example.get("label")
+    if task is not None and task.kind == "regression":
+        sound = isinstance(label, int | float) and not isinstance(label, bool)
+        expected = "a number"
+    else:
+        labels = task.labels if task is not None else ()
+        sound = isinstance(label, str) and (not labels or label in labels)
+        expected = f"one of {', '.join(labels)}" if labels else "a string"
+    if not sound:
+        raise InputError(f"{path}, line {number}: the label is {label!r}", expected=expected)

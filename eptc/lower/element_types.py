@@ -1,0 +1,66 @@
+"""The element type of every value of a graph."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+__all__ = ["element_types"]
+
+_TENSOR = {
+    "tensor(bool)": ir.DataType.BOOL,
+    "tensor(double)": ir.DataType.DOUBLE,
+    "tensor(float)": ir.DataType.FLOAT,
+    "tensor(int32)": ir.DataType.INT32,
+    "tensor(int64)": ir.DataType.INT64,
+}
+
+
+def element_types(model: ir.Model) -> dict[ir.Value, ir.DataType]:
+    """Return the element type of every value of the main graph whose type is known.
+
+    Where a value does not say so itself (a graph that was read from a file), its node does: by
+    the operator's schema, and operators that have none make what their first input is.
+    """
+    known: dict[ir.Value, ir.DataType] = {}
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        dtype = value.const_value.dtype if value.const_value is not None else value.dtype
+        if dtype is not None:
+            known[value] = dtype
+    for node in model.graph:
+        opset = model.opset_imports.get(node.domain, 1)
+        for index, value in enumerate(node.outputs):
+            dtype = value.dtype if value.dtype is not None else _made(node, index, known, opset)
+            if dtype is not None:
+                known[value] = dtype
+    return known
+
+
+def _made(
+    node: ir.Node, index: int, known: dict[ir.Value, ir.DataType], opset: int
+) -> ir.DataType | None:
+    """Return the type of one output of a node."""
+    if node.op_type in ("Cast", "ConstantOfShape", "Constant") and not node.domain:
+        if "to" in node.attributes:
+            return ir.DataType(node.attributes.get_int("to", 0))
+        value = node.attributes.get("value")
+        return ir.DataType.FLOAT if value is None else value.as_tensor().dtype
+    inputs = [None if value is None else known.get(value) for value in node.inputs]
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    except onnx.defs.SchemaError:
+        return inputs[0] if inputs else None
+    bound = {
+        _formal(schema.inputs, number): dtype
+        for number, dtype in enumerate(inputs)
+        if dtype is not None
+    }
+    name = _formal(schema.outputs, index)
+    allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
+    found = allowed.get(name, [name])
+    return bound.get(name) or (_TENSOR.get(found[0]) if len(found) == 1 else None)
+
+
+def _formal(formals: list[onnx.defs.OpSchema.FormalParameter], number: int) -> str:
+    """Return the type's name of a parameter; the last one may stand for several."""
+    return formals[min(number, len(formals) - 1)].type_str

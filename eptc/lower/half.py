@@ -1,0 +1,301 @@
+"""What of a graph stays in float32 when the rest is computed in 16 bits, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from eptc.lower.edit import MICROSOFT, made_by
+from eptc.lower.element_types import element_types
+from eptc.lower.weights import PACKED, WeightTensor
+from eptc.tensors import cast, numpy_dtype, unit_roundoff
+
+__all__ = ["HALF", "MOVES", "HalfPlan", "limit", "plan_half"]
+
+HALF = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+# Operators that move numbers and change none.
+MOVES = frozenset({
+    "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze",
+    "Transpose", "Unsqueeze",
+})  # fmt: skip
+# Operators with float16 and bfloat16 kernels in ONNX Runtime's CUDA provider whose sums are in
+# float32 inside. What is not listed stays in float32.
+_COMPUTES = frozenset({
+    ("", "Add"), ("", "Cast"), ("", "Div"), ("", "Erf"), ("", "Gelu"), ("", "Gemm"),
+    ("", "LayerNormalization"), ("", "MatMul"), ("", "Mul"), ("", "Neg"), ("", "Relu"),
+    ("", "Sigmoid"), ("", "Sqrt"), ("", "Sub"), ("", "Tanh"),
+    (MICROSOFT, "MultiHeadAttention"), (MICROSOFT, "RotaryEmbedding"),
+})  # fmt: skip
+# Operators that any type of input suits, for none of its numbers is read.
+_BLIND = frozenset({"Shape", "Size", "Cast"})
+_NORM = frozenset({"Add", "Div", "Mul", "Pow", "ReduceMean", "Reciprocal", "Sqrt", "Sub"})
+_MASKING = MOVES | {"Add", "Cast", "Clip", "Max", "Min", "Mul", "Sub", "Where"}
+_ACTIVATIONS = frozenset({"Gelu", "Mul", "Relu", "Sigmoid", "Tanh"})
+# Bytes of a constant that may be read while a graph is rewritten.
+_SMALL = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfPlan:
+    """What stays in float32.
+
+    Args:
+        nodes: nodes that compute in float32, each with the reason; all others that have float32
+            inputs or outputs compute in 16 bits.
+        masks: float32 values with numbers that 16 bits cannot hold, which only have to be far
+            below everything else; where 16 bits read them they are cut to what 16 bits hold.
+        wide: inputs and outputs of a cache that stay float32, each with the reason.
+        weights: initializers that are stored in float32, each with the reason.
+        types: the element type of every value, before.
+    """
+
+    nodes: Mapping[ir.Node, str]
+    masks: frozenset[ir.Value]
+    wide: Mapping[str, str]
+    weights: Mapping[ir.Value, str]
+    types: Mapping[ir.Value, ir.DataType]
+
+    def reasons(self) -> dict[str, str]:
+        """Return why each node, weight and cache that stays in float32 does, by its name."""
+        named = {str(node.name): reason for node, reason in self.nodes.items()}
+        named |= {str(value.name): reason for value, reason in self.weights.items()}
+        return dict(sorted({**named, **self.wide}.items()))
+
+
+def limit(dtype: str) -> float:
+    """Return the largest finite number of a floating-point type."""
+    return float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
+
+
+def plan_half(
+    model: ir.Model,
+    dtype: str,
+    ranges: Mapping[str, float],
+    *,
+    safety: float,
+    keep: tuple[str, ...],
+) -> HalfPlan:
+    """Return what stays in float32; the graph is left as it is, and no weight is read.
+
+    Args:
+        model: a graph in float32 whose nodes have names.
+        dtype: `float16` or `bfloat16`.
+        ranges: largest magnitude of values by name; one that is not there is taken to fit.
+        safety: how many times larger than what was observed a value must still fit.
+        keep: parameters that stay float32.
+    """
+    return _Planner(model, dtype, ranges, safety, frozenset(keep)).plan()
+
+
+class _Planner:
+    """Gathers reasons; the first one a node is given stays."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        dtype: str,
+        ranges: Mapping[str, float],
+        safety: float,
+        keep: frozenset[str],
+    ) -> None:
+        self.graph = model.graph
+        self.dtype = dtype
+        self.types = element_types(model)
+        self.nodes = [node for node in model.graph if self._is_float(node)]
+        self.kept: dict[ir.Node, str] = {}
+        self.weights: dict[ir.Value, str] = {}
+        self._names = keep
+        self._limit = limit(dtype)
+        self._bound = self._limit / safety if dtype == "float16" else np.inf
+        self._safety = safety
+        self._ranges = ranges
+
+    def plan(self) -> HalfPlan:
+        # What is special before what is general: the first reason stays.
+        self._weights()
+        self._norms()
+        self._angles()
+        self._t5_outputs()
+        self._head()
+        masks = self._masks()
+        self._operators()
+        wide = self._ranged(masks)
+        self._moves()
+        kept = {node: self.kept[node] for node in self.nodes if node in self.kept}
+        return HalfPlan(kept, frozenset(masks), wide, self.weights, self.types)
+
+    def _is_float(self, node: ir.Node) -> bool:
+        if node.op_type in _BLIND and not node.domain and not self._single(node.outputs):
+            return False
+        cast = node.op_type == "Cast" and not node.domain
+        return bool(self._single(node.outputs) or (self._single(node.inputs) and not cast))
+
+    def _single(self, values: object) -> list[ir.Value]:
+        assert isinstance(values, tuple | list)
+        return [v for v in values if v is not None and self.types.get(v) == ir.DataType.FLOAT]
+
+    def _keep(self, node: ir.Node | None, reason: str) -> None:
+        if node is not None:
+            self.kept.setdefault(node, reason)
+
+    def _constants(self, node: ir.Node) -> Iterator[np.ndarray]:
+        """Yield the few numbers of each constant that a node reads; a weight is not read."""
+        for value in self._single(node.inputs):
+            tensor = value.const_value
+            if tensor is None or isinstance(tensor, WeightTensor) or tensor.nbytes > _SMALL:
+                continue
+            yield tensor.numpy()
+
+    def _masks(self) -> set[ir.Value]:
+        """Keep what reads constants that 16 bits cannot hold; return what masks are made of."""
+        masks: set[ir.Value] = set()
+        for node in self.nodes:
+            for constant in self._constants(node):
+                with np.errstate(over="ignore"):
+                    rounded = cast(constant, self.dtype).astype(np.float64)
+                if (np.abs(constant) > self._limit).any():
+                    self._keep(node, "a constant beyond what 16 bits hold")
+                    masks.update(self._single(node.outputs))
+                elif not np.allclose(rounded, constant, rtol=2 * unit_roundoff(self.dtype), atol=0):
+                    self._keep(node, "a constant too small for 16 bits")
+            if node.op_type in _MASKING and masks & set(node.inputs):
+                self._keep(node, "a mask of numbers beyond what 16 bits hold")
+                masks.update(self._single(node.outputs))
+        return masks
+
+    def _operators(self) -> None:
+        for node in self.nodes:
+            if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+                   for a in node.attributes.values()):  # fmt: skip
+                self._keep(node, "it has a graph of its own")
+            elif node.op_type in ("Softmax", "LogSoftmax"):
+                self._keep(node, "softmax: its sum has many small terms")
+            elif (node.domain, node.op_type) not in _COMPUTES and not self._moves_only(node):
+                self._keep(node, f"{node.op_type} has no 16-bit kernel everywhere")
+            for value in self._single(node.outputs):
+                if any(reader.graph is not self.graph for reader in value.consumers()):
+                    self._keep(node, "a graph inside a node reads it")
+
+    def _weights(self) -> None:
+        for value in self.graph.initializers.values():
+            if self.types.get(value) != ir.DataType.FLOAT:
+                continue
+            name = str(value.name)
+            if self._names & {name, *name.split(PACKED)}:
+                self.weights[value] = "kept as asked"
+                for node in value.consumers():
+                    self._keep(node, f"{name} is kept as asked")
+            elif (
+                value.is_graph_input()
+                or value.is_graph_output()
+                or any(node.graph is not self.graph for node in value.consumers())
+            ):
+                self.weights[value] = "a caller, or a graph inside a node, reads it"
+
+    def _norms(self) -> None:
+        """Keep each sequence of nodes around a mean: the squares may overflow."""
+        for mean in self.nodes:
+            if mean.op_type != "ReduceMean":
+                continue
+            source = _squared(mean)
+            inside: set[ir.Value | None] = {source, *mean.outputs}
+            found, waiting = [mean], [mean]
+            while waiting:
+                for reader in (r for v in waiting.pop().outputs for r in v.consumers()):
+                    others = [v for v in reader.inputs if v not in inside]
+                    if reader in found or reader.op_type not in _NORM:
+                        continue
+                    if all(v is None or v.const_value is not None for v in others):
+                        inside.update(reader.outputs)
+                        found.append(reader)
+                        waiting.append(reader)
+            square = mean.inputs[0].producer() if mean.inputs[0] is not None else None
+            for node in (square, *found) if mean.inputs[0] is not source else found:
+                self._keep(node, "a norm: squares, their mean and its root")
+
+    def _angles(self) -> None:
+        """Keep what sines and cosines are made of: large angles need every digit."""
+        waiting = [node for node in self.nodes if node.op_type in ("Cos", "Sin")]
+        while waiting:
+            node = waiting.pop()
+            if node not in self.kept:
+                self._keep(node, "angles of positions")
+                makers = [value.producer() for value in self._single(node.inputs)]
+                waiting += [maker for maker in makers if maker is not None]
+
+    def _t5_outputs(self) -> None:
+        """Keep T5's second feed-forward projection and what feeds it, which pass 65504."""
+        if self.dtype != "float16":
+            return
+        for node in self.nodes:
+            if node.op_type != "MatMul" or not str(_name(node.inputs[1])).endswith(".wo.weight"):
+                continue
+            self._keep(node, "T5's wo: what it reads and makes grows beyond float16")
+            assert node.inputs[0] is not None
+            feeder = node.inputs[0].producer()
+            if feeder is not None and feeder.op_type in _ACTIVATIONS:
+                self._keep(feeder, "it feeds T5's wo")
+
+    def _head(self) -> None:
+        """Keep the logits and the product that makes them."""
+        for output in self.graph.outputs:
+            value: ir.Value | None = output if output.name == "logits" else None
+            while value is not None and (node := value.producer()) is not None:
+                self._keep(node, "the logits")
+                if node.op_type in ("Gemm", "MatMul") or not node.inputs:
+                    break
+                value = next(iter(self._single(node.inputs)), None)
+
+    def _ranged(self, masks: set[ir.Value]) -> dict[str, str]:
+        """Keep what makes or reads a value that does not fit; return the caches that do not."""
+        wide: dict[str, str] = {}
+        values = [*self.graph.inputs, *(v for node in self.nodes for v in node.outputs)]
+        for value in values:
+            magnitude = self._ranges.get(str(value.name), 0.0)
+            if value in masks or self.types.get(value) != ir.DataType.FLOAT:
+                continue
+            if not magnitude <= self._bound:
+                reason = (
+                    f"{value.name} reaches {magnitude:.3g}; {self._safety:g} times that is "
+                    f"beyond {self._limit:.5g}"
+                )
+                self._keep(value.producer(), reason)
+                for reader in value.consumers():
+                    if reader.op_type not in _BLIND:
+                        self._keep(reader, reason)
+                if value.is_graph_input() or value.is_graph_output():
+                    # What one run puts into a cache the next one takes out of it.
+                    for side in ("past_key_values.", "present."):
+                        wide[side + str(value.name).partition(".")[2]] = reason
+                        wide[str(value.name)] = reason
+        known = {str(v.name) for v in (*self.graph.inputs, *self.graph.outputs)}
+        return {name: reason for name, reason in wide.items() if name in known}
+
+    def _moves_only(self, node: ir.Node) -> bool:
+        return not node.domain and node.op_type in MOVES
+
+    def _moves(self) -> None:
+        """Let numbers that are moved stay what they are, so that no cast is undone by the next."""
+        for node in self.nodes:
+            makers = [value.producer() for value in self._single(node.inputs)]
+            if self._moves_only(node) and makers and all(maker in self.kept for maker in makers):
+                self._keep(node, "it moves numbers that are float32")
+
+
+def _squared(mean: ir.Node) -> ir.Value | None:
+    """Return what a mean is the mean of: the x of mean(x * x) or mean(x ** 2), else its input."""
+    value = mean.inputs[0]
+    power, product = made_by(value, "Pow"), made_by(value, "Mul")
+    if power is not None:
+        return power.inputs[0]
+    if product is not None and product.inputs[0] is product.inputs[1]:
+        return product.inputs[0]
+    return value
+
+
+def _name(value: ir.Value | None) -> str | None:
+    return None if value is None else value.name
