@@ -193,7 +193,7 @@ def export(
                 )  # fmt: skip
             records += _told(lowered.records, progress)
             bundle.write_json(draft.path / PLAN, lowered.report)
-        manifest = writer.write(graphs, draft.path, records, job.plan.stored)
+        manifest = writer.write(graphs, draft.path, records, job.stored)
         if judge is not None:
             if job.scheme.lossy:
                 judge.prove_lossy(draft.path, exact, examples.data)
