@@ -59,6 +59,7 @@ def read_rows(
         prompt = {name: feeds[name] for name in ("input_ids", "attention_mask")}
         room = _room(engine.manifest, prompt["input_ids"].shape[1])
         # The last token written is fed to nothing.
+        answers: list[tuple[int, ...]]
         answers = [tuple(engine.generate_ids(prompt, room)[0][:-1])] if room else [()]
         if label := _label(engine.manifest, example, number):
             assert tokenizer is not None

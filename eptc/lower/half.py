@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -68,7 +69,8 @@ class HalfPlan:
 
 def limit(dtype: str) -> float:
     """Return the largest finite number of a floating-point type."""
-    return float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
+    info: Any = ml_dtypes.finfo
+    return float(info(numpy_dtype(dtype)).max)
 
 
 def plan_half(
