@@ -15,13 +15,16 @@ __all__ = ["Example", "read_examples"]
 Example = Mapping[str, Any]
 
 
-def read_examples(path: Path, task: Task | None, *, labelled: bool = False) -> list[Example]:
+def read_examples(
+    path: Path, task: Task | None, *, labelled: bool | None = False
+) -> list[Example]:
     """Return the examples of a JSON lines file.
 
     Args:
         path: one JSON object a line, with the task's fields and, maybe, `label`.
         task: whose fields they must have.
-        labelled: whether each must have a label of the task.
+        labelled: whether each must have a label of the task; None: it may, False: labels are
+            not looked at.
 
     Raises:
         InputError: the file cannot be read, is empty, or a line is not such an object.
@@ -47,7 +50,7 @@ def read_examples(path: Path, task: Task | None, *, labelled: bool = False) -> l
                 expected="a JSON object with the fields "
                 + ", ".join(task.fields if task is not None else ("text",)),
             ) from error
-        if labelled:
+        if labelled or (labelled is None and example.get("label") is not None):
             _check_label(path, number, example, task)
         examples.append(example)
     if not examples:

@@ -117,7 +117,9 @@ class _Writer:
         self._dtype = dtype
         self._half = HALF[dtype]
         # The type of each value that was float32, and the value itself in its other type.
-        self._types = {v: t for v, t in plan.types.items() if t == ir.DataType.FLOAT}
+        self._types: dict[ir.Value, ir.DataType] = {
+            value: dtype for value, dtype in plan.types.items() if dtype == ir.DataType.FLOAT
+        }
         self._casts: dict[ir.Value, ir.Value] = {}
 
     def write(self) -> int:

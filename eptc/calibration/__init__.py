@@ -1,0 +1,18 @@
+"""Calibration: how far an engine's values reach on real text, and what 16 bits make of them."""
+
+from eptc.calibration.examples import FEW, cut_rows, read_calibration
+from eptc.calibration.observe import MAX_BYTES, Method, Range, float_values, observe
+from eptc.calibration.simulate import round_values, simulated
+
+__all__ = [
+    "FEW",
+    "MAX_BYTES",
+    "Method",
+    "Range",
+    "cut_rows",
+    "float_values",
+    "observe",
+    "read_calibration",
+    "round_values",
+    "simulated",
+]

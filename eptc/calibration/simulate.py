@@ -109,7 +109,7 @@ class _Twin:
     def _rewrite(self, node: ir.Node, following: ir.Node | None) -> None:
         standard = "" if node.domain else node.op_type
         # Rows of a 16-bit table are widened, not the table.
-        stored = standard in ("Gather", "Cast") and bool(node.inputs[0].is_initializer())
+        stored = standard in ("Gather", "Cast") and _is_initializer(node.inputs[0])
         for index, value in enumerate(node.inputs):
             if value is None or not self._is_half(value) or stored:
                 continue
@@ -141,6 +141,10 @@ class _Twin:
         made = node.outputs[0]
         made.type, made.shape = ir.TensorType(to), value.shape
         return made
+
+
+def _is_initializer(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer()
 
 
 def _single(spec: GraphSpec) -> GraphSpec:

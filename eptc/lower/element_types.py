@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import onnx_ir as ir
 
@@ -61,6 +63,6 @@ def _made(
     return bound.get(name) or (_TENSOR.get(found[0]) if len(found) == 1 else None)
 
 
-def _formal(formals: list[onnx.defs.OpSchema.FormalParameter], number: int) -> str:
+def _formal(formals: Sequence[onnx.defs.OpSchema.FormalParameter], number: int) -> str:
     """Return the type's name of a parameter; the last one may stand for several."""
     return formals[min(number, len(formals) - 1)].type_str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -68,7 +69,8 @@ class HalfPlan:
 
 def limit(dtype: str) -> float:
     """Return the largest finite number of a floating-point type."""
-    return float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
+    info: Any = ml_dtypes.finfo
+    return float(info(numpy_dtype(dtype)).max)
 
 
 def plan_half(
@@ -157,10 +159,11 @@ class _Planner:
             for constant in self._constants(node):
                 with np.errstate(over="ignore"):
                     rounded = cast(constant, self.dtype).astype(np.float64)
+                roundoff = 2 * unit_roundoff(self.dtype)
                 if (np.abs(constant) > self._limit).any():
                     self._keep(node, "a constant beyond what 16 bits hold")
                     masks.update(self._single(node.outputs))
-                elif not np.allclose(rounded, constant, rtol=2 * unit_roundoff(self.dtype), atol=0):
+                elif not np.allclose(rounded, constant, rtol=roundoff, atol=0):
                     self._keep(node, "a constant too small for 16 bits")
             if node.op_type in _MASKING and masks & set(node.inputs):
                 self._keep(node, "a mask of numbers beyond what 16 bits hold")
