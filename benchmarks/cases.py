@@ -40,7 +40,7 @@ class Case:
     length: int
     new_tokens: int = 0
     rounds: int = 30
-    precision: str = "fp32"
+    precision: Literal["fp32", "int8", "int4"] = "fp32"
 
     @property
     def lossy(self) -> bool:

@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 from benchmarks.cases import Mode
 
-__all__ = ["BESIDE_LOSSY", "CONTESTANTS", "ENGINE", "EXACT", "Call", "Contestant", "Environment", "Family"]
+__all__ = [
+    "BESIDE_LOSSY",
+    "CONTESTANTS",
+    "ENGINE",
+    "EXACT",
+    "Call",
+    "Contestant",
+    "Environment",
+    "Family",
+]
 
 Environment = Literal["eptc", "optimum"]
 Family = Literal["engine", "base", "pytorch", "exporter"]

@@ -30,9 +30,9 @@ from eptc.tasks import Task
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-from minilm import minilm_path  # noqa: E402  # beside the example's modules
-from multitask.rows import Row  # noqa: E402
-from multitask.tasks import load  # noqa: E402
+from minilm import minilm_path  # beside the example's modules
+from multitask.rows import Row
+from multitask.tasks import load
 
 __all__ = ["main"]
 

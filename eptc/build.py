@@ -183,6 +183,7 @@ def export(
             manifest = writer.write(graphs, exact, records, "fp32")
             if judge is not None:
                 judge.prove_exact(exact, manifest)
+        lowered_notes: tuple[str, ...] = ()
         if job.scheme.lossy:
             from eptc.lossy import lower_precision
 
@@ -192,6 +193,7 @@ def export(
                     data=examples.data, progress=progress,
                 )  # fmt: skip
             records += _told(lowered.records, progress)
+            lowered_notes = lowered.notes
             bundle.write_json(draft.path / PLAN, lowered.report)
         manifest = writer.write(graphs, draft.path, records, job.stored)
         if judge is not None:
@@ -203,7 +205,7 @@ def export(
         if exact is not None:
             shutil.rmtree(exact)
         draft.publish()
-    notes = precise_routes(source, job.task_id)
+    notes = (*precise_routes(source, job.task_id), *examples.notes, *lowered_notes)
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
 
 
@@ -244,24 +246,29 @@ class _Examples:
         probe: to verify on; None for the built-in ones.
         data: labelled ones to score on; None where there are none.
         texts: what ranges of activations are seen on.
+        notes: what a user should know about them.
     """
 
     probe: Sequence[Mapping[str, Any]] | None = None
     data: Sequence[Mapping[str, Any]] | None = None
     texts: Sequence[Mapping[str, Any]] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, options: Options, task: Task) -> _Examples:
         if not (options.probe or options.data or SCHEMES[options.precision].calibrated):
             return cls()
+        from eptc.calibration import read_calibration
         from eptc.parity_gate import builtin_examples, read_examples
 
-        def read(path: str | Path | None, *, labelled: bool = False) -> Any:
-            return None if path is None else read_examples(Path(path), task, labelled=labelled)
-
-        probe, data = read(options.probe), read(options.data, labelled=True)
-        calibration = read(options.calibration)
-        return cls(probe, data, calibration or data or probe or builtin_examples(task))
+        probe = None if options.probe is None else read_examples(Path(options.probe), task)
+        data = None
+        if options.data is not None:
+            data = read_examples(Path(options.data), task, labelled=True)
+        if options.calibration is None:
+            return cls(probe, data, data or probe or builtin_examples(task))
+        texts, notes = read_calibration(Path(options.calibration), task)
+        return cls(probe, data, texts, notes)
 
 
 def _told(records: Sequence[PassRecord], progress: Progress) -> Sequence[PassRecord]:

@@ -17,6 +17,7 @@ import click
 
 import eptc
 from eptc.errors import BundleError, EptcError, MissingExtraError, OptionError
+from eptc.precision import SCHEMES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -198,10 +199,7 @@ def main() -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(
-        ["fp32", "keep", "fp16", "bf16", "int8", "int8-static", "int8-weights", "int4", "auto"]
-        + ["all"]
-    ),
+    type=click.Choice([*SCHEMES, "all"]),
     default="fp32",
     show_default=True,
     help="keep: store matrices in the base's own 16-bit type. fp16, bf16: compute in 16 bits. "

@@ -174,9 +174,10 @@ def _compared(
         examples[:: max(1, len(examples) // _TEXTS)][:_TEXTS],
     )
     rows = [Row(name, reason) for name, reason in refused.items()]
+    scores: dict[str, Any] = {}
     for precision, found in built.items():
-        scores = found.manifest.parity.get("scores")
-        if scores is None:
+        scores = found.manifest.parity.get("scores") or {}
+        if not scores:
             with found.load(providers=["cpu"]) as engine:
                 scores = compare_answers(task, want, answers(engine, examples), labels)
         files = found.manifest.files

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eptc import bundle, lower
+from eptc.calibration.simulate import simulated
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Job, Progress
 from eptc.lossy import budget_of
@@ -23,7 +24,6 @@ from eptc.parity_gate import (
     refuse,
     right_answers,
 )
-from eptc.calibration.simulate import simulated
 from eptc.passes.narrow_weights import NarrowWeights
 from eptc.pipeline import run_graph_passes
 from eptc.runtime import Engine
@@ -80,9 +80,9 @@ class Judge:
             return
         with contextlib.ExitStack() as stack, self._clock.stage("parity"):
             if self._job.scheme.simulated:
-                twin = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory)))
-                simulated(directory, twin)
-                directory = twin
+                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=directory))
+                simulated(directory, Path(folder) / "twin")
+                directory = Path(folder) / "twin"
             if self._verifier is not None:
                 report = self._verifier.prove(directory, self._layers, self._progress)
                 refuse(

@@ -10,12 +10,16 @@ from typing import Any
 import onnx_ir
 
 from eptc.architectures import Architecture
+from eptc.calibration import cut_rows, float_values, observe
 from eptc.errors import InternalError
+from eptc.lower.quantizable import quantized_inputs
 from eptc.options import Options
 from eptc.parity_gate import Budget, Example
-from eptc.pipeline import PassRecord, Step, lossy_passes, run_graph_passes
+from eptc.passes.cast_half import CastHalf
+from eptc.pipeline import PassRecord, Ranges, Step, lossy_passes, run_graph_passes
 from eptc.precision import SCHEMES
 from eptc.precision_plan import PrecisionPlan, stored_weights
+from eptc.runtime import Engine
 from eptc.search import levels, search
 
 __all__ = ["Lowered", "budget_of", "lower_precision"]
@@ -33,10 +37,12 @@ class Lowered:
     Args:
         records: what the passes did.
         report: the content of the bundle's `precision.json`.
+        notes: what a user should know.
     """
 
     records: Sequence[PassRecord]
     report: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
 def budget_of(options: Options) -> Budget:
@@ -74,23 +80,23 @@ def lower_precision(
         ParityError: no plan keeps the budget.
     """
     kept = dict.fromkeys(_heads(graphs, architecture), _HEAD)
-    plan, ranges, report = None, None, {}
+    plan, ranges = None, None
+    report: Mapping[str, Any] = {}
+    notes: tuple[str, ...] = ()
     if options.precision == "auto":
         plan, report = _planned(graphs, options, exact, kept, data, progress)
     elif SCHEMES[options.precision].calibrated:
-        ranges = _observed(graphs, options, exact, texts, progress)
+        ranges, notes = _observed(graphs, options, exact, kept, texts, progress)
     steps = lossy_passes(
         options.precision, options.optimize_for, keep=tuple(kept), ranges=ranges, plan=plan
     )
-    if SCHEMES[options.precision].simulated:
-        kept |= {
-            what: why
-            for key, step in steps[0].items()
-            for what, why in step.plan(graphs[key]).items()
-        }
+    if isinstance(steps[0], Mapping):
+        for name, step in steps[0].items():
+            if isinstance(step, CastHalf):
+                kept |= step.plan(graphs[name])
     records = run_graph_passes(graphs, steps)
     stored = PrecisionPlan(stored_weights(graphs))
-    return Lowered(records, {**stored.to_json(), "stays_float32": kept, **report})
+    return Lowered(records, {**stored.to_json(), "stays_float32": kept, **report}, notes)
 
 
 def _heads(graphs: Graphs, architecture: Architecture) -> list[str]:
@@ -127,5 +133,33 @@ def _planned(
     return found.plan, {"search": found.record}
 
 
-def _observed(*a):
-    raise NotImplementedError
+def _observed(
+    graphs: Graphs,
+    options: Options,
+    exact: Path | None,
+    kept: Mapping[str, str],
+    texts: Sequence[Example],
+    progress: Progress,
+) -> tuple[Ranges, tuple[str, ...]]:
+    """Run the exact engine on text; return how far its values reach, and what to know of it.
+
+    16 bits overflow whatever a value is used for, so that all are observed, by their extremes;
+    integers need the ranges of what is multiplied alone.
+    """
+    if exact is None:
+        raise InternalError("ranges are observed without an exact engine")
+    integers = SCHEMES[options.precision].integers
+    values = {
+        name: quantized_inputs(model.graph, keep=tuple(kept)) if integers else float_values(model)
+        for name, model in graphs.items()
+    }
+    method = options.calibration_method if integers else "minmax"
+    progress(f"ranges of {sum(map(len, values.values()))} values on {len(texts)} texts")
+    found = observe(exact, texts, values, method=method)
+    with Engine.load(exact, providers=["cpu"]) as engine:
+        cut = cut_rows(engine, texts)
+    notes = f"{cut} of {len(texts)} texts were longer than training's and cut for calibration"
+    return {
+        name: {value: (range_.low, range_.high) for value, range_ in found[name].items()}
+        for name in graphs
+    }, (notes,) if cut else ()

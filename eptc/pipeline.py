@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import onnx
@@ -118,8 +118,17 @@ def lossy_passes(
     steps: list[Step]
     if precision in ("fp16", "bf16"):
         assert ranges is not None
+        dtype: Literal["float16", "bfloat16"]
         dtype = "float16" if precision == "fp16" else "bfloat16"
-        steps = [{key: CastHalf(dtype, found, keep=keep) for key, found in ranges.items()}]
+        steps = [
+            {
+                graph: CastHalf(
+                    dtype, {name: max(abs(low), abs(high)) for name, (low, high) in found.items()},
+                    keep=keep,
+                )
+                for graph, found in ranges.items()
+            }
+        ]  # fmt: skip
     elif precision == "int8-static":
         assert ranges is not None
         # TensorRT takes no zero points; ONNX Runtime's CPU kernels want them for activations.

@@ -85,7 +85,8 @@ def answers(engine: Engine, examples: Sequence[Example]) -> Answers:
     if task is not None and task.kind == "regression":
         values = np.array([answer.value for answer in found], np.float64)
         return Answers(values.tolist(), values[:, None])
-    logs = np.log(np.maximum([answer.probabilities for answer in found], _SMALLEST))
+    probabilities = np.array([answer.probabilities for answer in found], np.float64)
+    logs = np.log(np.maximum(probabilities, _SMALLEST))
     return Answers([answer.index for answer in found], logs - logs.mean(axis=1, keepdims=True))
 
 
