@@ -21,6 +21,7 @@ PASSES: dict[str, str] = {
     "fuse-rotary": "eptc.passes.fuse_rotary:FuseRotary",
     "fuse-attention": "eptc.passes.fuse_attention:FuseAttention",
     "narrow-weights": "eptc.passes.narrow_weights:NarrowWeights",
+    "quantize-weights": "eptc.passes.quantize_weights:QuantizeWeights",
     "stable-names": "eptc.passes.stable_names:StableNames",
 }
 

@@ -28,6 +28,8 @@ class MetaBase:
 
     Attributes:
         hf: the model: float32, eval mode, eager attention. Its modules may be moved and wrapped.
+        stored: of each parameter that the folder has a weight for, by the name it has at first,
+            which stored tensor that is; tied parameters are the same one.
         missing: names of the parameters the folder has no weights for, sorted.
 
     Raises:
@@ -46,6 +48,7 @@ class MetaBase:
             _read_generation_config(self.hf, directory)
             _fill_buffers(self.hf)
         self._places: dict[nn.Module, dict[str, str]] = {}
+        self.stored: dict[str, str] = {}
         self.missing = self._find_places(directory)
 
     def _find_places(self, directory: Path) -> list[str]:
@@ -65,7 +68,12 @@ class MetaBase:
                 name = f"{path}.{attribute}" if path else attribute
                 if name in found:
                     self._places.setdefault(module, {})[attribute] = found[name]
+        self.stored = found
         return sorted(parameters.keys() - found.keys())
+
+    def dtype(self, name: str) -> str:
+        """Return the type in which a parameter is stored, as torch spells it."""
+        return str(self._shards.dtype(self.stored[name])).removeprefix("torch.")
 
     @contextlib.contextmanager
     def loaded(self, module: nn.Module) -> Iterator[None]:

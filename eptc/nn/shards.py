@@ -62,6 +62,19 @@ class Shards:
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise BaseModelError(f"the weights in {directory} cannot be read: {error}") from error
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor.
+
+        Raises:
+            BaseModelError: it is no float type.
+        """
+        found = self.tensors[name]
+        if found.dtype not in _FLOATS:
+            raise BaseModelError(
+                f"{name} in {found.path} has the type {found.dtype}", expected=", ".join(_FLOATS)
+            )
+        return _FLOATS[found.dtype]
+
     def stored(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a tensor's bytes.
 
@@ -83,13 +96,9 @@ class Shards:
         Raises:
             BaseModelError: the file cannot be read, or the tensor is of no float type.
         """
-        found = self.tensors[name]
-        if found.dtype not in _FLOATS:
-            raise BaseModelError(
-                f"{name} in {found.path} has the type {found.dtype}", expected=", ".join(_FLOATS)
-            )
+        dtype = self.dtype(name)
         bits = torch.from_numpy(self.stored(name))
-        return bits.view(_FLOATS[found.dtype]).reshape(found.shape).to(torch.float32)
+        return bits.view(dtype).reshape(self.tensors[name].shape).to(torch.float32)
 
 
 def _files(directory: Path) -> list[Path]:

@@ -63,6 +63,15 @@ class StreamedModel:
         self.blocks = block_lists(model.hf, model.heads)
         self._base = base
 
+    def twins(self, name: str) -> list[str]:
+        """Return the parameters of the base that are one stored tensor with this one, and it."""
+        place = self._base.stored.get(name)
+        return [name, *(n for n, p in self._base.stored.items() if p == place and n != name)]
+
+    def dtype(self, name: str) -> str | None:
+        """Return the type in which a parameter of the base is stored; None where it is not."""
+        return self._base.dtype(name) if name in self._base.stored else None
+
     @contextlib.contextmanager
     def loaded(self, module: nn.Module) -> Iterator[None]:
         """Have a module's parameters in memory for a while.
@@ -86,15 +95,17 @@ class StreamedModel:
             task: name, alias or id.
             batches: what the Hugging Face model takes.
             outputs: what it returns for each is put here at the end.
-            stored: of adapted linears, by full name, what gives the weight to compute with for
-                the sum of their own and of the matrix their experts stand for: that sum as it is
-                stored somewhere in fewer bits. The others add up two outputs.
+            stored: of modules, by full name, what gives the weight to compute with for their own:
+                the same as it is stored somewhere in fewer bits. That of an adapted linear is the
+                sum of the base's and of the matrix that the experts stand for; other adapted
+                linears add up two outputs.
 
         Raises:
             TaskError: there is no such task.
             BaseModelError: a weight cannot be read.
         """
         units = dict(_units(self.model.hf, self.blocks))
+        kept = {id(p) for p in self.model.hf.parameters() if not p.is_meta}
         memory = _Memory(self.blocks)
         with torch.no_grad(), self.model.task(task), _intercepted(units, memory.recall):
             while True:
@@ -105,7 +116,8 @@ class StreamedModel:
                     return
                 assert len(waiting) == 1, "batches take different ways through the model"
                 path = waiting.pop()
-                with self._base.loaded(units[path]), _folded(units[path], stored or {}):
+                unit = units[path]
+                with self._base.loaded(unit), _replaced(path, unit, stored or {}, kept):
                     memory.present = path
                     for i, batch in enumerate(batches):
                         memory.forward(self.model.hf, i, batch)
@@ -114,17 +126,31 @@ class StreamedModel:
 
 
 @contextlib.contextmanager
-def _folded(unit: nn.Module, stored: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Fold the adapted linears of a module into their weights, which come and go with it."""
-    layers = [m for m in unit.modules() if isinstance(m, EptLinear) and m.path in stored]
+def _replaced(
+    path: str, unit: nn.Module, stored: Mapping[str, Callable[[Tensor], Tensor]], kept: set[int]
+) -> Iterator[None]:
+    """Let the modules of a unit compute with other weights, adapted ones with theirs folded in.
+
+    What was loaded goes with the unit; weights that are kept in memory are given back theirs.
+    """
+    found = [m for m in unit.named_modules(prefix=path, remove_duplicate=False) if m[0] in stored]
+    before: list[tuple[Tensor, Tensor]] = []
     try:
-        for layer in layers:
-            layer.weight.copy_(stored[layer.path](layer.weight + layer.dense()))
-            layer.__dict__["delta"] = _nothing
+        for name, module in found:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            if id(weight) in kept:
+                before.append((weight, weight.clone()))
+            folded = isinstance(module, EptLinear)
+            weight.copy_(stored[name](weight + module.dense() if folded else weight))
+            if folded:
+                module.__dict__["delta"] = _nothing
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("delta", None)
+        for weight, own in before:
+            weight.copy_(own)
+        for _, module in found:
+            module.__dict__.pop("delta", None)
 
 
 def _nothing(x: Tensor) -> Tensor:

@@ -96,17 +96,18 @@ def prove_blocks(
     text = _BundleText.open(directory, manifest)
     probes, tokenized = make_probes(text, model, task_id, tokenizer, examples)
     batches = [make_batch(manifest, probe) for probe in few(probes, given=examples is not None)]
-    walk = Walk(reference, runners, batches)
+    walk = Walk(reference, task_id, runners, batches)
     report = ParityReport(
         (), STATE, dict(layers or {}), weights, (), (), tokenized, mode="block by block"
     )
     if walk.stored:
-        report = dataclasses.replace(
-            report, reference="PyTorch model, float32, adapted weights as they are stored"
-        )
+        said = "PyTorch model, float32, weights as they are stored"
+        if any(runner.partition.rounds for runner in runners.values()):
+            said += "; the engine's blocks compared with activations that are not rounded"
+        report = dataclasses.replace(report, reference=said)
     for batch in batches:
         report = with_outcomes(report, batch.probe, [])
-    for outcomes in walk.outcomes(task_id, progress):
+    for outcomes in walk.outcomes(progress):
         report = dataclasses.replace(
             report,
             tensors=(*report.tensors, *(o for o in outcomes if isinstance(o, Comparison))),

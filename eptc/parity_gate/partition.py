@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from eptc.errors import ParityError
+from eptc.parity_gate.stored import Quantized, quantized, read
 
 __all__ = ["AFTER", "BEFORE", "PAST", "PRESENT", "Part", "Partition"]
 
@@ -26,6 +27,8 @@ PRESENT = "present."
 _FIX = "this is a bug in the lowering or in a graph pass: report it"
 # They read the size of their input, none of its numbers.
 _SHAPES = ("Shape", "Size")
+# MatMulNBits: how many bits activations may be rounded to.
+_LEVEL = "accuracy_level"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +186,11 @@ class Partition:
                 )
 
     @property
+    def weights(self) -> list[str]:
+        """Names of the weights and constants."""
+        return list(self._graph.initializers)
+
+    @property
     def narrow(self) -> dict[str, str]:
         """Names and types of the weights that are stored in 16 bits."""
         return {
@@ -191,23 +199,35 @@ class Partition:
             if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
         }
 
+    @property
+    def quantized(self) -> dict[str, Quantized]:
+        """The weights that are stored as integers, by name."""
+        return {weight.name: weight for weight in quantized(self._graph)}
+
+    @property
+    def rounds(self) -> bool:
+        """Whether nodes round what they compute with to fewer bits."""
+        return any(_LEVEL in node.attributes for node in self._nodes)
+
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """Return a copy of a weight; its file is not held open."""
         tensor = self._graph.initializers[name].const_value
         assert tensor is not None
-        array = np.array(tensor.numpy())
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
-        return array
+        return read(tensor)
 
     def serialize(self, part: Part, arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
         """Return a part as an ONNX model whose weights stay where the graph's are.
+
+        Activations that a node would round to 8 bits stay float32: that rounding would hide what
+        else is wrong.
 
         Args:
             part: one of the parts.
             arrays: what it reads, for the types of values between parts.
         """
         graph = ir.convenience.extract(self._graph, part.inputs, part.outputs)
+        for node in graph:
+            node.attributes.pop(_LEVEL, None)
         declared = {value.name for value in self._graph.inputs}
         for value in graph.inputs:
             if value.name not in declared:

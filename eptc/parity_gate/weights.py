@@ -12,11 +12,14 @@ import numpy.typing as npt
 import onnx_ir
 
 from eptc.errors import ParityError
-from eptc.lower.weights import PACKED
+from eptc.lower.weights import PACKED, PART
 from eptc.nn import EptLinear, EptModel
+from eptc.parity_gate.nearest import check_nearest
+from eptc.parity_gate.stored import Decoder, quantized, read
 
 __all__ = ["check_stored", "check_weights", "plain_name"]
 
+Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 # Compared at once, in float64: there is no room for copies of a large matrix, and some in
 # float64 should fit the processor's cache.
@@ -26,14 +29,17 @@ _ELEMENTS = 2**15
 def check_weights(directory: Path, files: list[str], reference: EptModel, task_id: int) -> float:
     """Compare every weight in the engine's files with the reference's parameter of that name.
 
-    A weight without adapters must be equal to the bit. An adapted one may differ by one rounding
-    to its stored type and by 1e-5 of the largest element of its branches. Weights may be stored
-    transposed: whether they are used that way round is seen in the outputs. A packed weight, its
-    name the names of its parts with `+` between them, holds them side by side [in, sum of out]:
-    each part is compared as if it stood alone.
+    A weight without adapters must be equal to the bit, rounded once where it is stored in 16
+    bits. An adapted one may differ by one rounding to its stored type and by 1e-5 of the largest
+    element of its branches. Weights may be stored transposed: whether they are used that way
+    round is seen in the outputs. A packed weight, its name the names of its parts with `+` between
+    them, holds them side by side [in, sum of out]: each part is compared as if it stood alone.
+
+    A weight that is stored as integers must be the nearest to the sum of base and experts that
+    they can be (`nearest.py`).
 
     Returns:
-        The largest deviation of an adapted weight as a fraction of its bound.
+        The largest deviation of a weight that may deviate, as a fraction of its bound.
 
     Raises:
         ParityError: a weight is off, or an adapted one is in no file.
@@ -78,18 +84,21 @@ def check_stored(
 
 def _check_one(
     name: str,
-    array: npt.NDArray[Any],
+    found: Array | Decoder,
     parameters: Mapping[str, Float32],
     adapted: Mapping[str, EptLinear],
     task_id: int,
 ) -> float:
-    """Return an adapted weight's largest deviation as a fraction of its bound, else 0."""
+    """Return a weight's largest deviation as a fraction of its bound; 0 if it has none."""
     base = parameters[name]
-    if name not in adapted:
-        _check_equal(name, array, base)
-        return 0.0
     # From the experts' definitions; the layer gate compares the module's own forward.
-    return _check_close(name, array, base, adapted[name].dense(task_id).numpy())
+    delta = adapted[name].dense(task_id).numpy() if name in adapted else None
+    if isinstance(found, Decoder):
+        return check_nearest(name, found, base, delta)
+    if delta is not None:
+        return _check_close(name, found, base, delta)
+    _check_equal(name, found, base)
+    return 0.0
 
 
 def plain_name(name: str, reference: EptModel, task_id: int) -> str:
@@ -106,30 +115,34 @@ def plain_name(name: str, reference: EptModel, task_id: int) -> str:
     return name
 
 
-def _stored(directory: Path, files: list[str]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Yield each initializer once, read from disk one at a time."""
-    seen = set()
+def _stored(directory: Path, files: list[str]) -> Iterator[tuple[str, Array | Decoder]]:
+    """Yield each initializer once, read from disk one at a time; integers as what they stand for.
+
+    Integers that graphs read in two ways are there twice.
+    """
+    seen: set[object] = set()
     for file in files:
-        model = onnx_ir.load(directory / file)
-        for value in model.graph.initializers.values():
-            if value.name in seen or value.const_value is None:
-                continue
-            seen.add(value.name)
-            tensor = value.const_value
-            # A copy: the file is unmapped before the next one is read.
-            yield str(value.name), np.array(tensor.numpy())
-            if isinstance(tensor, onnx_ir.ExternalTensor):
-                tensor.release()
+        graph = onnx_ir.load(directory / file).graph
+        weights = list(quantized(graph))
+        integers = {weight.name for weight in weights}
+        for weight in weights:
+            if weight not in seen:
+                seen.add(weight)
+                yield weight.name, weight.open()
+        for name, value in graph.initializers.items():
+            if name not in seen and name not in integers and value.const_value is not None:
+                seen.add(name)
+                yield name, read(value.const_value)
 
 
 def _unpacked(
-    stored: Iterable[tuple[str, npt.NDArray[Any]]], parameters: Mapping[str, Float32]
-) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    stored: Iterable[tuple[str, Array | Decoder]], parameters: Mapping[str, Float32]
+) -> Iterator[tuple[str, Array | Decoder]]:
     """Yield the parts of packed weights by their own names, other weights as they are."""
-    for name, array in stored:
+    for name, found in stored:
         parts = name.split(PACKED)
-        if len(parts) == 1:
-            yield name, array
+        if len(parts) == 1 or PART in name:
+            yield name, found
             continue
         if lost := [part for part in parts if part not in parameters]:
             raise ParityError(
@@ -137,17 +150,23 @@ def _unpacked(
                 fix="this is a bug in the pass that packs: report it",
             )
         widths = [parameters[part].shape[0] for part in parts]
-        if array.ndim != 2 or array.shape[1] != sum(widths):
+        shape = (found.columns, len(found)) if isinstance(found, Decoder) else found.shape
+        if len(shape) != 2 or shape[1] != sum(widths):
             raise ParityError(
-                f"the weight {name} in the engine has the shape {list(array.shape)}",
+                f"the weight {name} in the engine has the shape {list(shape)}",
                 expected=f"{sum(widths)} columns: {' + '.join(map(str, widths))}",
                 fix="this is a bug in the pass that packs: report it",
             )
-        ends = np.cumsum(widths)
-        yield from zip(parts, np.split(array, ends[:-1], axis=1), strict=True)
+        start = 0
+        for part, width in zip(parts, widths, strict=True):
+            if isinstance(found, Decoder):
+                yield part, found.part(start, width)
+            else:
+                yield part, found[:, start : start + width]
+            start += width
 
 
-def _oriented(array: npt.NDArray[Any], want: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _oriented(array: Array, want: Array) -> Array:
     """Return the array the way round that is nearer to what is expected."""
     if array.ndim != 2 or array.shape == want.shape != want.shape[::-1]:
         return array
@@ -156,21 +175,24 @@ def _oriented(array: npt.NDArray[Any], want: npt.NDArray[Any]) -> npt.NDArray[An
     return array.T
 
 
-def _check_equal(name: str, array: npt.NDArray[Any], want: Float32) -> None:
+def _check_equal(name: str, array: Array, base: Float32) -> None:
+    narrow = array.dtype == np.float16 or array.dtype == ml_dtypes.bfloat16
+    want: Array = base.astype(array.dtype) if narrow else base
     found = _oriented(array, want)
     if found.shape != want.shape or not np.array_equal(found, want):
         detail = f"shape {list(found.shape)}, expected {list(want.shape)}"
         if found.shape == want.shape:
-            at = np.unravel_index(int(np.argmax(np.abs(found - want))), want.shape)
+            off = np.abs(found.astype(np.float32) - want.astype(np.float32))
+            at = np.unravel_index(int(np.argmax(off)), want.shape)
             detail = f"element {[int(i) for i in at]} is {found[at]}, the reference has {want[at]}"
         raise ParityError(
             f"the weight {name} in the engine is not the base's: {detail}",
-            expected="the base's weight to the bit",
+            expected="the base's weight to the bit, rounded once to the stored type",
             fix="check --base; if it is right, this is a bug in the lowering: report it",
         )
 
 
-def _check_close(name: str, array: npt.NDArray[Any], base: Float32, delta: Float32) -> float:
+def _check_close(name: str, array: Array, base: Float32, delta: Float32) -> float:
     found = _oriented(array, base + delta)
     if found.shape != base.shape:
         raise ParityError(f"the weight {name} in the engine has the shape {list(found.shape)}")
