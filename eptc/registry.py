@@ -22,6 +22,7 @@ PASSES: dict[str, str] = {
     "fuse-attention": "eptc.passes.fuse_attention:FuseAttention",
     "narrow-weights": "eptc.passes.narrow_weights:NarrowWeights",
     "cast-half": "eptc.passes.cast_half:CastHalf",
+    "quantize-weights": "eptc.passes.quantize_weights:QuantizeWeights",
     "quantize-int8-dynamic": "eptc.passes.quantize_int8_dynamic:QuantizeInt8Dynamic",
     "quantize-int8-static": "eptc.passes.quantize_int8_static:QuantizeInt8Static",
     "stable-names": "eptc.passes.stable_names:StableNames",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import shutil
 from pathlib import Path
 
@@ -32,8 +31,7 @@ def simulated(bundle: Path, out: Path) -> Manifest:
     """Write the float32 twin of a 16-bit engine.
 
     Interfaces are float32 where they were 16 bits. What a fused kernel keeps inside (an
-    attention's scores) is not rounded. Files other than graphs are linked where the file
-    system can, else copied.
+    attention's scores) is not rounded.
 
     Args:
         bundle: folder of the engine.
@@ -47,7 +45,8 @@ def simulated(bundle: Path, out: Path) -> Manifest:
     graphs = {spec.file for spec in manifest.graphs.values()}
     for name in manifest.files:
         if name not in graphs:
-            _share(bundle / name, out / name)
+            # No links: readers of external data refuse them.
+            shutil.copyfile(bundle / name, out / name)
     rounded = 0
     for spec in manifest.graphs.values():
         model = ir.load(bundle / spec.file)
@@ -155,11 +154,3 @@ def _single(spec: GraphSpec) -> GraphSpec:
         )
 
     return dataclasses.replace(spec, inputs=single(spec.inputs), outputs=single(spec.outputs))
-
-
-def _share(source: Path, target: Path) -> None:
-    """Make one file stand in two folders; a runtime accepts no symbolic links."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
