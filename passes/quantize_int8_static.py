@@ -1,4 +1,4 @@
-"""Products of integers, the activations in steps that were calibrated."""
+"""int8 products and tables, the activations in steps that were calibrated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FLOAT = ir.DataType.FLOAT
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeInt8Static(GraphPass):
-    """Products of integers, the activations in steps that were calibrated.
+    """int8 products and tables, the activations in steps that were calibrated.
 
     Before: y = MatMul(x, W)                            x [..., in], W [in, out] float32
             e = Gather(E, ids)                          E [rows, width] float32
