@@ -1,4 +1,4 @@
-"""Products of integers, the activations measured as they come."""
+"""int8 products and tables, the activations quantized as they come."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FLOAT, _INT32, _UINT8 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.UINT8
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeInt8Dynamic(GraphPass):
-    """Products of integers, the activations measured as they come.
+    """int8 products and tables, the activations quantized as they come.
 
     Before: y = MatMul(x, W)                             x [..., in], W [in, out] float32
             e = Gather(E, ids)                           E [rows, width] float32

@@ -1,4 +1,4 @@
-"""Products of integers, the activations in steps that were calibrated."""
+"""int8 products and tables, the activations in steps that were calibrated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FLOAT = ir.DataType.FLOAT
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeInt8Static(GraphPass):
-    """Products of integers, the activations in steps that were calibrated.
+    """int8 products and tables, the activations in steps that were calibrated.
 
     Before: y = MatMul(x, W)                            x [..., in], W [in, out] float32
             e = Gather(E, ids)                          E [rows, width] float32
@@ -38,6 +38,8 @@ class QuantizeInt8Static(GraphPass):
     Lossy: a weight moves by up to half a step of its column (a table's: of its row), an
     activation by up to a step of its range; what is outside is cut off. Biases stay float32. A
     Gemm becomes the same, with an Add. A table that is also the head is stored once.
+
+    A range that is not finite, or the wrong way round, is an `OptionError`.
 
     Main graph only. A weight is left alone, its reason logged at DEBUG, where
     `quantize-int8-dynamic` leaves it alone, or an activation that it multiplies has no range.
@@ -88,11 +90,11 @@ class QuantizeInt8Static(GraphPass):
         graph = model.graph
         found = quantizable(graph, keep=self.keep, only=self.only, left=self._left)
         sites = [site for site in found if self._has_ranges(site)]
+        products = by_position(sites, graph)
+        # First: a value has another name once the product that makes it was replaced.
+        steps = [self._step(product) for _, product in products]
         largest = REDUCED if self.reduce_range else FULL
         scales = {site.weight: store(site, graph, largest=largest) for site in sites}
-        products = by_position(sites, graph)
-        # Now: a value has another name once the product that makes it was replaced.
-        steps = [self._step(product) for _, product in products]
         rounded: dict[ir.Value, ir.Value] = {}
         for (site, product), step in zip(products, steps, strict=True):
             if product.x not in rounded:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from eptc.errors import BaseModelError, OptionError
@@ -13,6 +14,10 @@ from eptc.lower.weights import Piece, WeightTensor, split
 from eptc.tensors import Array, cast
 
 __all__ = ["FULL", "REDUCED", "activation", "integers", "quantize"]
+
+Whole = npt.NDArray[np.int8]
+Single = npt.NDArray[np.float32]
+Double = npt.NDArray[np.float64]
 
 # The largest integer of a weight. -128 has no opposite, so it is not used.
 FULL = 127
@@ -53,7 +58,7 @@ def integers(
 
 def quantize(
     matrix: Array, axis: int, *, largest: int = FULL, name: str = "the matrix"
-) -> tuple[Array, Array]:
+) -> tuple[Whole, Single]:
     """Round a matrix to int8, each channel in steps of its own.
 
     A step is the channel's largest magnitude divided by `largest`, as a float32. A number is
@@ -93,7 +98,9 @@ def quantize(
     return whole, scale
 
 
-def activation(low: float, high: float, *, symmetric: bool, name: str) -> tuple[Array, Array]:
+def activation(
+    low: float, high: float, *, symmetric: bool, name: str
+) -> tuple[Single, npt.NDArray[np.int8 | np.uint8]]:
     """Return scale (float32) and zero point of an activation, both scalars.
 
     The range is widened to hold zero, which padding and ReLU make often: it stays exact.
@@ -136,21 +143,21 @@ def _single(block: Array) -> Array:
     return cast(block, "float32") if block.itemsize == 2 else block
 
 
-def _wide(block: Array) -> Array:
+def _wide(block: Array) -> Double:
     """Return a float64 copy, to be written to."""
     return _single(block).astype(np.float64)
 
 
-def _magnitudes(block: Array, axis: int) -> Array:
+def _magnitudes(block: Array, axis: int) -> Double:
     high, low = block.max(axis=axis, initial=0), block.min(axis=axis, initial=0)
-    largest: Array = np.maximum(high, -low).astype(np.float64)
+    largest: Double = np.maximum(high, -low).astype(np.float64)
     return largest
 
 
-def _steps(magnitudes: Array, largest: int, name: str) -> Array:
+def _steps(magnitudes: Double, largest: int, name: str) -> Single:
     """Return the float32 step of each channel."""
     with np.errstate(over="ignore", invalid="ignore"):
-        scale = (magnitudes / largest).astype(np.float32)
+        scale: Single = (magnitudes / largest).astype(np.float32)
     if not np.isfinite(scale).all():
         raise BaseModelError(
             f"{name} has numbers that are not finite in float32",
@@ -161,7 +168,7 @@ def _steps(magnitudes: Array, largest: int, name: str) -> Array:
     return scale
 
 
-def _rounded(block: Array, scale: Array) -> Array:
+def _rounded(block: Double, scale: Single) -> Double:
     """Return whole steps; `block` is overwritten."""
     np.divide(block, scale, out=block)
     return np.rint(block, out=block)

@@ -116,7 +116,7 @@ def _readers(weight: ir.Value, position: dict[ir.Node, int]) -> Quantizable | st
     """Return a weight with its readers, or why it cannot be integers."""
     tensor = weight.const_value
     assert tensor is not None
-    shape = tensor.shape.numpy()
+    shape = tuple(tensor.shape.numpy())
     if tensor.dtype != ir.DataType.FLOAT or len(shape) != 2:
         return "it is no matrix" if len(shape) != 2 else f"it is {tensor.dtype}, not float32"
     if weight.is_graph_input() or weight.is_graph_output():
