@@ -254,7 +254,8 @@ def _rounded(tensor: ir.TensorProtocol, dtype: str, name: str) -> WeightTensor:
 
 
 def _round(array: Array, *, name: str, dtype: str) -> tuple[Array]:
-    rounded = cast(array, dtype)
+    with np.errstate(over="ignore"):
+        rounded = cast(array, dtype)
     if not np.isfinite(rounded).all():
         raise OptionError(
             f"{name} has numbers beyond {limit(dtype):.5g}, where {dtype} ends",
