@@ -32,32 +32,36 @@ def simulated(bundle: Path, out: Path) -> Manifest:
     """Write the float32 twin of a 16-bit engine.
 
     Interfaces are float32 where they were 16 bits. What a fused kernel keeps inside (an
-    attention's scores) is not rounded. Files other than graphs are linked where the file
-    system can, else copied.
+    attention's scores) is not rounded.
+
+    Files other than graphs are linked where the file system can, else copied: weights take no
+    second place on disk. As long as both are there onnx and onnx_ir refuse to read either's
+    weights, for they take a file of two names for an attack; ONNX Runtime does not.
 
     Args:
         bundle: folder of the engine.
         out: the folder to write; it must not exist.
 
     Raises:
-        BundleError: not a bundle, or nothing in it is 16 bits wide.
+        BundleError: not a bundle, or nothing in it is computed in 16 bits.
     """
     manifest = load_manifest(bundle)
-    out.mkdir()
-    graphs = {spec.file for spec in manifest.graphs.values()}
-    for name in manifest.files:
-        if name not in graphs:
-            _share(bundle / name, out / name)
-    rounded = 0
+    graphs, rounded = {}, 0
     for spec in manifest.graphs.values():
         model = ir.load(bundle / spec.file)
         rounded += round_values(model)
         proto = ir.to_proto(model)
         # As in every graph of a bundle: runtimes infer the types of values in between.
         del proto.graph.value_info[:]
-        (out / spec.file).write_bytes(proto.SerializeToString(deterministic=True))
+        graphs[spec.file] = proto.SerializeToString(deterministic=True)
     if not rounded:
         raise BundleError(f"{bundle} computes nothing in 16 bits", fix="run the engine itself")
+    out.mkdir()
+    for name, content in graphs.items():
+        (out / name).write_bytes(content)
+    for name in manifest.files:
+        if name not in graphs:
+            _share(bundle / name, out / name)
     twin = dataclasses.replace(
         manifest,
         graphs={name: _single(spec) for name, spec in manifest.graphs.items()},

@@ -162,7 +162,8 @@ class _Planner:
                 roundoff = 2 * unit_roundoff(self.dtype)
                 if (np.abs(constant) > self._limit).any():
                     self._keep(node, "a constant beyond what 16 bits hold")
-                    masks.update(self._single(node.outputs))
+                    if constant.size == 1 and node.op_type in _MASKING:
+                        masks.update(self._single(node.outputs))
                 elif not np.allclose(rounded, constant, rtol=roundoff, atol=0):
                     self._keep(node, "a constant too small for 16 bits")
             if node.op_type in _MASKING and masks & set(node.inputs):
