@@ -52,7 +52,7 @@ def writer(
 ) -> Path:
     """An engine that writes text, in float32."""
     folder = golden / "ept" / request.param
-    out = tmp_path_factory.mktemp("exact") / request.param
+    out: Path = tmp_path_factory.mktemp("exact") / request.param
     eptc.export(
         folder / "adapter", base=folder / "base", task="sst2", tasks=GLUE, top_k=2, out=out,
         verify=False,
@@ -63,10 +63,10 @@ def writer(
 @pytest.fixture(scope="session")
 def rewrite() -> Rewrite:
     """Return a function that writes a copy of a bundle with changed graphs."""
-    return _rewrite
+    return rewritten
 
 
-def _rewrite(source: Path, out: Path, change: Callable[[Graphs], None]) -> Path:
+def rewritten(source: Path, out: Path, change: Callable[[Graphs], None]) -> Path:
     manifest = load_manifest(source)
     graphs = {name: onnx_ir.load(source / s.file) for name, s in manifest.graphs.items()}
     change(graphs)
@@ -82,11 +82,11 @@ def _rewrite(source: Path, out: Path, change: Callable[[Graphs], None]) -> Path:
             for value in (*graphs[name].graph.inputs, *graphs[name].graph.outputs)
             if value.dtype is not None
         }
-        sides = {
-            side: tuple(dataclasses.replace(t, dtype=types[t.name]) for t in getattr(spec, side))
-            for side in ("inputs", "outputs")
-        }
-        specs[name] = dataclasses.replace(spec, **sides)
+        inputs, outputs = (
+            tuple(dataclasses.replace(tensor, dtype=types[tensor.name]) for tensor in side)
+            for side in (spec.inputs, spec.outputs)
+        )
+        specs[name] = dataclasses.replace(spec, inputs=inputs, outputs=outputs)
     write_manifest(out, dataclasses.replace(manifest, graphs=specs, files={}))
     return out
 
@@ -108,7 +108,7 @@ def halve() -> Halve:
             }
             run_graph_passes(graphs, [steps, StableNames()])
 
-        return _rewrite(source, out, change)
+        return rewritten(source, out, change)
 
     return write
 

@@ -20,6 +20,7 @@ ONE = Task("tone", "classification", labels=("bad", "good"))
 TWO = Task("same", "classification", ("first", "second"), labels=("no", "yes"))
 VALUE = Task("value", "regression")
 
+
 @pytest.mark.parametrize("task", [ONE, TWO, GLUE["mnli"]])
 def test_builtin_examples_fit_the_task(task: Task) -> None:
     examples = builtin_examples(task)

@@ -20,7 +20,7 @@ from eptc.lower.weights import WeightTensor
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.stable_names import StableNames
 from eptc.pipeline import check_graph, run_graph_passes
-from eptc.tensors import Array, ArrayTensor
+from eptc.tensors import Array, ArrayTensor, unit_roundoff
 
 Half = Literal["float16", "bfloat16"]
 DTYPES: tuple[Half, Half] = ("float16", "bfloat16")
@@ -304,14 +304,14 @@ def test_masks_stay_finite(body: str, types: dict[str, str], tmp_path: Path) -> 
     assert np.isfinite(got).all()
     sees = seen.any(axis=1)
     got, want = (array.reshape(4, 4)[sees] for array in (got, want))
-    np.testing.assert_allclose(got, want, rtol=0, atol=4e-3)
+    assert got == pytest.approx(want, rel=0, abs=4e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_rounded_once(dtype: Half, tmp_path: Path) -> None:
     """From float64 where they come from it: by way of float32 some would be rounded twice."""
     half = TYPES[dtype]
-    step = float(ml_dtypes.finfo(half).eps)
+    step = 2 * unit_roundoff(dtype)
     # A little above half way between two numbers, by less than float32 can tell.
     exact = np.full((4, 4), 1 + step / 2 + 2.0**-40)
     m = model("y = MatMul(x, W)")
