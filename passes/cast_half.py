@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from eptc.errors import OptionError
 from eptc.lower.edit import constant, insert, module
-from eptc.lower.half import HALF, MOVES, HalfPlan, limit, plan_half
+from eptc.lower.half import CACHES, HALF, MOVES, HalfPlan, limit, plan_half
 from eptc.lower.weights import Piece, WeightTensor, split
 from eptc.pass_base import Contract, GraphPass
 from eptc.tensors import Array, cast
@@ -21,8 +21,6 @@ from eptc.tensors import Array, cast
 __all__ = ["CastHalf"]
 
 logger = logging.getLogger(__name__)
-
-_CACHE = ("past_key_values.", "present.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +165,7 @@ class _Writer:
                     self._retype(value)
 
     def _cached(self, value: ir.Value) -> bool:
-        return str(value.name).startswith(_CACHE) and value.name not in self._plan.wide
+        return str(value.name).startswith(CACHES) and value.name not in self._plan.wide
 
     def _retype_weights(self, readers: Mapping[ir.Node, ir.DataType]) -> None:
         """Store weights in 16 bits, unless only float32 reads them and they are small."""
@@ -254,7 +252,8 @@ def _rounded(tensor: ir.TensorProtocol, dtype: str, name: str) -> WeightTensor:
 
 
 def _round(array: Array, *, name: str, dtype: str) -> tuple[Array]:
-    rounded = cast(array, dtype)
+    with np.errstate(over="ignore"):
+        rounded = cast(array, dtype)
     if not np.isfinite(rounded).all():
         raise OptionError(
             f"{name} has numbers beyond {limit(dtype):.5g}, where {dtype} ends",

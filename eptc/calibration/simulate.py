@@ -38,25 +38,26 @@ def simulated(bundle: Path, out: Path) -> Manifest:
         out: the folder to write; it must not exist.
 
     Raises:
-        BundleError: not a bundle, or nothing in it is 16 bits wide.
+        BundleError: not a bundle, or nothing in it is computed in 16 bits.
     """
     manifest = load_manifest(bundle)
-    out.mkdir()
-    graphs = {spec.file for spec in manifest.graphs.values()}
-    for name in manifest.files:
-        if name not in graphs:
-            # No links: readers of external data refuse them.
-            shutil.copyfile(bundle / name, out / name)
-    rounded = 0
+    graphs, rounded = {}, 0
     for spec in manifest.graphs.values():
         model = ir.load(bundle / spec.file)
         rounded += round_values(model)
         proto = ir.to_proto(model)
         # As in every graph of a bundle: runtimes infer the types of values in between.
         del proto.graph.value_info[:]
-        (out / spec.file).write_bytes(proto.SerializeToString(deterministic=True))
+        graphs[spec.file] = proto.SerializeToString(deterministic=True)
     if not rounded:
         raise BundleError(f"{bundle} computes nothing in 16 bits", fix="run the engine itself")
+    out.mkdir()
+    for name, content in graphs.items():
+        (out / name).write_bytes(content)
+    for name in manifest.files:
+        if name not in graphs:
+            # No links: onnx takes a file of two names for an attack, and so does onnx_ir.
+            shutil.copyfile(bundle / name, out / name)
     twin = dataclasses.replace(
         manifest,
         graphs={name: _single(spec) for name, spec in manifest.graphs.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,9 +15,11 @@ from eptc.lower.element_types import element_types
 from eptc.lower.weights import PACKED, WeightTensor
 from eptc.tensors import cast, numpy_dtype, unit_roundoff
 
-__all__ = ["HALF", "MOVES", "HalfPlan", "limit", "plan_half"]
+__all__ = ["CACHES", "HALF", "MOVES", "HalfPlan", "limit", "plan_half"]
 
 HALF = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+# What the names of a cache's inputs and outputs begin with.
+CACHES = ("past_key_values.", "present.")
 # Operators that move numbers and change none.
 MOVES = frozenset({
     "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze",
@@ -131,13 +133,10 @@ class _Planner:
         return HalfPlan(kept, frozenset(masks), wide, self.weights, self.types)
 
     def _is_float(self, node: ir.Node) -> bool:
-        if node.op_type in _BLIND and not node.domain and not self._single(node.outputs):
-            return False
-        cast = node.op_type == "Cast" and not node.domain
-        return bool(self._single(node.outputs) or (self._single(node.inputs) and not cast))
+        blind = node.op_type in _BLIND and not node.domain
+        return bool(self._single(node.outputs) or (self._single(node.inputs) and not blind))
 
-    def _single(self, values: object) -> list[ir.Value]:
-        assert isinstance(values, tuple | list)
+    def _single(self, values: Sequence[ir.Value | None]) -> list[ir.Value]:
         return [v for v in values if v is not None and self.types.get(v) == ir.DataType.FLOAT]
 
     def _keep(self, node: ir.Node | None, reason: str) -> None:
@@ -162,7 +161,8 @@ class _Planner:
                 roundoff = 2 * unit_roundoff(self.dtype)
                 if (np.abs(constant) > self._limit).any():
                     self._keep(node, "a constant beyond what 16 bits hold")
-                    masks.update(self._single(node.outputs))
+                    if constant.size == 1 and node.op_type in _MASKING:
+                        masks.update(self._single(node.outputs))
                 elif not np.allclose(rounded, constant, rtol=roundoff, atol=0):
                     self._keep(node, "a constant too small for 16 bits")
             if node.op_type in _MASKING and masks & set(node.inputs):
@@ -172,8 +172,7 @@ class _Planner:
 
     def _operators(self) -> None:
         for node in self.nodes:
-            if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-                   for a in node.attributes.values()):  # fmt: skip
+            if any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
                 self._keep(node, "it has a graph of its own")
             elif node.op_type in ("Softmax", "LogSoftmax"):
                 self._keep(node, "softmax: its sum has many small terms")
@@ -234,12 +233,12 @@ class _Planner:
         """Keep T5's second feed-forward projection and what feeds it, which pass 65504."""
         if self.dtype != "float16":
             return
-        for node in self.nodes:
-            if node.op_type != "MatMul" or not str(_name(node.inputs[1])).endswith(".wo.weight"):
+        for node in (node for node in self.nodes if node.op_type == "MatMul"):
+            x, weight = node.inputs
+            if x is None or weight is None or not str(weight.name).endswith(".wo.weight"):
                 continue
             self._keep(node, "T5's wo: what it reads and makes grows beyond float16")
-            assert node.inputs[0] is not None
-            feeder = node.inputs[0].producer()
+            feeder = x.producer()
             if feeder is not None and feeder.op_type in _ACTIVATIONS:
                 self._keep(feeder, "it feeds T5's wo")
 
@@ -249,34 +248,32 @@ class _Planner:
             value: ir.Value | None = output if output.name == "logits" else None
             while value is not None and (node := value.producer()) is not None:
                 self._keep(node, "the logits")
-                if node.op_type in ("Gemm", "MatMul") or not node.inputs:
+                if node.op_type in ("Gemm", "MatMul"):
                     break
                 value = next(iter(self._single(node.inputs)), None)
 
     def _ranged(self, masks: set[ir.Value]) -> dict[str, str]:
         """Keep what makes or reads a value that does not fit; return the caches that do not."""
+        caches = [*self.graph.inputs, *self.graph.outputs]
+        cached = {str(v.name) for v in caches if str(v.name).startswith(CACHES)}
         wide: dict[str, str] = {}
-        values = [*self.graph.inputs, *(v for node in self.nodes for v in node.outputs)]
-        for value in values:
-            magnitude = self._ranges.get(str(value.name), 0.0)
-            if value in masks or self.types.get(value) != ir.DataType.FLOAT:
+        for value in (*self.graph.inputs, *(v for node in self.nodes for v in node.outputs)):
+            name, magnitude = str(value.name), self._ranges.get(str(value.name), 0.0)
+            single = self.types.get(value) == ir.DataType.FLOAT
+            if magnitude <= self._bound or value in masks or not single:
                 continue
-            if not magnitude <= self._bound:
-                reason = (
-                    f"{value.name} reaches {magnitude:.3g}; {self._safety:g} times that is "
-                    f"beyond {self._limit:.5g}"
-                )
-                self._keep(value.producer(), reason)
-                for reader in value.consumers():
-                    if reader.op_type not in _BLIND:
-                        self._keep(reader, reason)
-                if value.is_graph_input() or value.is_graph_output():
-                    # What one run puts into a cache the next one takes out of it.
-                    for side in ("past_key_values.", "present."):
-                        wide[side + str(value.name).partition(".")[2]] = reason
-                        wide[str(value.name)] = reason
-        known = {str(v.name) for v in (*self.graph.inputs, *self.graph.outputs)}
-        return {name: reason for name, reason in wide.items() if name in known}
+            reason = (
+                f"{name} reaches {magnitude:.3g}; {self._safety:g} times that is beyond "
+                f"{self._limit:.5g}"
+            )
+            readers = [node for node in value.consumers() if node.op_type not in _BLIND]
+            for node in (value.producer(), *readers):
+                self._keep(node, reason)
+            if name in cached:
+                # What one run puts into a cache the next one takes out of it.
+                twins = {side + name.partition(".")[2] for side in CACHES}
+                wide |= dict.fromkeys(sorted(twins & cached), reason)
+        return wide
 
     def _moves_only(self, node: ir.Node) -> bool:
         return not node.domain and node.op_type in MOVES
@@ -298,7 +295,3 @@ def _squared(mean: ir.Node) -> ir.Value | None:
     if product is not None and product.inputs[0] is product.inputs[1]:
         return product.inputs[0]
     return value
-
-
-def _name(value: ir.Value | None) -> str | None:
-    return None if value is None else value.name
