@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 OptimizeFor = Literal["any", "cpu", "cuda"]
-Precision = Literal["fp32", "keep"]
+Precision = Literal["fp32", "keep", "fp16", "bf16", "int8", "int8-static", "int8-weights", "int4"]
 
 
 def adapter_passes(task_id: int, dtype: str | None = "float32") -> list[AdapterPass]:

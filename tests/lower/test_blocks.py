@@ -52,7 +52,12 @@ def decoded(parts: Any, how: Blocks, columns: int) -> npt.NDArray[np.float64]:
 def run(parts: Any, how: Blocks, columns: int, x: Float, level: int = 0) -> Float:
     """Return x times the transposed matrix as ONNX Runtime computes it."""
     names = ["codes", "scales", "zeros"]
-    attributes = {"K": columns, "N": len(parts[0]), "bits": how.bits, "block_size": how.size}
+    attributes: dict[str, Any] = {
+        "K": columns,
+        "N": len(parts[0]),
+        "bits": how.bits,
+        "block_size": how.size,
+    }
     node = helper.make_node(
         "MatMulNBits", ["x", *names], ["y"], domain="com.microsoft", accuracy_level=level,
         **attributes,

@@ -325,14 +325,14 @@ def test_base_quantised_before_folding(
         base, folded = (
             each.numpy().astype(np.float64) for each in (source.model.weights[Q], weights[Q])
         )
-        codes, scales, zeros = how.quantize(base)
+        parts: list[Array] = list(how.quantize(base))
+        codes, zeros = parts[0].reshape(64, -1), parts[2]
         if bits == 4:
             codes, zeros = (
-                np.stack([a & 15, a >> 4], -1).reshape(len(a), -1)
-                for a in (codes.reshape(64, -1), zeros)
+                np.stack([each & 15, each >> 4], -1).reshape(64, -1) for each in (codes, zeros)
             )
         offsets = codes.reshape(64, 4, 16) - zeros.reshape(64, 4, 1).astype(np.float64)
-        twice = (offsets * scales[:, :, None]).reshape(64, 64) + (folded - base)
+        twice = (offsets * parts[1][:, :, None]).reshape(64, 64) + (folded - base)
         sound(graphs, {**weights, Q: ArrayTensor(Q, twice.astype(np.float32))})
 
     monkeypatch.setattr(lower, "bind", bind)

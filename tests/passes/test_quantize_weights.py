@@ -30,7 +30,7 @@ HEAD = "l: t = Transpose <perm = [1, 0]> (E) l: z = MatMul(x, t)"
 TABLE = "e: z = Gather <axis = 0> (E, i)"
 MATRIX = "l: z = MatMul(x, W)"
 # Statements; what of them is left alone, and why.
-LEAVES = {
+LEAVES: dict[str, tuple[str, dict[str, Any], str]] = {
     "another operator": ("l: z = Gemm(x, W)", {}, "Gemm reads it"),
     "on the left": ("l: z = MatMul(W, W)", {}, "MatMul reads it"),
     "a vector": ("l: v = Squeeze(x, zero) l: z = MatMul(v, W)", {}, "MatMul reads it"),
@@ -80,7 +80,7 @@ def model(lines: str, columns: int = 64) -> ir.Model:
 
 def weights(m: ir.Model) -> dict[str, tuple[str, list[int]]]:
     return {
-        name: (str(value.dtype), [int(n) for n in value.const_value.shape])
+        name: (str(value.dtype), list(value.const_value.shape.numpy()))
         for name, value in m.graph.initializers.items()
         if isinstance(value.const_value, WeightTensor)
     }
@@ -340,8 +340,10 @@ def dequantised(exact: dict[str, ir.Model], how: Blocks, names: set[str]) -> Non
             array = tensor.numpy().T if across else tensor.numpy()
             codes, scales, zeros = how.quantize(array)
             assert how.bits == 8
-            offsets = codes.astype(np.float32) - zeros[:, :, None]
-            decoded = (offsets * scales[:, :, None]).reshape(len(codes), -1)[:, : array.shape[1]]
+            offsets = codes.astype(np.float32) - zeros.astype(np.float32)[:, :, None]
+            decoded = (offsets * scales.astype(np.float32)[:, :, None]).reshape(len(codes), -1)[
+                :, : array.shape[1]
+            ]
             value.const_value = ir.tensor(np.ascontiguousarray(decoded.T if across else decoded))
 
 
