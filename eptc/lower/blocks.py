@@ -160,8 +160,9 @@ class Blocks:
         return squared
 
 
-# With 8 bits, scales of smaller blocks would take a tenth of the space for little.
-PRECISIONS = {"int4": Blocks(4, 32), "int8-weights": Blocks(8, 128)}
+# With 8 bits, scales of smaller blocks would take more of the space than they are worth; larger
+# ones are coarse for activations that are rounded in the same blocks.
+PRECISIONS = {"int4": Blocks(4, 32), "int8-weights": Blocks(8, 64)}
 
 
 def _pack(codes: Bytes, bits: int) -> Bytes:

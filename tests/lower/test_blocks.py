@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any, Literal
 
 import ml_dtypes
@@ -14,7 +15,7 @@ from onnx import helper
 
 from eptc.errors import BaseModelError
 from eptc.lower import blocks
-from eptc.lower.blocks import Blocks, Method
+from eptc.lower.blocks import PRECISIONS, Blocks, Method
 
 Float = npt.NDArray[np.floating[Any]]
 Bits = Literal[4, 8]
@@ -159,6 +160,20 @@ def test_pieces_change_nothing(method: Method, monkeypatch: pytest.MonkeyPatch) 
                 np.testing.assert_array_equal(got, array)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_of_pieces(method: Method) -> None:
+    """Beside the result, less than one copy of the matrix in float64, which has 34 MB."""
+    exact, how = np.ones((2048, 2048), np.float32), Blocks(4, 32, method)
+    exact[::7] = -2
+    tracemalloc.start()
+    try:
+        parts = how.quantize(exact)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(part.nbytes for part in parts) <= peak <= 12e6
+
+
 def test_rounded_once() -> None:
     """From float64: by way of bfloat16, as a base might be stored, codes would be others."""
     exact, how = matrix(64, 64), Blocks(8, 32)
@@ -177,6 +192,6 @@ def test_size_at_seven_billion() -> None:
     norms = 65 * width
     numbers = sum(rows * columns for rows, columns in shapes) + norms
     assert 6.7e9 < numbers < 6.8e9
-    for how, limit in ((Blocks(4, 32), 0.18), (Blocks(8, 128), 0.27)):
+    for how, limit in ((PRECISIONS["int4"], 0.18), (PRECISIONS["int8-weights"], 0.27)):
         taken = sum(how.nbytes(*shape) for shape in shapes) + 4 * norms
         assert taken / (4 * numbers) <= limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ import pytest
 from eptc import build, lower, text
 from eptc.bundle import write_manifest
 from eptc.errors import ParityError
+from eptc.lower.blocks import Blocks
 from eptc.parity_gate import ParityReport, refuse
 from eptc.parity_gate.blocks import prove_blocks
+from eptc.parity_gate.nearest import check_nearest
 from eptc.parity_gate.partition import Partition
 from eptc.parity_gate.reference import load_reference
-from eptc.parity_gate.stored import quantized
+from eptc.parity_gate.stored import Decoder, quantized
 from eptc.parity_gate.weights import check_weights
 from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.pipeline import graph_passes
@@ -405,6 +408,24 @@ def test_levels_stay_in_the_bundle(written: Any) -> None:
     assert nodes
     assert not any("accuracy_level" in node.attributes for node in nodes)
     assert partition.rounds, "the graph itself was changed"
+
+
+def test_memory_of_a_comparison() -> None:
+    """Some rows at a time: decoded as a whole, the weight would have 34 MB in float64."""
+    exact = np.ones((2048, 2048), np.float32)
+    exact[::7] = -2
+    codes, scales, _ = Blocks(8, 32).quantize(exact)
+    middle = np.where(exact[:, ::32] < 0, 255.0, 0.0)
+    decoder = Decoder(
+        codes.reshape(2048, 2048), scales.astype(np.float64), middle, 8, 32, 2048, False, 255, True
+    )
+    tracemalloc.start()
+    try:
+        assert check_nearest("w", decoder, exact, None) <= 1.0
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= 12e6
 
 
 def test_how_each_weight_is_read(written: Any) -> None:
