@@ -11,6 +11,7 @@ from eptc.architectures import setting
 from eptc.checkpoint import Checkpoint
 from eptc.errors import OptionError
 from eptc.lower import IN_FLIGHT
+from eptc.lower.blocks import PRECISIONS
 from eptc.machine import available_memory
 from eptc.precision import Precision
 from eptc.tensors import LazyTensor, numpy_dtype
@@ -41,7 +42,8 @@ class Plan:
     """What a build takes.
 
     Args:
-        stored: type of the matrices, `fp32`, `fp16-weights` or `bf16-weights`.
+        stored: what matrices are stored as: the precision's name; of `keep`, `fp32`,
+            `fp16-weights` or `bf16-weights`.
         weight_bytes: size of `weights.bin`, within a page for each tensor.
         compiler_peak: most bytes resident in the compiler's process.
         verification: how the engine is compared with the reference.
@@ -123,20 +125,31 @@ def make_plan(
 
 
 def _stored_bytes(tensor: LazyTensor, precision: Precision) -> int:
-    narrow = precision == "keep" and len(tensor.shape) > 1
-    itemsize = numpy_dtype(tensor.dtype).itemsize if narrow else 4
-    return math.prod(tensor.shape) * itemsize
+    """Return about how many bytes a weight takes: passes leave some matrices as they are."""
+    numbers = math.prod(tensor.shape)
+    if len(tensor.shape) < 2 or precision == "fp32":
+        return 4 * numbers
+    if precision == "keep":
+        return numbers * numpy_dtype(tensor.dtype).itemsize
+    if precision in ("fp16", "bf16"):
+        return 2 * numbers
+    rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    if precision not in PRECISIONS:
+        return numbers + 4 * rows
+    blocks = PRECISIONS[precision]
+    return blocks.nbytes(rows, columns) if columns >= blocks.size else 4 * numbers
 
 
 def _stored_name(weights: list[LazyTensor], precision: Precision) -> str:
     """Name what most matrices are stored as."""
+    if precision != "keep":
+        return precision
     kinds: dict[str, int] = {}
     for tensor in weights:
         if len(tensor.shape) > 1:
             kinds[tensor.dtype] = kinds.get(tensor.dtype, 0) + tensor.nbytes
     most = max(kinds, key=kinds.__getitem__, default="float32")
-    names = {"float16": "fp16-weights", "bfloat16": "bf16-weights"}
-    return names.get(most, "fp32") if precision == "keep" else "fp32"
+    return {"float16": "fp16-weights", "bfloat16": "bf16-weights"}.get(most, "fp32")
 
 
 def _working(weights: list[LazyTensor], sizes: list[int], limit: int | None) -> tuple[int, int]:

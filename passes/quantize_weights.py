@@ -1,4 +1,4 @@
-"""Store matrices as 4- or 8-bit integers in blocks; activations stay float."""
+"""Store matrices as 4- or 8-bit integers in blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeWeights(GraphPass):
-    """Store matrices as 4- or 8-bit integers in blocks; activations stay float.
+    """Store matrices as 4- or 8-bit integers in blocks.
 
     Before: y = MatMul(x, W)                     W [in, out] float32
             e = Gather(E, ids)                   E [rows, width] float32

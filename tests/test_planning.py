@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import eptc
 from eptc import planning
 from eptc.errors import OptionError, TaskError
-from eptc.tensors import StoredTensor
+from eptc.tensors import ComputedTensor, StoredTensor
 
 RELEASED: dict[str, Any] = {
     "top_k": 2,
@@ -45,6 +46,27 @@ def test_no_weight_of_the_base_is_read(
     monkeypatch.setattr(StoredTensor, "numpy", numpy)
     found = eptc.plan(folder / "adapter", task="sst2", base=folder / "base", **RELEASED)
     assert found.weight_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "most"),
+    [
+        ("fp32", 1.0, 1.0), ("fp16", 0.5, 0.505), ("bf16", 0.5, 0.505), ("int8", 0.25, 0.26),
+        ("int8-static", 0.25, 0.26), ("int8-weights", 0.25, 0.27), ("int4", 0.125, 0.18),
+    ],
+)  # fmt: skip
+def test_sizes_of_precisions(golden: Path, precision: Any, least: float, most: float) -> None:
+    """As parts of float32, at the widths of a large model; matrices shorter than a block stay."""
+    wide = ComputedTensor("wide", "float16", (4096, 11008), lambda: pytest.fail("read"))
+    taken = planning._stored_bytes(wide, precision)
+    assert least <= taken / (4 * 4096 * 11008) <= most
+    norm = dataclasses.replace(wide, shape=(4096,))
+    assert planning._stored_bytes(norm, precision) == 4 * 4096
+    folder = golden / "ept" / "llama-tiny"
+    found = eptc.plan(
+        folder / "adapter", task="sst2", base=folder / "base", precision=precision, **RELEASED
+    )
+    assert found.stored == precision
 
 
 def test_a_large_model_is_verified_elsewhere(

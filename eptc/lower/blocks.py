@@ -20,7 +20,7 @@ import numpy.typing as npt
 from eptc.errors import BaseModelError, MissingExtraError
 from eptc.tensors import Array
 
-__all__ = ["Blocks", "Method"]
+__all__ = ["PRECISIONS", "Blocks", "Method"]
 
 Method = Literal["rtn", "k-quant"]
 Float64 = npt.NDArray[np.float64]
@@ -107,7 +107,7 @@ class Blocks:
 
     @property
     def _top(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def _grid(self, blocks: Float64) -> tuple[Float64, Float64]:
         """Return scale and zero point of each block [blocks, 1]; scales are float32 numbers."""
@@ -158,6 +158,11 @@ class Blocks:
         errors = (self._codes(blocks, scale, zero) - zero) * scale - blocks
         squared: Float64 = np.square(errors, out=errors).sum(axis=1, keepdims=True)
         return squared
+
+
+# With 8 bits, scales of smaller blocks would take more of the space than they are worth; larger
+# ones are coarse for activations that are rounded in the same blocks.
+PRECISIONS = {"int4": Blocks(4, 32), "int8-weights": Blocks(8, 64)}
 
 
 def _pack(codes: Bytes, bits: int) -> Bytes:
