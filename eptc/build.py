@@ -195,7 +195,7 @@ def export(
             records += _told(lowered.records, progress)
             lowered_notes = lowered.notes
             bundle.write_json(draft.path / PLAN, lowered.report)
-        manifest = writer.write(graphs, draft.path, records, job.stored)
+        manifest = writer.write(graphs, draft.path, records, job.plan.stored)
         if judge is not None:
             if job.scheme.lossy:
                 judge.prove_lossy(draft.path, exact, examples.data)

@@ -85,13 +85,6 @@ class Job:
         return SCHEMES[self.options.precision]
 
     @property
-    def stored(self) -> str:
-        """What the manifest calls the engine's precision."""
-        if not self.scheme.lossy:
-            return self.plan.stored
-        return "mixed" if self.options.precision == "auto" else self.options.precision
-
-    @property
     def dtype(self) -> str | None:
         """Type that folded weights are rounded to; None for each base weight's own.
 

@@ -14,6 +14,7 @@ import onnx_ir
 from eptc.errors import EptcError, InternalError, ParityError
 from eptc.ir import AdaptedModel
 from eptc.linear_probe import LinearProbe
+from eptc.lower.blocks import PRECISIONS
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
@@ -144,7 +145,12 @@ def lossy_passes(
     elif precision == "int8":
         steps = [QuantizeInt8Dynamic(keep=keep)]
     else:
-        steps = [QuantizeWeights(bits=4 if precision == "int4" else 8, keep=keep)]
+        blocks = PRECISIONS[precision]
+        steps = [
+            QuantizeWeights(
+                bits=blocks.bits, block_size=blocks.size, method=blocks.method, keep=keep
+            )
+        ]
     # New nodes and initializers get names of their own, and their place.
     return [*steps, StableNames()]
 

@@ -43,7 +43,7 @@ class Plan:
 
     Args:
         stored: what matrices are stored as: the precision's name; of `keep`, `fp32`,
-            `fp16-weights` or `bf16-weights`.
+            `fp16-weights` or `bf16-weights`; of `auto`, `mixed`.
         weight_bytes: size of `weights.bin`, within a page for each tensor.
         compiler_peak: most bytes resident in the compiler's process.
         verification: how the engine is compared with the reference.
@@ -143,7 +143,7 @@ def _stored_bytes(tensor: LazyTensor, precision: Precision) -> int:
 def _stored_name(weights: list[LazyTensor], precision: Precision) -> str:
     """Name what most matrices are stored as."""
     if precision != "keep":
-        return precision
+        return "mixed" if precision == "auto" else precision
     kinds: dict[str, int] = {}
     for tensor in weights:
         if len(tensor.shape) > 1:

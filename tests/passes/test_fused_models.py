@@ -13,7 +13,8 @@ import onnxruntime
 import pytest
 
 from eptc import lower
-from eptc.pipeline import OptimizeFor, graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes, run_graph_passes
+from eptc.precision import OptimizeFor
 from eptc.tensors import ArrayTensor
 
 Arrays = dict[str, npt.NDArray[Any]]

@@ -19,7 +19,8 @@ from eptc.passes.pack_projections import PackProjections
 from eptc.passes.quantize_int8_dynamic import QuantizeInt8Dynamic
 from eptc.passes.quantize_int8_static import QuantizeInt8Static
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import OptimizeFor, graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes, run_graph_passes
+from eptc.precision import OptimizeFor
 from eptc.tensors import ArrayTensor
 
 Graphs = dict[str, onnx_ir.Model]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,9 +21,11 @@ from eptc.pipeline import (
     adapter_passes,
     check_graph,
     graph_passes,
+    lossy_passes,
     run_adapter_passes,
 )
-from eptc.precision import OptimizeFor, Precision
+from eptc.precision import SCHEMES, OptimizeFor, Precision
+from eptc.precision_plan import PrecisionPlan
 from eptc.registry import PASSES, find_pass, passes_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +105,11 @@ def test_default_pipelines_are_registered() -> None:
     for provider, precision in itertools.product(get_args(OptimizeFor), get_args(Precision)):
         names = [step.name for step in adapter_passes(0)]
         names += [step.name for step in graph_passes(provider, precision)]
+        if SCHEMES[precision].lossy:
+            assert names.pop() == "stable-names"  # it comes again, last
+            plan = PrecisionPlan({}) if precision == "auto" else None
+            steps = lossy_passes(precision, provider, ranges={"model": {}}, plan=plan)
+            names += [(s["model"] if isinstance(s, Mapping) else s).name for s in steps]
         assert names == [name for name in PASSES if name in names]
         used.update(names)
     assert used == {name for name in PASSES if find_pass(name).contract == "exact"}
