@@ -247,8 +247,6 @@ class _Trials:
         for name in manifest.files:
             if name not in graph_files and name != lower.WEIGHTS:
                 shutil.copy(exact / name, self._folder / name)
-        # No hashes: they would change with every plan, and nobody else sees the folder.
-        bundle.write_manifest(self._folder, dataclasses.replace(manifest, files={}))
         self._manifest = manifest
 
         self._examples = list(examples)
@@ -308,12 +306,21 @@ class _Trials:
         if found is None:
             graphs = _copies(self._graphs)
             run_graph_passes(graphs, self._passes(plan))
-            for name, model in graphs.items():
-                self._library.write_graph(model, self._folder / self._manifest.graphs[name].file)
+            self._write(graphs)
             with Engine.load(self._folder, providers=["cpu"]) as engine:
                 found = measure(engine)
             self._memory.put(key, found)
         return found
+
+    def _write(self, graphs: Mapping[str, onnx_ir.Model]) -> None:
+        """Put the engine of some graphs into the folder, in the place of the last one."""
+        for name, model in graphs.items():
+            self._library.write_graph(model, self._folder / self._manifest.graphs[name].file)
+        bundle.write_manifest(
+            self._folder,
+            dataclasses.replace(self._manifest, files={}),
+            {lower.WEIGHTS: self._library.sha256},
+        )
 
     def _key(self) -> str:
         """Return what evaluations depend on beside the plan."""
