@@ -228,7 +228,7 @@ def test_range(factor: float) -> None:
     if factor == 1.0:
         assert 0.9 < check_nearest("w", decoder, exact, None) <= 1.0
         return
-    with pytest.raises(ParityError, match="^the weight w in the engine is too coarse at"):
+    with pytest.raises(ParityError, match=r"^the weight w in the engine is too coarse at"):
         check_nearest("w", decoder, exact, None)
 
 
