@@ -89,6 +89,8 @@ def compare_precisions(
     data: str | Path | None = None,
     optimize_for: OptimizeFor = "cpu",
     calibration: str | Path | None = None,
+    max_drop: float | None = None,
+    max_flips: float | None = None,
     progress: Callable[[Any], None] = lambda _: None,
     **options: Any,
 ) -> Comparison:
@@ -104,6 +106,8 @@ def compare_precisions(
         data: JSON lines file with labelled examples.
         optimize_for: as for `export`.
         calibration: likewise; without it there is no `int8-static`.
+        max_drop: likewise, of each engine below float32.
+        max_flips: likewise.
         progress: likewise.
         options: further ones of `export`.
 
@@ -134,7 +138,9 @@ def compare_precisions(
             if precision == "auto":
                 continue
             progress(f"precision {precision}")
-            given = dict(options) | ({"data": data} if scheme.lossy else {})
+            given = dict(options)
+            if scheme.lossy:
+                given |= {"data": data, "max_drop": max_drop, "max_flips": max_flips}
             if scheme.calibrated:
                 given["calibration"] = calibration
             try:
