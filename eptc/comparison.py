@@ -230,7 +230,7 @@ def _write(folder: Path, comparison: Comparison) -> None:
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return the heads of the comparison's columns, and its cells by row."""
+    """Return the heads of the comparison's columns, and the cells of each engine's row."""
     exact = next(row for row in comparison.rows if row.precision == "fp32")
     heads = [
         "precision", "bundle MB", "of fp32", "ms a text", "of fp32", comparison.metric,
@@ -239,7 +239,6 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in comparison.rows:
         if row.refused is not None:
-            cells.append([row.precision, row.refused, *[""] * (len(heads) - 2)])
             continue
         assert row.bundle_bytes and exact.bundle_bytes and exact.milliseconds  # noqa: PT018
         assert row.drop_interval is not None
@@ -259,6 +258,9 @@ def _markdown(comparison: Comparison) -> str:
     heads, cells = table(comparison)
     lines = [heads, ["---"] * len(heads), *cells]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    for row in comparison.rows:
+        if row.refused is not None:
+            text += f"\n\nNo {row.precision}: {row.refused}."
     return (
         f"# Precisions\n\n{comparison.examples} labelled rows; a text at a time on "
         f"{usable_cpus()} CPUs; fp16 and bf16 are simulated, so they have no latency here. A "
