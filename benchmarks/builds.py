@@ -62,7 +62,8 @@ BUILDS = (
         disk=8 * 2**30,
     ),
     BuildCase(
-        "llama-2-7b-build", "llama-2-7b", (("copy",), ("keep",), ("int4",)), rounds=2, disk=20 * 2**30,
+        "llama-2-7b-build", "llama-2-7b", (("copy",), ("keep",), ("int4",)), rounds=2,
+        disk=20 * 2**30,
         removed=True,
     ),
     BuildCase("tiny-t5-build", "tiny-t5", (("cold", "second"), ("copy",)), rounds=1),
