@@ -26,6 +26,8 @@ __all__ = ["Comparison", "Row", "compare_precisions", "table"]
 
 # Texts that each engine is asked, one at a time, in every round; rounds that are not counted.
 _TEXTS, _ROUNDS, _WARMUP = 20, 6, 1
+# As a part of an axis, points this near to one another have one label.
+_NEAR = 0.06
 _COLOUR = "#57606a"  # reads on light and dark pages
 
 
@@ -286,11 +288,10 @@ def _draw(comparison: Comparison, path: Path) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         left.set(xlabel="bundle, MB", ylabel=comparison.metric)
         right.set(xlabel="ms a text")
-        for row in shown:
-            assert row.bundle_bytes is not None
-            _point(left, row.bundle_bytes / 1e6, row)
-            if row.milliseconds is not None:
-                _point(right, row.milliseconds, row)
+        sizes = {row.precision: (row.bundle_bytes or 0) / 1e6 for row in shown}
+        times = {row.precision: row.milliseconds for row in shown if row.milliseconds is not None}
+        _points(left, sizes, shown)
+        _points(right, times, shown)
         for axes in (left, right):
             axes.set_xlim(left=0)
             axes.margins(0.15)
@@ -299,8 +300,18 @@ def _draw(comparison: Comparison, path: Path) -> None:
         figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
-def _point(axes: Any, x: float, row: Row) -> None:
-    axes.plot([x], [row.score], "o", color="#4c9f70" if row.precision == "fp32" else "#d1803b")
-    axes.annotate(
-        row.precision, (x, row.score), xytext=(5, 4), textcoords="offset points", fontsize=8
-    )
+def _points(axes: Any, places: Mapping[Precision, float], rows: Sequence[Row]) -> None:
+    """Draw a point for each precision; those that lie on one another share their label."""
+    near = _NEAR * max(places.values())
+    labels: dict[tuple[float, float | None], list[str]] = {}
+    for row in sorted(rows, key=lambda row: places.get(row.precision, 0.0)):
+        if row.precision not in places:
+            continue
+        x = places[row.precision]
+        axes.plot([x], [row.score], "o", color="#4c9f70" if row.precision == "fp32" else "#d1803b")
+        beside = [key for key in labels if key[1] == row.score and x - key[0] < near]
+        labels.setdefault(beside[0] if beside else (x, row.score), []).append(row.precision)
+    for place, names in labels.items():
+        axes.annotate(
+            ", ".join(names), place, xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
