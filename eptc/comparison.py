@@ -247,7 +247,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             f"{row.bundle_bytes / exact.bundle_bytes:.3f}",
             "-" if row.milliseconds is None else f"{row.milliseconds:.2f}",
             "-" if row.milliseconds is None else f"{row.milliseconds / exact.milliseconds:.2f}",
-            f"{row.score:.4f}", f"{row.drop:.2f}",
+            f"{row.score:.4f}", f"{row.drop + 0.0:.2f}",
             f"{row.drop_interval[0]:.2f} to {row.drop_interval[1]:.2f}", str(row.flips),
             str(row.flips_beyond_noise), f"{row.cosine:.6f}",
         ])  # fmt: skip

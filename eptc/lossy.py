@@ -94,7 +94,7 @@ def lower_precision(
     if isinstance(steps[0], Mapping):
         for name, step in steps[0].items():
             if isinstance(step, CastHalf):
-                kept |= step.plan(graphs[name])
+                kept = {**step.plan(graphs[name]), **kept}
     records = run_graph_passes(graphs, steps)
     stored = PrecisionPlan(stored_weights(graphs))
     return Lowered(records, {**stored.to_json(), "stays_float32": kept, **report}, notes)
