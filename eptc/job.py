@@ -70,7 +70,7 @@ class Job:
         check_fit(source, task_id, config)
         plan = make_plan(
             source, config, precision=options.precision, verify=options.verify,
-            max_memory=options.max_memory,
+            max_memory=options.max_memory, runs_exact=options.runs_exact,
         )  # fmt: skip
         return cls(options, source, task_id, config, plan)
 
@@ -99,7 +99,7 @@ class Job:
         """Whether the float32 engine is written first: to be proven, or to be run on text."""
         whole = self.plan.verification == "whole model"
         return self.scheme.lossy and (
-            whole or self.scheme.calibrated or self.options.data is not None
+            whole or self.options.runs_exact
         )
 
     def bound(self, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
