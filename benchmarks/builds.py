@@ -26,6 +26,7 @@ _TASK, _SECOND_TASK = "task-3", "task-4"
 # What is divided by what.
 _PAIRS = (
     ("second", "cold"), ("cold", "optimum"), ("parity", "optimum"), ("keep", "copy"),
+    ("int4", "copy"),
 )  # fmt: skip
 
 
@@ -40,7 +41,8 @@ class BuildCase:
             `cold`: `eptc export --no-verify` of a task, the skeleton cache empty. `second`: of
             another task of the checkpoint, with that cache. `parity`: cold, parity proven.
             `optimum`: optimum-onnx's export of the merged model, its own validation included.
-            `keep`: `eptc export --no-verify --precision keep`. `copy`: a copy of the base.
+            `keep`, `int4`: `eptc export --no-verify` with that precision. `copy`: a copy of the
+            base.
         rounds: times each runs.
         disk: free bytes it needs beside the model.
         removed: whether the model is removed when the build is done.
@@ -60,7 +62,8 @@ BUILDS = (
         disk=8 * 2**30,
     ),
     BuildCase(
-        "llama-2-7b-build", "llama-2-7b", (("copy",), ("keep",)), rounds=2, disk=20 * 2**30,
+        "llama-2-7b-build", "llama-2-7b", (("copy",), ("keep",), ("int4",)), rounds=2,
+        disk=20 * 2**30,
         removed=True,
     ),
     BuildCase("tiny-t5-build", "tiny-t5", (("cold", "second"), ("copy",)), rounds=1),
@@ -161,6 +164,6 @@ def _command(
     options = ["--task", task, "--base", str(files.base), "--out", str(out)]
     if step != "parity":
         options.append("--no-verify")
-    if step == "keep":
-        options += ["--precision", "keep"]
+    if step in ("keep", "int4"):
+        options += ["--precision", step]
     return [sys.executable, "-c", _EPTC, "export", str(files.checkpoint), *options]

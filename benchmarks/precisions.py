@@ -7,6 +7,7 @@ trained on. It needs the packages that `examples/train_multitask.py` reads its t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import shutil
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out.mkdir(exist_ok=True)
         for suffix in ("md", "svg"):
             shutil.copy(place / "all" / f"comparison.{suffix}", out / f"{name}.{suffix}")
-        conditions = {"machine": machine.describe(), "versions": installed()}
+        on = dataclasses.asdict(machine.describe())
+        conditions = {"machine": on, "versions": installed()}
         found = {**comparison.to_json(), "path": None, "auto": auto, "conditions": conditions}
         (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         print((place / "all" / "comparison.md").read_text())

@@ -16,6 +16,7 @@ from eptc import bundle, checkpoint, lower, text
 from eptc.describe import OPSET, describe, write_texts
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
+from eptc.lower.blocks import Method
 from eptc.options import TARGETS, CalibrationMethod, Options
 from eptc.pipeline import PassRecord, adapter_passes, run_adapter_passes, run_graph_passes
 from eptc.planning import WRITERS, Plan
@@ -73,6 +74,7 @@ def export(
     precision_plan: str | Path | None = None,
     calibration: str | Path | None = None,
     calibration_method: CalibrationMethod = "minmax",
+    block_method: Method = "rtn",
     data: str | Path | None = None,
     max_drop: float | None = None,
     max_flips: float | None = None,
@@ -108,6 +110,8 @@ def export(
             the precision does not demand it: `data`, `probe` or the built-in text.
         calibration_method: how ranges follow from what was seen: `minmax`, `entropy` or
             `percentile`.
+        block_method: how the scales of blocks are chosen: `rtn`, by the largest and smallest
+            number, or `k-quant`, by least squares: slower, and a little nearer.
         data: JSON lines file with labelled examples that a lossy engine is scored on beside the
             exact one.
         max_drop: points (hundredths) of the task's metric that may be lost on `data`.
@@ -145,8 +149,8 @@ def export(
     )  # fmt: skip
     options = Options(
         task, base, target, tasks, top_k, task_spec, probe, precision, precision_plan, calibration,
-        calibration_method, data, max_drop, max_flips, search_evaluations, search_minutes,
-        optimize_for, max_memory, verify, allow_pickle,
+        calibration_method, block_method, data, max_drop, max_flips, search_evaluations,
+        search_minutes, optimize_for, max_memory, verify, allow_pickle,
     )  # fmt: skip
     clock = Clock(progress)
     with contextlib.ExitStack() as stack:

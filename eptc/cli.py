@@ -225,6 +225,14 @@ def main() -> None:
     help="How ranges follow from what was seen.",
 )
 @click.option(
+    "--block-method",
+    type=click.Choice(["rtn", "k-quant"]),
+    default="rtn",
+    show_default=True,
+    help="How the scales of int4 and int8-weights are chosen; k-quant is slower and a little "
+    "nearer.",
+)
+@click.option(
     "--data",
     type=_FOLDER,
     help="JSON lines file with labelled examples to score a lower precision on.",

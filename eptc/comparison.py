@@ -26,6 +26,8 @@ __all__ = ["Comparison", "Row", "compare_precisions", "table"]
 
 # Texts that each engine is asked, one at a time, in every round; rounds that are not counted.
 _TEXTS, _ROUNDS, _WARMUP = 20, 6, 1
+# As a part of an axis, points this near to one another have one label.
+_NEAR = 0.06
 _COLOUR = "#57606a"  # reads on light and dark pages
 
 
@@ -89,6 +91,8 @@ def compare_precisions(
     data: str | Path | None = None,
     optimize_for: OptimizeFor = "cpu",
     calibration: str | Path | None = None,
+    max_drop: float | None = None,
+    max_flips: float | None = None,
     progress: Callable[[Any], None] = lambda _: None,
     **options: Any,
 ) -> Comparison:
@@ -104,6 +108,8 @@ def compare_precisions(
         data: JSON lines file with labelled examples.
         optimize_for: as for `export`.
         calibration: likewise; without it there is no `int8-static`.
+        max_drop: likewise, of each engine below float32.
+        max_flips: likewise.
         progress: likewise.
         options: further ones of `export`.
 
@@ -134,7 +140,9 @@ def compare_precisions(
             if precision == "auto":
                 continue
             progress(f"precision {precision}")
-            given = dict(options) | ({"data": data} if scheme.lossy else {})
+            given = dict(options)
+            if scheme.lossy:
+                given |= {"data": data, "max_drop": max_drop, "max_flips": max_flips}
             if scheme.calibrated:
                 given["calibration"] = calibration
             try:
@@ -224,7 +232,7 @@ def _write(folder: Path, comparison: Comparison) -> None:
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return the heads of the comparison's columns, and its cells by row."""
+    """Return the heads of the comparison's columns, and the cells of each engine's row."""
     exact = next(row for row in comparison.rows if row.precision == "fp32")
     heads = [
         "precision", "bundle MB", "of fp32", "ms a text", "of fp32", comparison.metric,
@@ -233,7 +241,6 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in comparison.rows:
         if row.refused is not None:
-            cells.append([row.precision, row.refused, *[""] * (len(heads) - 2)])
             continue
         assert row.bundle_bytes and exact.bundle_bytes and exact.milliseconds  # noqa: PT018
         assert row.drop_interval is not None
@@ -253,6 +260,9 @@ def _markdown(comparison: Comparison) -> str:
     heads, cells = table(comparison)
     lines = [heads, ["---"] * len(heads), *cells]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    for row in comparison.rows:
+        if row.refused is not None:
+            text += f"\n\nNo {row.precision}: {row.refused}."
     return (
         f"# Precisions\n\n{comparison.examples} labelled rows; a text at a time on "
         f"{usable_cpus()} CPUs; fp16 and bf16 are simulated, so they have no latency here. A "
@@ -278,11 +288,10 @@ def _draw(comparison: Comparison, path: Path) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         left.set(xlabel="bundle, MB", ylabel=comparison.metric)
         right.set(xlabel="ms a text")
-        for row in shown:
-            assert row.bundle_bytes is not None
-            _point(left, row.bundle_bytes / 1e6, row)
-            if row.milliseconds is not None:
-                _point(right, row.milliseconds, row)
+        sizes = {row.precision: (row.bundle_bytes or 0) / 1e6 for row in shown}
+        times = {row.precision: row.milliseconds for row in shown if row.milliseconds is not None}
+        _points(left, sizes, shown)
+        _points(right, times, shown)
         for axes in (left, right):
             axes.set_xlim(left=0)
             axes.margins(0.15)
@@ -291,8 +300,18 @@ def _draw(comparison: Comparison, path: Path) -> None:
         figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
-def _point(axes: Any, x: float, row: Row) -> None:
-    axes.plot([x], [row.score], "o", color="#4c9f70" if row.precision == "fp32" else "#d1803b")
-    axes.annotate(
-        row.precision, (x, row.score), xytext=(5, 4), textcoords="offset points", fontsize=8
-    )
+def _points(axes: Any, places: Mapping[Precision, float], rows: Sequence[Row]) -> None:
+    """Draw a point for each precision; those that lie on one another share their label."""
+    near = _NEAR * max(places.values())
+    labels: dict[tuple[float, float | None], list[str]] = {}
+    for row in sorted(rows, key=lambda row: places.get(row.precision, 0.0)):
+        if row.precision not in places:
+            continue
+        x = places[row.precision]
+        axes.plot([x], [row.score], "o", color="#4c9f70" if row.precision == "fp32" else "#d1803b")
+        beside = [key for key in labels if key[1] == row.score and x - key[0] < near]
+        labels.setdefault(beside[0] if beside else (x, row.score), []).append(row.precision)
+    for place, names in labels.items():
+        axes.annotate(
+            ", ".join(names), place, xytext=(5, 4), textcoords="offset points", fontsize=8
+        )

@@ -88,8 +88,9 @@ def lower_precision(
     elif SCHEMES[options.precision].calibrated:
         ranges, notes = _observed(graphs, options, exact, kept, texts, progress)
     steps = lossy_passes(
-        options.precision, options.optimize_for, keep=tuple(kept), ranges=ranges, plan=plan
-    )
+        options.precision, options.optimize_for, keep=tuple(kept), ranges=ranges, plan=plan,
+        method=options.block_method,
+    )  # fmt: skip
     if isinstance(steps[0], Mapping):
         for name, step in steps[0].items():
             if isinstance(step, CastHalf):
@@ -118,7 +119,9 @@ def _planned(
     """Return the plan of a file, or search for one."""
 
     def passes(plan: PrecisionPlan) -> list[Step]:
-        return lossy_passes("auto", options.optimize_for, keep=tuple(kept), plan=plan)
+        return lossy_passes(
+            "auto", options.optimize_for, keep=tuple(kept), plan=plan, method=options.block_method
+        )
 
     if options.precision_plan is not None:
         plan = PrecisionPlan.read(Path(options.precision_plan))

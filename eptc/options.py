@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from eptc.errors import OptionError
+from eptc.lower.blocks import Method
 from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
 from eptc.tasks import Task
 
@@ -16,6 +17,8 @@ __all__ = ["TARGETS", "CalibrationMethod", "Options"]
 
 TARGETS = ("onnx",)
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+# What has weights in blocks, whose scales a method chooses.
+_IN_BLOCKS = ("int8-weights", "int4", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Options:
     precision_plan: str | Path | None = None
     calibration: str | Path | None = None
     calibration_method: CalibrationMethod = "minmax"
+    block_method: Method = "rtn"
     data: str | Path | None = None
     max_drop: float | None = None
     max_flips: float | None = None
@@ -55,6 +59,7 @@ class Options:
             ("precision", self.precision, get_args(Precision)),
             ("provider to optimize for", self.optimize_for, get_args(OptimizeFor)),
             ("calibration method", self.calibration_method, get_args(CalibrationMethod)),
+            ("block method", self.block_method, get_args(Method)),
         ):
             if value not in known:
                 raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
@@ -62,6 +67,12 @@ class Options:
             raise OptionError("--probe was given together with --no-verify", fix="leave one out")
         check_runs(self.precision, self.optimize_for)
         self._check_calibration()
+        if self.block_method != "rtn" and self.precision not in _IN_BLOCKS:
+            raise OptionError(
+                f"--block-method {self.block_method} was given, and --precision {self.precision} "
+                "stores no blocks",
+                expected="it with --precision " + ", ".join(_IN_BLOCKS),
+            )
         self._check_budget()
         if self.precision == "auto":
             self._check_search()

@@ -14,7 +14,7 @@ import onnx_ir
 from eptc.errors import EptcError, InternalError, ParityError
 from eptc.ir import AdaptedModel
 from eptc.linear_probe import LinearProbe
-from eptc.lower.blocks import PRECISIONS
+from eptc.lower.blocks import PRECISIONS, Method
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
@@ -105,6 +105,7 @@ def lossy_passes(
     keep: tuple[str, ...] = (),
     ranges: Ranges | None = None,
     plan: PrecisionPlan | None = None,
+    method: Method = "rtn",
 ) -> list[Step]:
     """Return the passes that lower the precision of exact graphs, in order.
 
@@ -115,6 +116,7 @@ def lossy_passes(
         ranges: least and largest number of each value that was observed, by graph, where the
             precision is a calibrated one.
         plan: for `auto`, what each weight is stored as.
+        method: how the scales of blocks are chosen.
     """
     steps: list[Step]
     if precision in ("fp16", "bf16"):
@@ -139,20 +141,22 @@ def lossy_passes(
         ]
     elif plan is not None:
         steps = [
-            QuantizeWeights(bits=4, only=plan.of("int4"), keep=keep),
+            _blocks("int4", method, keep, plan.of("int4")),
             QuantizeInt8Dynamic(only=plan.of("int8"), keep=keep),
         ]
     elif precision == "int8":
         steps = [QuantizeInt8Dynamic(keep=keep)]
     else:
-        blocks = PRECISIONS[precision]
-        steps = [
-            QuantizeWeights(
-                bits=blocks.bits, block_size=blocks.size, method=blocks.method, keep=keep
-            )
-        ]
+        steps = [_blocks(precision, method, keep, None)]
     # New nodes and initializers get names of their own, and their place.
     return [*steps, StableNames()]
+
+
+def _blocks(
+    precision: Precision, method: Method, keep: tuple[str, ...], only: tuple[str, ...] | None
+) -> QuantizeWeights:
+    blocks = PRECISIONS[precision]
+    return QuantizeWeights(blocks.bits, blocks.size, method, keep, only)
 
 
 @dataclasses.dataclass(frozen=True)

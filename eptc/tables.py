@@ -45,12 +45,11 @@ def print_comparison(comparison: Comparison) -> None:
     heads, lines = table(comparison)
     found = Table(*heads)
     for line in lines:
-        if any(line[2:]):
-            found.add_row(*line)
+        found.add_row(*line)
     console.print(found)
-    for line in lines:
-        if not any(line[2:]):
-            console.print(f"{line[0]}: no engine: {line[1]}", soft_wrap=True)
+    for row in comparison.rows:
+        if row.refused is not None:
+            console.print(f"no {row.precision}: {row.refused}", soft_wrap=True)
 
 
 def print_inspection(report: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-__all__ = ["cpu_kind", "usable_cpus"]
+__all__ = ["cpu_kind", "saturates", "usable_cpus"]
 
 _ROOT: Final = Path("/")
 
@@ -46,6 +46,22 @@ def cpu_kind(root: Path = _ROOT) -> str | None:
         if line.partition(":")[0].strip() in _KIND
     }
     return "\n".join(sorted(found)) or None
+
+
+def saturates(root: Path = _ROOT) -> bool:
+    """Whether products of unsigned and signed 8-bit integers may overflow on this processor.
+
+    x86 without VNNI adds two such products in 16 bits and cuts what does not fit: with weights
+    that use all of their 8 bits the sums are wrong, and nothing says so.
+
+    Args:
+        root: the folder that holds `proc`.
+    """
+    for line in _lines(root / "proc/cpuinfo"):
+        name, _, flags = line.partition(":")
+        if name.strip() == "flags":  # x86 alone has them under this name
+            return not {"avx512_vnni", "avx_vnni"}.intersection(flags.split())
+    return False
 
 
 def _cpu_set() -> int:

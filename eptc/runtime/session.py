@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from eptc.errors import BundleError, OptionError
+from eptc.runtime.cpus import saturates
 from eptc.runtime.ort_errors import ort_errors
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ def open_session(
     options.enable_mem_pattern = False
     for key, value in _CONFIG.items():
         options.add_session_config_entry(key, value)
+    if saturates():
+        # int8 weights are made unsigned when the graph is loaded: slower, and right.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_as is not None:

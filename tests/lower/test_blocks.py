@@ -184,6 +184,23 @@ def test_rounded_once() -> None:
     assert off < 0.9 * more
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_folded_before_it_is_quantised(method: Method, bits: Bits) -> None:
+    """The other way round, experts added to a base that was rounded, rounds twice."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(128, 256))
+    experts = 0.1 * rng.normal(size=(128, 4)) @ rng.normal(size=(4, 256))
+    how = Blocks(bits, 32, method)
+
+    def stored(exact: Float) -> npt.NDArray[np.float64]:
+        return decoded(how.quantize(exact), how, 256)
+
+    after = np.square(stored(base + experts) - (base + experts)).mean()
+    before = np.square(stored(stored(base) + experts) - (base + experts)).mean()
+    assert before > 1.7 * after
+
+
 def test_size_at_seven_billion() -> None:
     """Llama-2-7B's matrices in 4 bits: at most 0.18 of float32, embedding and head included."""
     width, wide, vocabulary = 4096, 11008, 32000

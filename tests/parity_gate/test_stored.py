@@ -214,28 +214,22 @@ def test_fault(planted: Any, check: Any, what: str) -> None:
     assert "in the engine" in raised.value.found
 
 
-@pytest.mark.parametrize("method", ["rtn", "k-quant"])
-def test_range_that_fits_no_block(planted: Any, check: Any, method: str) -> None:
-    """Codes that are the nearest in a range four times as wide as the weight needs."""
-
-    def change(graph: ir.Graph) -> None:
-        codes, scales, zeros = (
-            graph.initializers[f"{Q}{part}"] for part in ("", "@scale", "@zero_point")
-        )
-        assert codes.const_value is not None
-        assert scales.const_value is not None
-        assert zeros.const_value is not None
-        edited(f"{Q}@scale", lambda array: 4 * array)(graph)
-        found = np.stack([codes.const_value.numpy() & 15, codes.const_value.numpy() >> 4], -1)
-        packed = zeros.const_value.numpy()
-        middle = np.stack([packed & 15, packed >> 4], -1).reshape(*found.shape[:2], 1, 1)
-        nearest = np.rint((found.astype(float) - middle) / 4).astype(np.int8) + 8
-        nearest = nearest.astype(np.uint8)
-        edited(Q, lambda _: nearest[..., 0] | nearest[..., 1] << 4)(graph)
-        edited(f"{Q}@zero_point", lambda array: np.full_like(array, 0x88))(graph)
-
-    with pytest.raises(ParityError, match=f"^the weight {Q} in the engine is (too coarse|off) at"):
-        check("llama-tiny", planted(change, method=method))
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.5])
+def test_range(factor: float) -> None:
+    """Codes that are the nearest there are, in a range that is too narrow, right, or too wide."""
+    exact = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    groups = exact.reshape(6, 4, 16)
+    scales = (groups.max(-1) - groups.min(-1)) / 15.0 * factor
+    zeros = np.rint(-groups.min(-1) / scales)
+    codes = np.clip(np.rint(groups / scales[..., None] + zeros[..., None]), 0, 15)
+    codes = codes.astype(np.uint8).reshape(6, 64)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    decoder = Decoder(packed, scales, zeros, 4, 16, 64, False, 15, True)
+    if factor == 1.0:
+        assert 0.9 < check_nearest("w", decoder, exact, None) <= 1.0
+        return
+    with pytest.raises(ParityError, match=r"^the weight w in the engine is too coarse at"):
+        check_nearest("w", decoder, exact, None)
 
 
 def quantised(weight: Array, how: str) -> tuple[Array, Array]:

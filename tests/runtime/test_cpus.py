@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eptc.runtime.cpus import cpu_kind, usable_cpus
+from eptc.runtime.cpus import cpu_kind, saturates, usable_cpus
 
 CGROUP = "sys/fs/cgroup"
 TREES: dict[str, tuple[dict[str, str], int | None]] = {
@@ -120,3 +120,18 @@ def test_cpu_kind(tmp_path: Path) -> None:
     assert kinds[0] is not None
     assert kinds[0] == kinds[1] != kinds[2]
     assert cpu_kind(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni\n", False),
+        ("flags\t\t: fpu avx2 avx_vnni\n", False),
+        ("Features\t: fp asimd asimddp\n", False),
+        ("", False),
+    ],
+)
+def test_saturates(tmp_path: Path, cpuinfo: str, expected: bool) -> None:
+    """x86 without instructions that add 8-bit products in 32 bits; no other processor."""
+    assert saturates(plant(tmp_path, {"proc/cpuinfo": cpuinfo})) is expected
