@@ -98,9 +98,7 @@ class Job:
     def needs_exact(self) -> bool:
         """Whether the float32 engine is written first: to be proven, or to be run on text."""
         whole = self.plan.verification == "whole model"
-        return self.scheme.lossy and (
-            whole or self.options.runs_exact
-        )
+        return self.scheme.lossy and (whole or self.options.runs_exact)
 
     def bound(self, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
         """Return the graphs with a model's weights, none of them read."""

@@ -148,7 +148,8 @@ def _exact_engine(
         elif precision == "auto":
             other = "--precision-plan without --data"
         raise OptionError(
-            f"{why} on the whole float32 engine, which takes {_mb(needed)}; there are {_mb(limit)}",
+            f"{why} on the whole float32 engine, which takes {_mb(needed)}; "
+            f"the limit is {_mb(limit)}",
             fix=f"give --max-memory {_mb(needed)} or more, where the machine has it, or {other}: "
             "then one block of the model at a time is in memory",
         )
