@@ -18,7 +18,7 @@ from eptc.parity_gate import Budget, Example
 from eptc.passes.cast_half import CastHalf
 from eptc.pipeline import PassRecord, Ranges, Step, lossy_passes, run_graph_passes
 from eptc.precision import SCHEMES
-from eptc.precision_plan import PrecisionPlan, stored_weights
+from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
 from eptc.runtime import Engine
 from eptc.search import levels, search
 
@@ -94,9 +94,11 @@ def lower_precision(
     if isinstance(steps[0], Mapping):
         for name, step in steps[0].items():
             if isinstance(step, CastHalf):
-                kept |= step.plan(graphs[name])
+                kept = {**step.plan(graphs[name]), **kept}
     records = run_graph_passes(graphs, steps)
     stored = PrecisionPlan(stored_weights(graphs))
+    if options.precision != "auto" and set(stored.weights.values()) == {LEVELS[0]}:
+        notes = (*notes, f"no weight could be stored in {options.precision}: all are float32")
     return Lowered(records, {**stored.to_json(), "stays_float32": kept, **report}, notes)
 
 
@@ -125,7 +127,8 @@ def _planned(
 
     if options.precision_plan is not None:
         plan = PrecisionPlan.read(Path(options.precision_plan))
-        plan.check_names(levels(graphs, passes))
+        known = dict.fromkeys(stored_weights(graphs), LEVELS[:1])
+        plan.check_names({**known, **levels(graphs, passes)})
         return plan, {}
     if exact is None or data is None:
         raise InternalError("a plan is searched without an exact engine or without data")
