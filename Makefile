@@ -2,6 +2,7 @@
 # make test   run the tests
 # make lint   formatting, types, import rules
 # make bench  measure engines and builds (CASES=minilm,t5-base-2 chooses, QUICK=1 is rough)
+# make bench-precisions  score every precision on the example's four tasks
 # Each sets up what it needs in .venv first; a second run starts at once.
 
 PYTHON ?= python3.11
@@ -18,7 +19,7 @@ OPTIMUM := .cache/optimum
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-precisions clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (once)"
@@ -66,6 +67,9 @@ bench: .venv/.bench
 	-$(MAKE) --no-print-directory $(OPTIMUM)/.ready
 	$(BIN)/python -m benchmarks --cases '$(CASES)' $(if $(QUICK),--quick) \
 		--optimum-python $(OPTIMUM)/bin/python
+
+bench-precisions: .venv/.bench
+	$(BIN)/python -m benchmarks.precisions
 
 clean:
 	rm -rf .venv $(OPTIMUM) build

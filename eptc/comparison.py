@@ -8,15 +8,15 @@ import importlib.util
 import itertools
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eptc import bundle
-from eptc.build import Bundle, export
-from eptc.errors import MissingExtraError, OptionError, OutputError, ParityError
+from eptc.build import Bundle, export, plan
+from eptc.errors import MissingExtraError, OptionError, ParityError
+from eptc.options import IN_BLOCKS
 from eptc.parity_gate.answers import CLAIMED
 from eptc.precision import SCHEMES, OptimizeFor, Precision
 from eptc.runtime import Engine
@@ -128,41 +128,39 @@ def compare_precisions(
             fix="pip install 'ept-compiler[plot]'",
         )
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} is not an empty folder", expected="a new or empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.eptc-", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
+    labelled: dict[str, Any] = {"data": data, "max_drop": max_drop, "max_flips": max_flips}
+    # What is wrong with all of them is said now, not in every row.
+    plan(ckpt, precision="int8-weights", optimize_for="cpu", **labelled, **options)
+    with bundle.draft(out, force=False) as draft:
         built: dict[Precision, Bundle] = {}
         refused: dict[Precision, str] = {}
         for precision, scheme in SCHEMES.items():
             if precision == "auto":
                 continue
             progress(f"precision {precision}")
-            given = dict(options)
-            if scheme.lossy:
-                given |= {"data": data, "max_drop": max_drop, "max_flips": max_flips}
+            given = options | (labelled if scheme.lossy else {})
             if scheme.calibrated:
                 given["calibration"] = calibration
+            if precision not in IN_BLOCKS:
+                given.pop("block_method", None)
             try:
-                built[precision] = export(
-                    ckpt, out=folder / precision, precision=precision, optimize_for=optimize_for,
-                    progress=progress, **given,
+                found = export(
+                    ckpt, out=draft.path / precision, precision=precision,
+                    optimize_for=optimize_for, progress=progress, **given,
                 )  # fmt: skip
             except (OptionError, ParityError) as error:
                 if precision == "fp32":
                     raise
                 refused[precision] = error.found
+                continue
+            if precision == "keep" and found.manifest.precision == "fp32":
+                shutil.rmtree(found.path)  # the base has nothing to keep
             else:
-                if precision == "keep" and built[precision].manifest.precision == "fp32":
-                    shutil.rmtree(built.pop(precision).path)  # the base has nothing to keep
+                built[precision] = found
         progress("latency")
         comparison = _compared(out, built, refused, data)
-        _write(folder, comparison)
-        if out.exists():
-            out.rmdir()
-        shutil.move(folder, out)
+        _write(draft.path, comparison)
+        draft.publish()
     return comparison
 
 
@@ -249,7 +247,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             f"{row.bundle_bytes / exact.bundle_bytes:.3f}",
             "-" if row.milliseconds is None else f"{row.milliseconds:.2f}",
             "-" if row.milliseconds is None else f"{row.milliseconds / exact.milliseconds:.2f}",
-            f"{row.score:.4f}", f"{row.drop:.2f}",
+            f"{row.score:.4f}", f"{row.drop + 0.0:.2f}",
             f"{row.drop_interval[0]:.2f} to {row.drop_interval[1]:.2f}", str(row.flips),
             str(row.flips_beyond_noise), f"{row.cosine:.6f}",
         ])  # fmt: skip

@@ -13,12 +13,12 @@ from eptc.lower.blocks import Method
 from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
 from eptc.tasks import Task
 
-__all__ = ["TARGETS", "CalibrationMethod", "Options"]
+__all__ = ["IN_BLOCKS", "TARGETS", "CalibrationMethod", "Options"]
 
 TARGETS = ("onnx",)
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 # What has weights in blocks, whose scales a method chooses.
-_IN_BLOCKS = ("int8-weights", "int4", "auto")
+IN_BLOCKS = ("int8-weights", "int4", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Options:
             raise OptionError("--probe was given together with --no-verify", fix="leave one out")
         check_runs(self.precision, self.optimize_for)
         self._check_calibration()
-        if self.block_method != "rtn" and self.precision not in _IN_BLOCKS:
+        if self.block_method != "rtn" and self.precision not in IN_BLOCKS:
             raise OptionError(
                 f"--block-method {self.block_method} was given, and --precision {self.precision} "
                 "stores no blocks",
-                expected="it with --precision " + ", ".join(_IN_BLOCKS),
+                expected="it with --precision " + ", ".join(IN_BLOCKS),
             )
         self._check_budget()
         if self.precision == "auto":

@@ -39,8 +39,9 @@ class Manifest:
         kind: a key of `INTERFACES`.
         target: what the graphs were written for (`onnx`).
         opset: the graphs' ONNX opset.
-        precision: of the weights: `fp32`, or `fp16-weights` and `bf16-weights` for matrices that
-            are stored in 16 bits; the engine computes in float32.
+        precision: `fp32`; `fp16-weights` and `bf16-weights` for matrices that are stored in 16
+            bits and computed in float32; what the engine was lowered to: `fp16`, `bf16`, `int8`,
+            `int8-static`, `int8-weights`, `int4`, or `mixed`.
         task: the task it was compiled for; None for a bare model.
         num_labels: width of a classifier's logits; None for an engine that writes text.
         vocab_size: token ids are below it; None where unknown.

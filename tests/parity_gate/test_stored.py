@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from eptc import build, lower, text
+from eptc import job, lower, text
 from eptc.bundle import write_manifest
 from eptc.errors import ParityError
 from eptc.lower.blocks import Blocks
@@ -57,7 +57,7 @@ def written(subject: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             *exact, names = graph_passes(provider)
             steps = [*exact, QuantizeWeights(block_size=16, **options), names]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(build, "graph_passes", lambda *_: steps)
+                patch.setattr(job, "graph_passes", lambda *_: steps)
                 out = tmp_path_factory.mktemp("stored") / "out"
                 bundle = subject(name).export(out, 0, verify=False, optimize_for=provider)
             made[key] = bundle.path
@@ -335,7 +335,7 @@ def test_base_quantised_before_folding(
     monkeypatch.setattr(lower, "bind", bind)
     *exact, names = graph_passes("cpu")
     steps = [*exact, QuantizeWeights(bits, 16, method), names]
-    monkeypatch.setattr(build, "graph_passes", lambda *_: steps)
+    monkeypatch.setattr(job, "graph_passes", lambda *_: steps)
     path = subject("llama-tiny").export(tmp_path / "out", 0, verify=False).path
     with pytest.raises(ParityError, match=f"^the weight {Q} in the engine is off at"):
         check("llama-tiny", path)

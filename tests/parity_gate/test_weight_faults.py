@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from eptc import build, lower
+from eptc import job, lower
 from eptc.lower.weights import WeightTensor, derive
 from eptc.lower.weights import join as sound
 from eptc.passes import pack_projections
@@ -175,7 +175,7 @@ def test_two_weights_renamed(recorded: Any, refused: Any, monkeypatch: pytest.Mo
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let engines be built with the passes that pack weights."""
-    monkeypatch.setattr(build, "graph_passes", lambda *_: graph_passes("cuda"))
+    monkeypatch.setattr(job, "graph_passes", lambda *_: graph_passes("cuda"))
 
 
 @pytest.mark.usefixtures("packed")
