@@ -19,6 +19,7 @@ from eptc.options import Options
 from eptc.pipeline import PassRecord, graph_passes
 from eptc.planning import Plan, make_plan
 from eptc.precision import SCHEMES, Scheme
+from eptc.precision_plan import PrecisionPlan
 from eptc.skeletons import skeleton
 from eptc.tasks import Task, resolve
 
@@ -51,11 +52,14 @@ class Job:
     task_id: int
     config: Any
     plan: Plan
+    precision_plan: PrecisionPlan | None
 
     @classmethod
     def read(cls, ckpt: str | Path, options: Options) -> Job:
         """Read what a build needs to know; raise InputError where something does not fit."""
         options.check()
+        given = options.precision_plan
+        precision_plan = None if given is None else PrecisionPlan.read(Path(given))
         source = checkpoint.read(
             Path(ckpt),
             Path(options.base) if options.base is not None else None,
@@ -72,7 +76,7 @@ class Job:
             source, config, precision=options.precision, verify=options.verify,
             max_memory=options.max_memory, runs_exact=options.runs_exact,
         )  # fmt: skip
-        return cls(options, source, task_id, config, plan)
+        return cls(options, source, task_id, config, plan, precision_plan)
 
     @property
     def task(self) -> Task:

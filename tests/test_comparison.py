@@ -71,7 +71,7 @@ def test_files(compared: Any) -> None:
         assert row.precision in table
         if row.refused is not None:
             assert row.refused in table
-    drawing = ElementTree.parse(compared.path / "comparison.svg")  # noqa: S314  # written here
+    drawing = ElementTree.parse(compared.path / "comparison.svg")
     texts = [node.text or "" for node in drawing.iter("{http://www.w3.org/2000/svg}text")]
     shown = {name for text in texts for name in text.split(", ")} & EVERY
     assert shown == {row.precision for row in compared.rows if row.refused is None}

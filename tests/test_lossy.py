@@ -20,6 +20,7 @@ from eptc.errors import OptionError, ParityError
 from eptc.job import Job
 from eptc.lower.blocks import PRECISIONS
 from eptc.lower.int8 import integers
+from eptc.parity_gate.compare import bound_of
 from eptc.parity_gate.stored import quantized
 from eptc.pass_base import Contract, GraphPass
 from eptc.tensors import ArrayTensor
@@ -66,7 +67,7 @@ def read(path: Path) -> Any:
 def test_built_and_judged(
     build: Any, exact: eptc.Bundle, small_rows: Any, tmp_path: Path, precision: str
 ) -> None:
-    """Smaller, proven exact before and within its bound after, scored, recorded; twice the same."""
+    """Smaller, proven exact, then within its bound, scored, recorded; twice the same."""
     options, most, stored = BUILT[precision]
     given = {"data": small_rows.values, "max_drop": 10.0, **options}
     one, other = (build(tmp_path / name, precision, **given) for name in ("one", "other"))
@@ -99,17 +100,78 @@ def test_built_and_judged(
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8-static", "int4", "fp16"])
-def test_engines_answer(
-    build: Any, exact: eptc.Bundle, small_rows: Any, tmp_path: Path, precision: str
-) -> None:
+def test_engines_answer(build: Any, small_rows: Any, tmp_path: Path, precision: str) -> None:
     """An engine loads where it was optimised for and answers nearly as float32 does."""
     rows = [json.loads(line) for line in small_rows.values.read_text().splitlines()]
     bundle = build(tmp_path / "out", precision, **BUILT[precision][0])
     with bundle.load(providers=["cpu"]) as engine:
         got = np.array([answer.value for answer in engine.classify(rows)])
     want = np.array([row["label"] for row in rows])
-    assert 0 < np.abs(got - want).max()
+    assert np.abs(got - want).max() > 0
     assert np.corrcoef(got, want)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("precision", BUILT)
+def test_checked_again(
+    build: Any, small_native: Any, small_rows: Any, tmp_path: Path, precision: str
+) -> None:
+    """A published engine is judged as it was when it was built, 16 bits by their twin."""
+    bundle = build(tmp_path / "out", precision, **BUILT[precision][0])
+    report = eptc.parity(
+        bundle.path, reference=small_native.ckpt, base=small_native.base, data=small_rows.values
+    )
+    assert report.passed
+    assert report.bound == bound_of(precision)
+    assert report.scores is not None
+    assert report.scores["reference"] == 1.0
+    assert 0 <= report.scores["drop"] < 0.1
+    assert {path.name for path in bundle.path.iterdir()} == {
+        *bundle.manifest.files, "manifest.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 0), ("int8", 1)])
+def test_flips_found_again(
+    small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, most: int
+) -> None:
+    """Of 100 labels that the reference is sure of, one may change below float32, else none."""
+    out = tmp_path / "out"
+    eptc.export(
+        small_native.ckpt, base=small_native.base, task="tone", out=out, precision=precision,
+        verify=False,
+    )  # fmt: skip
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": "good " * (i % 9 + 1), "label": "good"} for i in range(100)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flips = 0
+
+    def answers(*_: Any) -> Any:
+        return [0] * flips + [1] * (100 - flips), [True] * 100
+
+    with eptc.Engine.load(out, providers=["cpu"]) as engine:
+        assert {answer.label for answer in engine.classify(rows)} == {"good"}
+    monkeypatch.setattr("eptc.recheck.reference_answers", answers)
+    options = {"reference": small_native.ckpt, "base": small_native.base, "data": data}
+    flips = most
+    scores = eptc.parity(out, **options).scores
+    assert scores is not None
+    assert scores["flips_beyond_noise"] == most
+    flips = most + 1
+    with pytest.raises(ParityError, match=f"{flips} of 100 labels change"):
+        eptc.parity(out, **options)
+
+
+def test_calibrated_engine_by_block(
+    build: Any, small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is short for it, that is said; an engine in int8 is compared by block."""
+    monkeypatch.setattr("eptc.recheck.available_memory", lambda: 2**20)
+    options = {"reference": small_native.ckpt, "base": small_native.base}
+    half = build(tmp_path / "fp16", "fp16", verify=False)
+    with pytest.raises(OptionError, match="is an engine in fp16, whose ranges hold for the model"):
+        eptc.parity(half.path, **options)
+    whole = build(tmp_path / "int8", "int8", verify=False)
+    assert eptc.parity(whole.path, **options).mode == "block by block"
 
 
 def test_what_stays_float32_is_stored_so(build: Any, tmp_path: Path) -> None:
@@ -253,6 +315,6 @@ def test_quantising_before_folding(
     before = build(tmp_path / "before", "int8", verify=False).path
     assert folded
     assert error(before) > 1.3 * error(after)
-    with pytest.raises(ParityError, match="the weight .* in the engine is off"):
+    with pytest.raises(ParityError, match=r"the weight .* in the engine is off"):
         build(tmp_path / "refused", "int8")
     assert not (tmp_path / "refused").exists()
