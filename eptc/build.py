@@ -193,8 +193,8 @@ def export(
 
             with clock.stage("lower the precision"):
                 lowered = lower_precision(
-                    graphs, options, source.base.architecture, exact, texts=examples.texts,
-                    data=examples.data, progress=progress,
+                    graphs, options, source.base.architecture, exact, plan=job.precision_plan,
+                    texts=examples.texts, data=examples.data, progress=progress,
                 )  # fmt: skip
             records += _told(lowered.records, progress)
             lowered_notes = lowered.notes

@@ -19,6 +19,7 @@ from eptc.options import Options
 from eptc.pipeline import PassRecord, graph_passes
 from eptc.planning import Plan, make_plan
 from eptc.precision import SCHEMES, Scheme
+from eptc.precision_plan import PrecisionPlan
 from eptc.skeletons import skeleton
 from eptc.tasks import Task, resolve
 
@@ -51,11 +52,14 @@ class Job:
     task_id: int
     config: Any
     plan: Plan
+    precision_plan: PrecisionPlan | None
 
     @classmethod
     def read(cls, ckpt: str | Path, options: Options) -> Job:
         """Read what a build needs to know; raise InputError where something does not fit."""
         options.check()
+        given = options.precision_plan
+        precision_plan = None if given is None else PrecisionPlan.read(Path(given))
         source = checkpoint.read(
             Path(ckpt),
             Path(options.base) if options.base is not None else None,
@@ -70,9 +74,9 @@ class Job:
         check_fit(source, task_id, config)
         plan = make_plan(
             source, config, precision=options.precision, verify=options.verify,
-            max_memory=options.max_memory,
+            max_memory=options.max_memory, runs_exact=options.runs_exact,
         )  # fmt: skip
-        return cls(options, source, task_id, config, plan)
+        return cls(options, source, task_id, config, plan, precision_plan)
 
     @property
     def task(self) -> Task:
@@ -98,9 +102,7 @@ class Job:
     def needs_exact(self) -> bool:
         """Whether the float32 engine is written first: to be proven, or to be run on text."""
         whole = self.plan.verification == "whole model"
-        return self.scheme.lossy and (
-            whole or self.scheme.calibrated or self.options.data is not None
-        )
+        return self.scheme.lossy and (whole or self.options.runs_exact)
 
     def bound(self, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
         """Return the graphs with a model's weights, none of them read."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eptc import bundle, lower
-from eptc.calibration.simulate import simulated
+from eptc.calibration import twin
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Job, Progress
 from eptc.lossy import budget_of
@@ -80,9 +80,7 @@ class Judge:
             return
         with contextlib.ExitStack() as stack, self._clock.stage("parity"):
             if self._job.scheme.simulated:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=directory))
-                simulated(directory, Path(folder) / "twin")
-                directory = Path(folder) / "twin"
+                directory = stack.enter_context(twin(directory, within=directory))
             if self._verifier is not None:
                 report = self._verifier.prove(directory, self._layers, self._progress)
                 refuse(

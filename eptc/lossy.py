@@ -18,7 +18,7 @@ from eptc.parity_gate import Budget, Example
 from eptc.passes.cast_half import CastHalf
 from eptc.pipeline import PassRecord, Ranges, Step, lossy_passes, run_graph_passes
 from eptc.precision import SCHEMES
-from eptc.precision_plan import PrecisionPlan, stored_weights
+from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
 from eptc.runtime import Engine
 from eptc.search import levels, search
 
@@ -60,6 +60,7 @@ def lower_precision(
     architecture: Architecture,
     exact: Path | None,
     *,
+    plan: PrecisionPlan | None,
     texts: Sequence[Example],
     data: Sequence[Example] | None,
     progress: Progress,
@@ -71,6 +72,7 @@ def lower_precision(
         options: what the build was asked for.
         architecture: the model's.
         exact: the bundle of the same graphs in float32; None where none was written.
+        plan: what each weight is to be stored as; None: searched where it is needed.
         texts: what the ranges of activations are seen on.
         data: labelled texts that a plan is searched on.
         progress: called with what is being done.
@@ -80,11 +82,11 @@ def lower_precision(
         ParityError: no plan keeps the budget.
     """
     kept = dict.fromkeys(_heads(graphs, architecture), _HEAD)
-    plan, ranges = None, None
+    ranges = None
     report: Mapping[str, Any] = {}
     notes: tuple[str, ...] = ()
     if options.precision == "auto":
-        plan, report = _planned(graphs, options, exact, kept, data, progress)
+        plan, report = _planned(graphs, options, exact, plan, kept, data, progress)
     elif SCHEMES[options.precision].calibrated:
         ranges, notes = _observed(graphs, options, exact, kept, texts, progress)
     steps = lossy_passes(
@@ -97,6 +99,8 @@ def lower_precision(
                 kept = {**step.plan(graphs[name]), **kept}
     records = run_graph_passes(graphs, steps)
     stored = PrecisionPlan(stored_weights(graphs))
+    if options.precision != "auto" and set(stored.weights.values()) == {LEVELS[0]}:
+        notes = (*notes, f"no weight could be stored in {options.precision}: all are float32")
     return Lowered(records, {**stored.to_json(), "stays_float32": kept, **report}, notes)
 
 
@@ -112,20 +116,21 @@ def _planned(
     graphs: Graphs,
     options: Options,
     exact: Path | None,
+    plan: PrecisionPlan | None,
     kept: Mapping[str, str],
     data: Sequence[Example] | None,
     progress: Progress,
 ) -> tuple[PrecisionPlan, Mapping[str, Any]]:
-    """Return the plan of a file, or search for one."""
+    """Return the plan that was given, if it fits the graphs, or search for one."""
 
     def passes(plan: PrecisionPlan) -> list[Step]:
         return lossy_passes(
             "auto", options.optimize_for, keep=tuple(kept), plan=plan, method=options.block_method
         )
 
-    if options.precision_plan is not None:
-        plan = PrecisionPlan.read(Path(options.precision_plan))
-        plan.check_names(levels(graphs, passes))
+    if plan is not None:
+        known = dict.fromkeys(stored_weights(graphs), LEVELS[:1])
+        plan.check_names({**known, **levels(graphs, passes)})
         return plan, {}
     if exact is None or data is None:
         raise InternalError("a plan is searched without an exact engine or without data")

@@ -47,6 +47,11 @@ class Options:
     verify: bool = True
     allow_pickle: bool = False
 
+    @property
+    def runs_exact(self) -> bool:
+        """Whether the float32 engine is run on text before the precision is lowered."""
+        return SCHEMES[self.precision].calibrated or self.data is not None
+
     def check(self) -> None:
         """Raise OptionError for a value that no build can have, or two that contradict."""
         for name, value, known in (

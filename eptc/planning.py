@@ -13,7 +13,7 @@ from eptc.errors import OptionError
 from eptc.lower import IN_FLIGHT
 from eptc.lower.blocks import PRECISIONS
 from eptc.machine import available_memory
-from eptc.precision import Precision
+from eptc.precision import SCHEMES, Precision
 from eptc.tensors import LazyTensor, numpy_dtype
 
 __all__ = ["WRITERS", "Plan", "Verification", "make_plan"]
@@ -76,6 +76,7 @@ def make_plan(
     precision: Precision,
     verify: bool,
     max_memory: int | None,
+    runs_exact: bool = False,
 ) -> Plan:
     """Predict a build; no weight is read.
 
@@ -85,15 +86,19 @@ def make_plan(
         precision: of the engine.
         verify: whether the engine is verified.
         max_memory: bytes each process may have resident; None: what is available.
+        runs_exact: whether the float32 engine is run on text before the precision is lowered.
 
     Raises:
-        OptionError: it cannot be done within `max_memory`; what it takes is said.
+        OptionError: it cannot be done within `max_memory`, or, where the float32 engine is run,
+            within what is available; what it takes is said.
     """
     weights = list(source.base.weights.values())
     sizes = [_stored_bytes(tensor, precision) for tensor in weights]
     limit = available_memory() if max_memory is None else max_memory
     in_flight, working = _working(weights, sizes, limit)
     compiler = _COMPILER + working
+    if runs_exact:
+        compiler = max(compiler, _exact_engine(source, precision, verify, limit))
     if max_memory is not None and compiler > max_memory:
         raise OptionError(
             f"the build takes {_mb(compiler)}, the limit is {_mb(max_memory)}",
@@ -122,6 +127,33 @@ def make_plan(
         stored, sum(sizes), compiler, verification, verifier, own,
         in_flight, seconds, limit,
     )  # fmt: skip
+
+
+def _exact_engine(
+    source: Checkpoint, precision: Precision, verify: bool, limit: int | None
+) -> int:
+    """Return how many bytes the compiler takes while it runs the float32 engine on text.
+
+    Raises:
+        OptionError: the engine cannot be run, or verified, as a whole.
+    """
+    from eptc.parity_gate.memory import engine_bytes, whole_model_bytes
+
+    compiler = _COMPILER + engine_bytes(source)
+    needed = max(compiler, _VERIFIER + whole_model_bytes(source)) if verify else compiler
+    if limit is not None and needed > limit:
+        why, other = "--data is scored", f"--precision {precision} without --data"
+        if SCHEMES[precision].calibrated:
+            why, other = f"--precision {precision} is calibrated", "--precision int8 or int4"
+        elif precision == "auto":
+            other = "--precision-plan without --data"
+        raise OptionError(
+            f"{why} on the whole float32 engine, which takes {_mb(needed)}; "
+            f"the limit is {_mb(limit)}",
+            fix=f"give --max-memory {_mb(needed)} or more, where the machine has it, or {other}: "
+            "then one block of the model at a time is in memory",
+        )
+    return compiler
 
 
 def _stored_bytes(tensor: LazyTensor, precision: Precision) -> int:

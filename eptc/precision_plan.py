@@ -78,13 +78,16 @@ class PrecisionPlan:
         return cls(dict(data["weights"]))
 
     def check_names(self, known: Mapping[str, Sequence[str]]) -> None:
-        """Raise OptionError unless the plan has these weights, in levels they can have."""
+        """Raise OptionError unless the plan has these weights, in levels they can have.
+
+        A weight that has but one level may be left out.
+        """
         for name in self.weights:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 raise OptionError(
-                    f"the precision plan names the weight {name!r}, which the engine does not "
-                    "store in integers" + (f"; did you mean {near[0]!r}?" if near else ""),
+                    f"the precision plan names the weight {name!r}, which the engine does not have"
+                    + (f"; did you mean {near[0]!r}?" if near else ""),
                     fix="leave it out",
                 )
             if self.weights[name] not in known[name]:
@@ -92,7 +95,8 @@ class PrecisionPlan:
                     f"the precision plan stores {name} as {self.weights[name]}",
                     expected=" or ".join(known[name]),
                 )
-        if missing := [name for name in known if name not in self.weights]:
+        choices = [name for name, found in known.items() if len(found) > 1]
+        if missing := [name for name in choices if name not in self.weights]:
             more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
             raise OptionError(
                 f"the precision plan lacks {', '.join(missing[:_SHOWN])}{more}",

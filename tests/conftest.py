@@ -29,6 +29,12 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
+# The small native checkpoint's.
+WORDS = (
+    "a", "and", "bad", "dull", "film", "good", "long", "not", "quiet", "short", "the", "very",
+    "was",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
@@ -89,6 +95,45 @@ def copy_native(small_native: Folders, tmp_path: Path) -> Folders:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """Texts for the small native checkpoint.
+
+    Args:
+        texts: 120 rows without labels.
+        values: the same, for the task `score`, labelled with what float32 answers.
+    """
+
+    texts: Path
+    values: Path
+
+
+@pytest.fixture(scope="session")
+def small_rows(small_native: Folders, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """Texts for the small native checkpoint; a regression loses a little with every bit."""
+    import random
+
+    import eptc
+
+    folder = tmp_path_factory.mktemp("rows")
+    drawn = random.Random(0)
+    texts = [" ".join(drawn.choices(WORDS, k=drawn.randint(3, 12))) for _ in range(120)]
+    eptc.export(
+        small_native.ckpt, base=small_native.base, task="score", out=folder / "exact", verify=False
+    )
+    with eptc.Engine.load(folder / "exact", providers=["cpu"]) as engine:
+        answers = [answer.value for answer in engine.classify(texts)]
+    rows = Rows(folder / "texts.jsonl", folder / "values.jsonl")
+    rows.texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rows.values.write_text(
+        "".join(
+            json.dumps({"text": text, "label": answer}) + "\n"
+            for text, answer in zip(texts, answers, strict=True)
+        )
+    )
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a command ended."""
 
@@ -139,12 +184,8 @@ def _write_small_native(folders: Folders) -> None:
     from eptc.tasks import Task
 
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-    words = (
-        "a", "and", "bad", "dull", "film", "good", "long", "not", "quiet", "short", "the",
-        "very", "was",
-    )  # fmt: skip
     shape = transformers.BertConfig(
-        vocab_size=len(special) + len(words),
+        vocab_size=len(special) + len(WORDS),
         hidden_size=34,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -156,7 +197,7 @@ def _write_small_native(folders: Folders) -> None:
         torch.manual_seed(0)
         transformers.BertModel(shape).save_pretrained(folders.base)
         tokenizer = tokenizers.Tokenizer(
-            models.WordLevel({w: i for i, w in enumerate((*special, *words))}, unk_token="[UNK]")
+            models.WordLevel({w: i for i, w in enumerate((*special, *WORDS))}, unk_token="[UNK]")
         )
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -485,7 +485,81 @@ NATIVE_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("_", "damage", "arguments", "words"), NATIVE_CASES)
+def lines(*rows: dict[str, Any]) -> Damage:
+    """Write a file of JSON lines."""
+    return text("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+ROWS = "{in}/rows.jsonl"
+STATIC = ("--precision", "int8-static", "--calibration", ROWS)
+AUTO = ("--precision", "auto", "--precision-plan", "{in}/plan.json")
+PAIR = {"first": "good", "second": "bad"}
+PRECISION_CASES = [
+    # text to calibrate on
+    case("calibration-without-the-fields", lines({"text": "good"}, {"sentence": "bad"}),
+         "rows.jsonl, line 2|the fields text", *STATIC),
+    case("calibration-for-another-task", lines(PAIR), "rows.jsonl, line 1|the fields text",
+         *STATIC),
+    case("calibration-empty", text("rows.jsonl", "\n"), "has no examples", *STATIC),
+    case("calibration-missing", nothing, "rows.jsonl cannot be read", *STATIC),
+    case("calibration-not-json", text("rows.jsonl", "good"), "rows.jsonl, line 1", *STATIC),
+    case("calibration-of-one-class",
+         lines({"text": "good", "label": "good"}, {"text": "quiet", "label": "good"}),
+         "every row of|has the label 'good'|rows of several labels", *STATIC),
+    case("calibration-with-an-unknown-label", lines({"text": "a", "label": "fine"}),
+         "line 1: the label is 'fine'|one of bad, good", *STATIC),
+    case("calibration-not-given", nothing, "was given no text|--calibration FILE",
+         "--precision", "int8-static"),
+    case("calibration-not-needed", nothing, "--precision int8 needs none|--precision int8-static",
+         "--precision", "int8", "--calibration", ROWS),
+    # where it runs
+    case("bf16-on-the-cpu", nothing, "no bfloat16 kernels|--optimize-for cuda or any|int8",
+         "--precision", "bf16"),
+    case("int8-on-cuda", nothing, "no kernels for dynamic|--optimize-for cpu or any|int8-static",
+         "--precision", "int8", "--optimize-for", "cuda"),
+    case("int4-anywhere", nothing, "no standard operator|--optimize-for cpu or cuda",
+         "--precision", "int4", "--optimize-for", "any"),
+    case("unknown-precision", nothing, "'int3' is not one of|'int4'", "--precision", "int3"),
+    # what it may cost
+    case("budget-without-data", nothing, "--max-drop was given, and no data|--data FILE",
+         "--precision", "int8", "--max-drop", "1"),
+    case("data-without-labels", lines({"text": "good"}), "line 1: the label is None|bad, good",
+         "--precision", "int8", "--data", ROWS),
+    case("flips-of-a-regression", lines({"text": "good", "label": 1.0}),
+         "--max-flips was given|'score' is a regression|--max-drop",
+         "--task", "score", "--precision", "int8", "--data", ROWS, "--max-flips", "1%"),
+    case("flips-no-share", nothing, "--max-flips is 'abc'|1% or 0.01",
+         "--precision", "int8", "--data", ROWS, "--max-flips", "abc"),
+    case("flips-more-than-all", nothing, "--max-flips is 3|a share of the rows",
+         "--precision", "int8", "--data", ROWS, "--max-flips", "300%"),
+    case("data-for-float32", nothing, "--precision fp32 changes no answer|eptc parity --data",
+         "--data", ROWS),
+    # plans
+    case("auto-without-a-budget", nothing, "no budget to keep|--max-drop|--precision-plan",
+         "--precision", "auto"),
+    case("plan-missing", nothing, "plan.json cannot be read", *AUTO),
+    case("plan-with-a-wrong-name", text("plan.json", json.dumps(
+        {"schema_version": 1, "weights": {"bert.pooler.dense.weigth": "int8"}})),
+         "the weight 'bert.pooler.dense.weigth'|did you mean 'bert.pooler.dense.weight'?", *AUTO),
+    case("plan-with-an-impossible-level", text("plan.json", json.dumps(
+        {"schema_version": 1, "weights": {"bert.pooler.dense.weight": "int4"}})),
+         "stores bert.pooler.dense.weight as int4|expected: fp32 or int8", *AUTO),
+    case("plan-of-a-head", text("plan.json", json.dumps(
+        {"schema_version": 1, "weights": {"classifier.weight": "int8"}})),
+         "stores classifier.weight as int8|expected: fp32", *AUTO),
+    case("plan-that-lacks-weights", text("plan.json", json.dumps(
+        {"schema_version": 1, "weights": {"bert.pooler.dense.weight": "int8"}})),
+         "lacks bert.embeddings.position_embeddings.weight|and 6 more", *AUTO),
+    case("plan-without-auto", nothing, "--precision-plan was given together with --precision int8",
+         "--precision", "int8", "--precision-plan", "{in}/plan.json"),
+    # all of them
+    case("all-without-data", nothing, "was given no data to score on", "--precision", "all"),
+    case("all-of-a-dry-run", nothing, "given together with --dry-run",
+         "--precision", "all", "--data", ROWS, "--dry-run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("_", "damage", "arguments", "words"), [*NATIVE_CASES, *PRECISION_CASES])
 def test_bad_native_input(
     copy_native: Any,
     cli: Callable[..., Any],
@@ -576,6 +650,42 @@ def test_verbose_shows_stages_and_passes(copy_native: Any, cli: Callable[..., An
         "read", "trace", "hash", "write",
     ]  # fmt: skip
     assert {"specialize-router", "fold-pyramid", "stable-names"} <= set(lines)
+
+
+def test_a_budget_on_a_task_without_labels(
+    copy_golden: Callable[..., Any], cli: Callable[..., Any]
+) -> None:
+    folders = copy_golden("llama-tiny")
+    lines({"text": "a", "label": "b"})(folders)
+    names = NAMES.replace("cola", "unheard-of")
+    _refused(
+        folders, cli,
+        ("--task", "unheard-of", "--top-k", "2", "--tasks", names, "--precision", "int8",
+         "--data", ROWS, "--max-drop", "1"),
+        ["task 'unheard-of' has no labels", "--task-spec"],
+    )  # fmt: skip
+
+
+def test_export_below_float32_says_what_it_did(copy_native: Any, cli: Callable[..., Any]) -> None:
+    """Rows that are too long, too few rows, both verdicts, what was lost on how many rows."""
+    lines(
+        {"text": "a good film"}, {"text": "not bad " * 150}, {"text": "dull and long"},
+        {"text": "quiet", "label": "good"},
+    )(copy_native)  # fmt: skip
+    data = copy_native.root / "data.jsonl"
+    rows = [{"text": "a good film", "label": "good"}, {"text": "dull", "label": "bad"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = cli(
+        "export", copy_native.ckpt, "--base", copy_native.base, "-o", copy_native.out,
+        *NATIVE_TASK, "--precision", "int8-static",
+        "--calibration", copy_native.root / "in" / "rows.jsonl",
+        "--calibration-method", "percentile", "--data", data, "--max-flips", "50%",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    assert "has 4 rows: calibrate on 100 or more" in result.stderr
+    assert "1 of 4 texts were longer than training's and cut" in result.stderr
+    for words in ("parity before lowering passed", "parity passed", "on 2 rows", "too few rows"):
+        assert words in result.stdout
 
 
 def test_force_replaces_a_bundle(copy_native: Any, cli: Callable[..., Any]) -> None:

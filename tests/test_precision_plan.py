@@ -11,7 +11,8 @@ import pytest
 from eptc.errors import InputError, OptionError
 from eptc.precision_plan import PrecisionPlan
 
-KNOWN = {"a.weight": ("fp32", "int8"), "b.weight": ("fp32", "int8", "int4")}
+KNOWN = {"a.weight": ("fp32", "int8"), "b.weight": ("fp32", "int8", "int4"),
+         "head.weight": ("fp32",)}  # fmt: skip
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -53,6 +54,9 @@ def test_names() -> None:
     """Every weight that has a choice must be there, and no other; typing errors are helped."""
     whole: dict[str, Any] = {"a.weight": "int8", "b.weight": "int4"}
     PrecisionPlan(whole).check_names(KNOWN)
+    PrecisionPlan(whole | {"head.weight": "fp32"}).check_names(KNOWN)
+    with pytest.raises(OptionError, match=r"head.weight as int8"):
+        PrecisionPlan(whole | {"head.weight": "int8"}).check_names(KNOWN)
     with pytest.raises(OptionError, match=r"did you mean 'a.weight'"):
         PrecisionPlan(whole | {"a.weigth": "fp32"}).check_names(KNOWN)
     with pytest.raises(OptionError, match=r"lacks b.weight"):

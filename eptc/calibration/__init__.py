@@ -2,7 +2,7 @@
 
 from eptc.calibration.examples import FEW, cut_rows, read_calibration
 from eptc.calibration.observe import MAX_BYTES, Method, Range, float_values, observe
-from eptc.calibration.simulate import round_values, simulated
+from eptc.calibration.simulate import round_values, simulated, twin
 
 __all__ = [
     "FEW",
@@ -15,4 +15,5 @@ __all__ = [
     "read_calibration",
     "round_values",
     "simulated",
+    "twin",
 ]

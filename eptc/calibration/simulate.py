@@ -7,9 +7,12 @@ every 16-bit value at the node that makes it, overflow to infinity included, and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,7 +25,7 @@ from eptc.lower.half import HALF, MOVES
 from eptc.runtime.manifest import Manifest, load_manifest
 from eptc.runtime.spec import GraphSpec, TensorSpec
 
-__all__ = ["round_values", "simulated"]
+__all__ = ["round_values", "simulated", "twin"]
 
 _HALVES = frozenset(HALF.values())
 
@@ -64,6 +67,19 @@ def simulated(bundle: Path, out: Path) -> Manifest:
         files={name: record for name, record in manifest.files.items() if name not in graphs},
     )
     return write_manifest(out, twin)
+
+
+@contextlib.contextmanager
+def twin(bundle: Path, within: Path | None = None) -> Iterator[Path]:
+    """Yield the folder of a 16-bit engine's twin, which is removed at the end.
+
+    Args:
+        bundle: folder of the engine.
+        within: where the folder is made; None: where temporary files are.
+    """
+    with tempfile.TemporaryDirectory(dir=within) as folder:
+        simulated(bundle, Path(folder) / "twin")
+        yield Path(folder) / "twin"
 
 
 def round_values(model: ir.Model) -> int:

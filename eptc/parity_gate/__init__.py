@@ -5,8 +5,8 @@ from eptc.parity_gate.answers import Answers, Budget, answers, compare_answers, 
 from eptc.parity_gate.gate import make_probes, prove, refuse
 from eptc.parity_gate.layers import LayerGate
 from eptc.parity_gate.probes import builtin_examples
-from eptc.parity_gate.recheck import parity
 from eptc.parity_gate.reference import load_reference
+from eptc.parity_gate.reference_answers import reference_answers
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier, RemoteVerifier, Subject, Verifier
 
@@ -25,9 +25,9 @@ __all__ = [
     "compare_answers",
     "load_reference",
     "make_probes",
-    "parity",
     "prove",
     "read_examples",
+    "reference_answers",
     "refuse",
     "right_answers",
 ]

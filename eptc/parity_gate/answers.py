@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class Budget:
     max_drop: float | None = None
     max_flips: float | None = 0.01
 
-    def exceeded(self, scores: dict[str, Any]) -> str | None:
+    def exceeded(self, scores: Mapping[str, Any]) -> str | None:
         """Return what of a comparison is over the budget; None where nothing is."""
         drop, flips = scores["drop"] * 100, scores["flips_beyond_noise"]
         if self.max_drop is not None and drop > self.max_drop:
@@ -68,7 +68,7 @@ class Budget:
             )
         return None
 
-    def check(self, scores: dict[str, Any], precision: str) -> None:
+    def check(self, scores: Mapping[str, Any], precision: str) -> None:
         """Raise ParityError where a comparison is over the budget."""
         if reason := self.exceeded(scores):
             raise ParityError(

@@ -10,11 +10,16 @@ from collections.abc import Iterable
 from eptc.checkpoint import Checkpoint
 from eptc.tensors import LazyTensor
 
-__all__ = ["block_bytes", "verified_by_block", "whole_model_bytes"]
+__all__ = ["block_bytes", "engine_bytes", "verified_by_block", "whole_model_bytes"]
 
 _FLOAT32 = 4
 # Float32 copies of the largest tensor: what is added to it, and both in float64 for some rows.
 _COPIES = 4
+
+
+def engine_bytes(source: Checkpoint) -> int:
+    """Return about how many bytes running a float32 engine as a whole takes: its weights."""
+    return _FLOAT32 * _numbers(source.base.weights.values())
 
 
 def whole_model_bytes(source: Checkpoint) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from eptc.errors import ParityError
+from eptc.parity_gate.rounding import DYNAMIC, rounds, without_rounding
 from eptc.parity_gate.stored import Quantized, quantized, read
 
 __all__ = ["AFTER", "BEFORE", "PAST", "PRESENT", "Part", "Partition"]
@@ -27,8 +28,6 @@ PRESENT = "present."
 _FIX = "this is a bug in the lowering or in a graph pass: report it"
 # They read the size of their input, none of its numbers.
 _SHAPES = ("Shape", "Size")
-# MatMulNBits: how many bits activations may be rounded to.
-_LEVEL = "accuracy_level"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +117,10 @@ class Partition:
                 made = [p for p in _producers(node) if p in of_inputs]
                 if all(p in place for p in made):
                     place[node] = latest  # as early as the sizes it reads are known
+        for node in [node for node in place if node.op_type == DYNAMIC]:
+            if len({place[reader] for reader in node.successors()}) > 1:
+                # Blocks that read one state share what rounds it: each rounds it for itself.
+                del place[node]
         return place
 
     def _follow(self, latest: str) -> str:
@@ -207,7 +210,7 @@ class Partition:
     @property
     def rounds(self) -> bool:
         """Whether nodes round what they compute with to fewer bits."""
-        return any(_LEVEL in node.attributes for node in self._nodes)
+        return rounds(self._nodes)
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """Return a copy of a weight; its file is not held open."""
@@ -226,8 +229,7 @@ class Partition:
             arrays: what it reads, for the types of values between parts.
         """
         graph = ir.convenience.extract(self._graph, part.inputs, part.outputs)
-        for node in graph:
-            node.attributes.pop(_LEVEL, None)
+        without_rounding(graph)
         declared = {value.name for value in self._graph.inputs}
         for value in graph.inputs:
             if value.name not in declared:

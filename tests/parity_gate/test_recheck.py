@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import eptc
+from eptc import parity_gate
 from eptc.errors import BundleError, InputError, OptionError, ParityError, TaskError
 from eptc.nn import GateConfig
-from eptc.parity_gate import recheck
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +180,15 @@ def test_flip_on_labelled_data(
 ) -> None:
     """A row beyond the probes on which the engine answers otherwise, the reference being sure."""
     rows = [{"text": "good " * (i % 7 + 1), "label": "good"} for i in range(40)]
-    sound = recheck._reference_answers
+    sound = parity_gate.reference_answers
 
     def answers(*arguments: Any) -> Any:
         want, sure = sound(*arguments)
         want[39] = 1 - want[39]
         return want, sure
 
-    monkeypatch.setattr(recheck, "_reference_answers", answers)
-    with pytest.raises(ParityError, match="1 of 40 answers differ"):
+    monkeypatch.setattr("eptc.recheck.reference_answers", answers)
+    with pytest.raises(ParityError, match="1 of 40 labels change where the reference is sure"):
         check(bundle, data=write(tmp_path / "data.jsonl", *rows))
 
 

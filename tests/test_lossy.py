@@ -1,0 +1,320 @@
+"""Engines below float32, from the checkpoint to the bundle: small ones, judged, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+
+import eptc
+from eptc import checkpoint, lower
+from eptc.errors import OptionError, ParityError
+from eptc.job import Job
+from eptc.lower.blocks import PRECISIONS
+from eptc.lower.int8 import integers
+from eptc.parity_gate.compare import bound_of
+from eptc.parity_gate.stored import quantized
+from eptc.pass_base import Contract, GraphPass
+from eptc.tensors import ArrayTensor
+
+HEAD = "classifier.weight"
+GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
+# Options a precision needs, the most its weights may take of float32's, and how most are stored.
+BUILT: dict[str, tuple[dict[str, Any], float, str]] = {
+    "fp16": ({}, 0.51, "fp16"),
+    "bf16": ({"optimize_for": "cuda"}, 0.51, "bf16"),
+    "int8": ({}, 0.30, "int8"),
+    "int8-static": ({"calibration": True}, 0.30, "int8"),
+    "int4": ({}, 0.31, "int4"),  # rows of 34 numbers are filled up to two blocks of 32
+}
+
+
+@pytest.fixture(scope="module")
+def build(small_native: Any, small_rows: Any) -> Callable[..., eptc.Bundle]:
+    """Return a function that compiles the small checkpoint's regression."""
+
+    def run(out: Path, precision: Any, **options: Any) -> eptc.Bundle:
+        if options.get("calibration") is True:
+            options["calibration"] = small_rows.texts
+        return eptc.export(
+            small_native.ckpt, base=small_native.base, task="score", out=out,
+            precision=precision, **options,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exact(build: Any, tmp_path_factory: pytest.TempPathFactory) -> eptc.Bundle:
+    bundle: eptc.Bundle = build(tmp_path_factory.mktemp("exact") / "out", "fp32")
+    return bundle
+
+
+@functools.cache
+def read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("precision", BUILT)
+def test_built_and_judged(
+    build: Any, exact: eptc.Bundle, small_rows: Any, tmp_path: Path, precision: str
+) -> None:
+    """Smaller, proven exact, then within its bound, scored, recorded; twice the same."""
+    options, most, stored = BUILT[precision]
+    given = {"data": small_rows.values, "max_drop": 10.0, **options}
+    one, other = (build(tmp_path / name, precision, **given) for name in ("one", "other"))
+    assert one.manifest.precision == precision
+    assert one.manifest.files["weights.bin"].size <= most * (
+        exact.manifest.files["weights.bin"].size
+    )
+    for path in (one.path / name for name in one.manifest.files):
+        if path.name != "parity.json":  # the same but for errors that depend on threads
+            assert path.read_bytes() == (other.path / path.name).read_bytes(), path.name
+
+    parity = one.manifest.parity
+    assert parity["verified"]
+    assert parity["passed"]
+    assert parity["exact"]["passed"]
+    assert parity["exact"]["largest_error"] < 1e-4 < parity["largest_error"]
+    details = read(one.path / "parity.json")
+    assert details["exact"]["bound"] != details["bound"]
+    assert details["scores"] == parity["scores"]
+    assert details["scores"]["rows"] == 120
+    assert 0 <= details["scores"]["drop"] <= 0.1
+    assert ("engine" in details) is (precision in ("fp16", "bf16"))
+
+    plan = read(one.path / "precision.json")
+    assert plan["weights"][HEAD] == "fp32"
+    assert "decides" in plan["stays_float32"][HEAD]
+    assert [*plan["weights"].values()].count(stored) >= len(plan["weights"]) - 4
+    # Nothing but what is declared; no scratch engine is left.
+    assert {path.name for path in one.path.iterdir()} == {*one.manifest.files, "manifest.json"}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-static", "int4", "fp16"])
+def test_engines_answer(build: Any, small_rows: Any, tmp_path: Path, precision: str) -> None:
+    """An engine loads where it was optimised for and answers nearly as float32 does."""
+    rows = [json.loads(line) for line in small_rows.values.read_text().splitlines()]
+    bundle = build(tmp_path / "out", precision, **BUILT[precision][0])
+    with bundle.load(providers=["cpu"]) as engine:
+        got = np.array([answer.value for answer in engine.classify(rows)])
+    want = np.array([row["label"] for row in rows])
+    assert np.abs(got - want).max() > 0
+    assert np.corrcoef(got, want)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("precision", BUILT)
+def test_checked_again(
+    build: Any, small_native: Any, small_rows: Any, tmp_path: Path, precision: str
+) -> None:
+    """A published engine is judged as it was when it was built, 16 bits by their twin."""
+    bundle = build(tmp_path / "out", precision, **BUILT[precision][0])
+    report = eptc.parity(
+        bundle.path, reference=small_native.ckpt, base=small_native.base, data=small_rows.values
+    )
+    assert report.passed
+    assert report.bound == bound_of(precision)
+    assert report.scores is not None
+    assert report.scores["reference"] == 1.0
+    assert 0 <= report.scores["drop"] < 0.1
+    assert {path.name for path in bundle.path.iterdir()} == {
+        *bundle.manifest.files, "manifest.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 0), ("int8", 1)])
+def test_flips_found_again(
+    small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, most: int
+) -> None:
+    """Of 100 labels that the reference is sure of, one may change below float32, else none."""
+    out = tmp_path / "out"
+    eptc.export(
+        small_native.ckpt, base=small_native.base, task="tone", out=out, precision=precision,
+        verify=False,
+    )  # fmt: skip
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": "good " * (i % 9 + 1), "label": "good"} for i in range(100)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flips = 0
+
+    def answers(*_: Any) -> Any:
+        return [0] * flips + [1] * (100 - flips), [True] * 100
+
+    with eptc.Engine.load(out, providers=["cpu"]) as engine:
+        assert {answer.label for answer in engine.classify(rows)} == {"good"}
+    monkeypatch.setattr("eptc.recheck.reference_answers", answers)
+    options = {"reference": small_native.ckpt, "base": small_native.base, "data": data}
+    flips = most
+    scores = eptc.parity(out, **options).scores
+    assert scores is not None
+    assert scores["flips_beyond_noise"] == most
+    flips = most + 1
+    with pytest.raises(ParityError, match=f"{flips} of 100 labels change"):
+        eptc.parity(out, **options)
+
+
+def test_calibrated_engine_by_block(
+    build: Any, small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is short for it, that is said; an engine in int8 is compared by block."""
+    monkeypatch.setattr("eptc.recheck.available_memory", lambda: 2**20)
+    options = {"reference": small_native.ckpt, "base": small_native.base}
+    half = build(tmp_path / "fp16", "fp16", verify=False)
+    with pytest.raises(OptionError, match="is an engine in fp16, whose ranges hold for the model"):
+        eptc.parity(half.path, **options)
+    whole = build(tmp_path / "int8", "int8", verify=False)
+    assert eptc.parity(whole.path, **options).mode == "block by block"
+
+
+def test_what_stays_float32_is_stored_so(build: Any, tmp_path: Path) -> None:
+    """The report is not a wish: the head in the file has four bytes a number, the others one."""
+    graph = onnx.load(
+        build(tmp_path / "out", "int8").path / "model.onnx", load_external_data=False
+    ).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for name, level in read(tmp_path / "out" / "precision.json")["weights"].items():
+        expected = {"fp32": onnx.TensorProto.FLOAT, "int8": onnx.TensorProto.INT8}[level]
+        assert types[name] == expected, name
+
+
+def test_precision_without_effect(build: Any, tmp_path: Path) -> None:
+    """Every matrix is narrower than a block: the engine is a float32 one, and that is said."""
+    assert PRECISIONS["int8-weights"].size > 51
+    bundle = build(tmp_path / "out", "int8-weights")
+    assert any("no weight could be stored in int8-weights" in note for note in bundle.warnings)
+    assert set(read(bundle.path / "precision.json")["weights"].values()) == {"fp32"}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-weights", "int4"])
+@pytest.mark.parametrize("name", ["t5-tiny", "llama-tiny"])
+def test_block_by_block(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, precision: Any
+) -> None:
+    """Under little memory: weights and their use are compared as tightly as float32's."""
+    monkeypatch.setattr("eptc.parity_gate.memory.verified_by_block", lambda *_: True)
+    folder = golden / "ept" / name
+    bundle = eptc.export(
+        folder / "adapter", base=folder / "base", task="sst2", tasks=GLUE, top_k=2,
+        out=tmp_path / "out", precision=precision,
+    )  # fmt: skip
+    parity = bundle.manifest.parity
+    assert parity["mode"] == "block by block"
+    assert parity["passed"]
+    assert "exact" not in parity
+    details = read(bundle.path / "parity.json")
+    assert max(tensor["bound"] for tensor in details["tensors"]) < 1e-3
+    assert "weights as they are stored" in parity["reference"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"),
+    [
+        ("fp16", "--precision fp16 is calibrated on the whole float32 engine"),
+        ("int8-static", "--precision int8-static is calibrated on the whole float32 engine"),
+        ("int8", "--data is scored on the whole float32 engine"),
+    ],
+)
+def test_whole_engine_that_does_not_fit(
+    build: Any, exact: eptc.Bundle, small_rows: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, precision: str, words: str,
+) -> None:  # fmt: skip
+    """Calibrated and scored engines need it, and that is said before anything is read."""
+    del exact
+    monkeypatch.setattr("eptc.planning.available_memory", lambda: 2**20)
+    options = {"data": small_rows.values} if precision == "int8" else BUILT[precision][0]
+    with pytest.raises(OptionError, match=words) as raised:
+        build(tmp_path / "out", precision, **options)
+    assert "--max-memory" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gates_refuse(build: Any, small_rows: Any, tmp_path: Path) -> None:
+    """An engine over the budget is not published; one point is more than int8 loses."""
+    given = {"data": small_rows.values, "max_drop": 1.0}
+    assert build(tmp_path / "int8", "int8", **given).manifest.parity["scores"]["drop"] <= 0.01
+    with pytest.raises(ParityError, match=r"int4: the pearson drops by .* points over 120 rows"):
+        build(tmp_path / "int4", "int4", **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+
+
+def test_budget_holds_without_verification(build: Any, small_rows: Any, tmp_path: Path) -> None:
+    """`verify=False` leaves out the reference, not the budget the user set."""
+    given = {"data": small_rows.values, "verify": False}
+    bundle = build(tmp_path / "int8", "int8", max_drop=1.0, **given)
+    assert not bundle.manifest.parity["verified"]
+    assert bundle.manifest.parity["scores"]["rows"] == 120
+    with pytest.raises(ParityError, match="int4: the pearson drops"):
+        build(tmp_path / "int4", "int4", max_drop=1.0, **given)
+
+
+@dataclasses.dataclass(frozen=True)
+class LooseNorms(GraphPass):
+    """A faulty pass: what it does to answers drowns in what int8 does."""
+
+    name: ClassVar[str] = "loose-norms"
+    contract: ClassVar[Contract] = "exact"
+
+    def rewrite(self, model: onnx_ir.Model) -> int:
+        norms = [node for node in model.graph if node.op_type == "LayerNormalization"]
+        for norm in norms:
+            norm.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 1e-2)
+        return len(norms)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_exact_engine_is_proven_first(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """A fault too small for the bound of a lossy engine is found before anything is lowered."""
+    sound = Job.graph_passes
+    monkeypatch.setattr(Job, "graph_passes", lambda job: [*sound(job), LooseNorms()])
+    build(tmp_path / "unproven", precision, verify=False)
+    with pytest.raises(ParityError, match="the pass loose-norms is the first step"):
+        build(tmp_path / "out", precision)
+    assert [path.name for path in tmp_path.iterdir()] == ["unproven"]
+
+
+def test_quantising_before_folding(
+    build: Any, small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base in int8, the experts added, the sum in int8 again: worse, and refused."""
+    base = checkpoint.read(small_native.ckpt, small_native.base).model.weights
+    sound = lower.bind
+    folded: dict[str, Any] = {}
+
+    def bind(graphs: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+        changed = {}
+        for name, tensor in weights.items():
+            if len(tensor.shape) != 2 or tensor.dtype != "float64":
+                continue  # not adapted
+            folded[name], plain = tensor.numpy(), base[name].numpy()
+            whole, scale = integers(onnx_ir.tensor(plain, name=name), 0)
+            rounded = whole.numpy() * scale.numpy().astype(np.float64)[:, None]
+            changed[name] = ArrayTensor(name, rounded + (folded[name] - plain))
+        sound(graphs, {**weights, **changed})
+
+    def error(path: Path) -> float:
+        """Return how far the weights of an engine are from the sums of base and experts."""
+        stored = {w.name: w.open() for w in quantized(onnx_ir.load(path / "model.onnx").graph)}
+        errors = [
+            stored[name].rows(slice(None), exact.shape[1]).numbers - exact
+            for name, exact in folded.items()
+        ]
+        return float(np.sqrt(np.mean(np.concatenate([e.ravel() for e in errors]) ** 2)))
+
+    after = build(tmp_path / "after", "int8").path
+    monkeypatch.setattr(lower, "bind", bind)
+    before = build(tmp_path / "before", "int8", verify=False).path
+    assert folded
+    assert error(before) > 1.3 * error(after)
+    with pytest.raises(ParityError, match=r"the weight .* in the engine is off"):
+        build(tmp_path / "refused", "int8")
+    assert not (tmp_path / "refused").exists()
