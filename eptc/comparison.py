@@ -241,6 +241,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         if row.refused is not None:
             continue
         assert row.bundle_bytes and exact.bundle_bytes and exact.milliseconds  # noqa: PT018
+        assert row.drop is not None
         assert row.drop_interval is not None
         assert row.drop is not None
         cells.append([

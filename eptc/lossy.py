@@ -20,7 +20,8 @@ from eptc.pipeline import PassRecord, Ranges, Step, lossy_passes, run_graph_pass
 from eptc.precision import SCHEMES
 from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
 from eptc.runtime import Engine
-from eptc.search import levels, search
+from eptc.search import search
+from eptc.trials import levels
 
 __all__ = ["Lowered", "budget_of", "lower_precision"]
 

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import itertools
-import json
-import logging
 import math
 import re
-import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir
 
-from eptc import bundle, lower
-from eptc.cache import cache_folder
 from eptc.errors import ParityError
-from eptc.lower.weights import PART
-from eptc.parity_gate import Budget, Example, answers, compare_answers, right_answers
-from eptc.pipeline import Step, run_graph_passes
-from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
-from eptc.runtime import Engine, load_manifest
+from eptc.parity_gate import Budget, Example
+from eptc.pipeline import Step
+from eptc.precision_plan import PrecisionPlan
+from eptc.trials import EXACT, LOWER, Out, Trials
 
-__all__ = ["Found", "levels", "search"]
-
-logger = logging.getLogger(__name__)
-
-# Rows on which single weights are tried; plans are tried on all.
-_TRIED = 128
-_EXACT, *_LOWER = LEVELS
+__all__ = ["Found", "search"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +41,6 @@ class _Move:
     slope: float
     group: str
     level: str
-
-
-class _Out(Exception):  # noqa: N818  # a signal, not an error
-    """The evaluations or the minutes are used up."""
 
 
 def search(
@@ -97,7 +77,7 @@ def search(
     Raises:
         ParityError: no plan that stores anything lower keeps the budget.
     """
-    with _Trials(graphs, exact, passes, examples, progress) as trials:
+    with Trials(graphs, exact, passes, examples, progress) as trials:
         trials.limit(evaluations, minutes)
         groups, fineness = _groups(trials.levels, evaluations)
         best: tuple[PrecisionPlan, dict[str, Any]] | None = None
@@ -120,13 +100,13 @@ def search(
                 scores = trials.scores(plan)
                 if not budget.exceeded(scores):
                     best, taken = (plan, scores), [*taken, move]
-        except _Out as out:
+        except Out as out:
             stopped: str | None = str(out)
         else:
             stopped = None
         if best is None:
             raise ParityError(
-                f"no plan was found that stores anything below {_EXACT} and keeps the budget: "
+                f"no plan was found that stores anything below {EXACT} and keeps the budget: "
                 f"{last}" + (f"; {stopped}" if stopped else ""),
                 fix="allow a larger --max-drop or --max-flips"
                 + (", more --search-evaluations or --search-minutes" if stopped else "")
@@ -168,10 +148,10 @@ def _groups(
 
 def _levels(levels: Mapping[str, Sequence[str]], names: Iterable[str]) -> list[str]:
     """Return the lower levels that some weights of a group have."""
-    return [level for level in _LOWER if any(level in levels[name] for name in names)]
+    return [level for level in LOWER if any(level in levels[name] for name in names)]
 
 
-def _moves(trials: _Trials, groups: Mapping[str, Sequence[str]]) -> list[_Move]:
+def _moves(trials: Trials, groups: Mapping[str, Sequence[str]]) -> list[_Move]:
     """Return every step down that is worth taking, the best bargain first.
 
     Of a group's levels those count that lie on the lower convex hull of error over bytes saved.
@@ -179,7 +159,7 @@ def _moves(trials: _Trials, groups: Mapping[str, Sequence[str]]) -> list[_Move]:
     moves = []
     exact = trials.cost(_plan(trials, groups, []))
     for group, names in groups.items():
-        points = [(0, 0.0, _EXACT)]
+        points = [(0, 0.0, EXACT)]
         for level in _levels(trials.levels, names):
             plan = _plan(trials, groups, [_Move(0.0, group, level)])
             points.append((exact - trials.cost(plan), trials.error(plan), level))
@@ -201,231 +181,12 @@ def _slope(one: tuple[int, float, str], other: tuple[int, float, str]) -> float:
 
 
 def _plan(
-    trials: _Trials, groups: Mapping[str, Sequence[str]], moves: Iterable[_Move]
+    trials: Trials, groups: Mapping[str, Sequence[str]], moves: Iterable[_Move]
 ) -> PrecisionPlan:
     """Return the plan that some steps down, in order, come to."""
-    weights = dict.fromkeys(trials.levels, _EXACT)
+    weights = dict.fromkeys(trials.levels, EXACT)
     for move in moves:
         for name in groups[move.group]:
             if move.level in trials.levels[name]:
                 weights[name] = move.level
     return PrecisionPlan(weights)
-
-
-class _Trials:
-    """Engines of plans, made in one folder from one file with every weight in every level."""
-
-    def __init__(
-        self,
-        graphs: Mapping[str, onnx_ir.Model],
-        exact: Path,
-        passes: Callable[[PrecisionPlan], Sequence[Step]],
-        examples: Sequence[Example],
-        progress: Callable[[Any], None],
-    ) -> None:
-        self._graphs = graphs
-        self._exact = exact
-        self._passes = passes
-        self._progress = progress
-        self._folder = exact.with_name("trial")
-        self.evaluated = 0
-        self._allowed, self._until = 0, math.inf
-        lowered = _lowered(graphs, passes)
-        self.levels = _known(lowered)
-        self._bytes = {level: _bytes(found) for level, found in lowered.items()}
-        self._folder.mkdir()
-        self._library = lower.WeightsFile.write(
-            {
-                f"{level}/{name}": model
-                for level, found in lowered.items()
-                for name, model in found.items()
-            },
-            self._folder,
-        )
-        manifest = load_manifest(exact)
-        graph_files = {spec.file for spec in manifest.graphs.values()}
-        for name in manifest.files:
-            if name not in graph_files and name != lower.WEIGHTS:
-                shutil.copy(exact / name, self._folder / name)
-        self._manifest = manifest
-
-        self._examples = list(examples)
-        step = max(1, len(self._examples) // _TRIED)
-        self._some = self._examples[::step][:_TRIED]
-        with Engine.load(exact, providers=["cpu"]) as engine:
-            assert engine.task is not None
-            self._task = engine.task
-            self._want = answers(engine, self._examples)
-            self._want_some = answers(engine, self._some)
-        self._labels = right_answers(self._task, self._examples)
-        self._memory = _Memory.open(self._key())
-
-    def __enter__(self) -> _Trials:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def limit(self, evaluations: int, minutes: float | None) -> None:
-        """Allow so many evaluations and so many minutes from now on."""
-        self._allowed = evaluations
-        self._until = math.inf if minutes is None else time.monotonic() + 60 * minutes
-
-    def cost(self, plan: PrecisionPlan) -> int:
-        """Return the bytes that the weights of a plan take."""
-        return sum(self._bytes[level][name] for name, level in plan.weights.items())
-
-    def error(self, plan: PrecisionPlan) -> float:
-        """Return the mean squared error of a plan's scores on some rows."""
-
-        def measure(engine: Engine) -> float:
-            got = answers(engine, self._some)
-            return float(np.mean((got.scores - self._want_some.scores) ** 2))
-
-        return float(self._evaluate("error", plan, measure))
-
-    def scores(self, plan: PrecisionPlan) -> dict[str, Any]:
-        """Return how a plan's answers compare with the exact ones on all rows."""
-
-        def measure(engine: Engine) -> dict[str, Any]:
-            got = answers(engine, self._examples)
-            return compare_answers(self._task, self._want, got, self._labels)
-
-        return dict(self._evaluate("scores", plan, measure))
-
-    def _evaluate(self, what: str, plan: PrecisionPlan, measure: Callable[[Engine], Any]) -> Any:
-        """Return what was measured of a plan, now or by an earlier search; either counts."""
-        if self.evaluated >= self._allowed:
-            raise _Out(f"all {self._allowed} evaluations were used")
-        if time.monotonic() >= self._until:
-            raise _Out("the time was up")
-        self.evaluated += 1
-        self._progress(f"search: evaluation {self.evaluated} of {self._allowed} at most")
-        key = hashlib.sha256(json.dumps([what, plan.to_json()]).encode()).hexdigest()
-        found = self._memory.get(key)
-        if found is None:
-            graphs = _copies(self._graphs)
-            run_graph_passes(graphs, self._passes(plan))
-            self._write(graphs)
-            with Engine.load(self._folder, providers=["cpu"]) as engine:
-                found = measure(engine)
-            self._memory.put(key, found)
-        return found
-
-    def _write(self, graphs: Mapping[str, onnx_ir.Model]) -> None:
-        """Put the engine of some graphs into the folder, in the place of the last one."""
-        for name, model in graphs.items():
-            self._library.write_graph(model, self._folder / self._manifest.graphs[name].file)
-        bundle.write_manifest(
-            self._folder,
-            dataclasses.replace(self._manifest, files={}),
-            {lower.WEIGHTS: self._library.sha256},
-        )
-
-    def _key(self) -> str:
-        """Return what evaluations depend on beside the plan."""
-        content = {
-            "files": {name: record.sha256 for name, record in self._manifest.files.items()},
-            "library": self._library.sha256,
-            "examples": self._examples,
-            "versions": [
-                importlib.metadata.version(name) for name in ("ept-compiler", "onnx-ir", "numpy")
-            ],
-        }
-        import onnxruntime
-
-        content["onnxruntime"] = onnxruntime.__version__
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-class _Memory:
-    """What was evaluated, a JSON line for each, in a file that the next search reads."""
-
-    def __init__(self, path: Path | None, known: dict[str, Any]) -> None:
-        self._path = path
-        self._known = known
-
-    @classmethod
-    def open(cls, key: str) -> _Memory:
-        """Read what is known; without a cache folder nothing is, and nothing is kept."""
-        folder = cache_folder()
-        if folder is None:
-            return cls(None, {})
-        path, known = folder / "search" / f"{key}.jsonl", {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-                # The last line of a search that was killed may be half a line.
-                try:
-                    found, value = json.loads(line)
-                except (ValueError, TypeError):
-                    continue
-                known[found] = value
-        except OSError as error:
-            logger.warning("the search cannot be resumed: %s", error)
-            return cls(None, {})
-        return cls(path, known)
-
-    def get(self, key: str) -> Any:
-        return self._known.get(key)
-
-    def put(self, key: str, value: Any) -> None:
-        self._known[key] = value
-        if self._path is None:
-            return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps([key, value]))
-        except OSError as error:
-            logger.warning("the search cannot be resumed: %s", error)
-            self._path = None
-
-
-def levels(
-    graphs: Mapping[str, onnx_ir.Model], passes: Callable[[PrecisionPlan], Sequence[Step]]
-) -> dict[str, tuple[str, ...]]:
-    """Return the levels that each weight can be stored in, of those that have a choice.
-
-    Args:
-        graphs: the exact graphs; left as they are.
-        passes: the passes that bring about a plan.
-    """
-    return _known(_lowered(graphs, passes))
-
-
-def _lowered(
-    graphs: Mapping[str, onnx_ir.Model], passes: Callable[[PrecisionPlan], Sequence[Step]]
-) -> dict[str, dict[str, onnx_ir.Model]]:
-    """Return the graphs with every weight in each level that it can be stored in."""
-    found = {level: _copies(graphs) for level in LEVELS}
-    for level in _LOWER:
-        plan = PrecisionPlan(dict.fromkeys(stored_weights(graphs), level))
-        run_graph_passes(found[level], passes(plan))
-    return found
-
-
-def _known(lowered: Mapping[str, Mapping[str, onnx_ir.Model]]) -> dict[str, tuple[str, ...]]:
-    stored = {level: stored_weights(graphs) for level, graphs in lowered.items()}
-    return {
-        name: found
-        for name in stored[_EXACT]
-        if len(found := tuple(n for n in LEVELS if stored[n].get(name) == n)) > 1
-    }
-
-
-def _copies(graphs: Mapping[str, onnx_ir.Model]) -> dict[str, onnx_ir.Model]:
-    return {name: model.clone() for name, model in graphs.items()}
-
-
-def _bytes(graphs: Mapping[str, onnx_ir.Model]) -> dict[str, int]:
-    """Return how many bytes each weight takes with its scales, by name; once for all graphs."""
-    sizes: dict[str, int] = {}
-    for name, value in {
-        name: value
-        for model in graphs.values()
-        for name, value in model.graph.initializers.items()
-    }.items():
-        if value.const_value is not None:
-            weight = name.partition(PART)[0]
-            sizes[weight] = sizes.get(weight, 0) + value.const_value.nbytes
-    return sizes

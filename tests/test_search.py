@@ -140,7 +140,7 @@ def test_resumed(
             loaded.append(hashlib.sha256((Path(path) / "model.onnx").read_bytes()).hexdigest())
         return sound(path, **options)
 
-    monkeypatch.setattr("eptc.search.Engine.load", load)
+    monkeypatch.setattr("eptc.trials.Engine.load", load)
 
     def killed(event: Any) -> None:
         if str(event).startswith("search: evaluation 9 "):
@@ -184,7 +184,7 @@ def test_stopped_early(
     evaluations = plan_of(found)["search"]["evaluations"]
     start = time.monotonic()
     now = [start]
-    monkeypatch.setattr("eptc.search.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("eptc.trials.time.monotonic", lambda: now[0])
 
     def late(event: Any) -> None:
         if str(event).startswith(f"search: evaluation {evaluations - 1} "):
