@@ -243,6 +243,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         assert row.bundle_bytes and exact.bundle_bytes and exact.milliseconds  # noqa: PT018
         assert row.drop is not None
         assert row.drop_interval is not None
+        assert row.drop is not None
         cells.append([
             row.precision, f"{row.bundle_bytes / 1e6:.1f}",
             f"{row.bundle_bytes / exact.bundle_bytes:.3f}",
