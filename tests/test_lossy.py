@@ -23,6 +23,7 @@ from eptc.lower.int8 import integers
 from eptc.parity_gate.compare import bound_of
 from eptc.parity_gate.stored import quantized
 from eptc.pass_base import Contract, GraphPass
+from eptc.pipeline import lossy_passes
 from eptc.tensors import ArrayTensor
 
 HEAD = "classifier.weight"
@@ -261,11 +262,12 @@ class LooseNorms(GraphPass):
 
     name: ClassVar[str] = "loose-norms"
     contract: ClassVar[Contract] = "exact"
+    epsilon: float = 1e-2
 
     def rewrite(self, model: onnx_ir.Model) -> int:
         norms = [node for node in model.graph if node.op_type == "LayerNormalization"]
         for norm in norms:
-            norm.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 1e-2)
+            norm.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", self.epsilon)
         return len(norms)
 
 
@@ -280,6 +282,20 @@ def test_exact_engine_is_proven_first(
     with pytest.raises(ParityError, match="the pass loose-norms is the first step"):
         build(tmp_path / "out", precision)
     assert [path.name for path in tmp_path.iterdir()] == ["unproven"]
+
+
+def test_lossy_engine_is_bounded(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of a pass that lowers: its weights are right, its answers too far off."""
+    monkeypatch.setattr(
+        "eptc.lossy.lossy_passes",
+        lambda *given, **options: [*lossy_passes(*given, **options), LooseNorms(100.0)],
+    )
+    with pytest.raises(ParityError, match="output tensors differ") as raised:
+        build(tmp_path / "out", "int8")
+    assert "int8 loses more on this model than it may" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_quantising_before_folding(

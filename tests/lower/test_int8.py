@@ -140,6 +140,18 @@ def test_activation_covers_its_range(ends: list[float], symmetric: bool, at: flo
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "step", "point"),
+    [(-1.0, 1.55, 0.01, 100), (0.0, 2.55, 0.01, 0), (-2.55, 0.0, 0.01, 255),
+     (-3.0, -1.0, 3 / 255, 255), (0.0, 0.0, 1.0, 0)],
+)  # fmt: skip
+def test_zero_point(low: float, high: float, step: float, point: int) -> None:
+    """The integer that stands for zero: as many steps above 0 as the range has below zero."""
+    scale, zero = activation(low, high, symmetric=False, name="x")
+    assert float(scale) == pytest.approx(step)
+    assert int(zero) == point
+
+
+@pytest.mark.parametrize(
     "ends", [(np.nan, 1), (0, np.nan), (-np.inf, 1), (0, np.inf), (0, 1e39), (1, -1)]
 )
 @pytest.mark.parametrize("symmetric", [False, True])
