@@ -14,6 +14,7 @@ import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
 from eptc.describe import OPSET, describe, write_texts
+from eptc.errors import InputError
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
 from eptc.lower.blocks import Method
@@ -116,7 +117,8 @@ def export(
             exact one.
         max_drop: points (hundredths) of the task's metric that may be lost on `data`.
         max_flips: share of the rows of `data` whose label may change where the exact engine is
-            sure. Where neither is given but `data` is, 0.01.
+            sure. Where neither is given but `data` is, 0.01; for a regression, a point may be
+            lost.
         search_evaluations: engines that a search for `auto` may try.
         search_minutes: wall time after which it takes the best plan so far; None: no limit.
         optimize_for: the execution provider whose kernels the graphs are fused for, `cpu` or
@@ -269,6 +271,11 @@ class _Examples:
         data = None
         if options.data is not None:
             data = read_examples(Path(options.data), task, labelled=True)
+            if len({example["label"] for example in data}) < 2:
+                raise InputError(
+                    f"every row of {options.data} has the label {data[0]['label']!r}",
+                    expected="rows of several labels: of one alone there is no score",
+                )
         if options.calibration is None:
             return cls(probe, data, data or probe or builtin_examples(task))
         texts, notes = read_calibration(Path(options.calibration), task)

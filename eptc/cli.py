@@ -9,7 +9,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -126,13 +126,19 @@ def _share(_: click.Context, parameter: click.Parameter, value: str | None) -> f
     if value is None:
         return None
     number, percent = value.strip().removesuffix("%"), value.strip().endswith("%")
+    option = str(parameter.name).replace("_", "-")
     try:
-        return float(number) / (100 if percent else 1)
+        share = float(number) / (100 if percent else 1)
     except ValueError:
-        option = str(parameter.name).replace("_", "-")
         raise OptionError(
             f"--{option} is {value!r}", expected="a share such as 1% or 0.01"
         ) from None
+    if share >= 1 and not percent:
+        raise OptionError(
+            f"--{option} is {value!r}, which may mean one row in a hundred or every row",
+            expected="1% or 0.01; 100% for every row",
+        )
+    return share
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -351,9 +357,15 @@ def export(
             f"{scores['metric']} {scores['engine']:.4f} of {scores['reference']:.4f} on "
             f"{scores['rows']} rows: {100 * scores['drop']:.2f} points lost ({low:.2f} to "
             f"{high:.2f}); {scores['flips']} labels changed, {scores['flips_beyond_noise']} where "
-            "float32 is sure" + ("" if scores["claimed"] else "; too few rows for a claim")
+            "float32 is sure" + _claim(scores)
         )
     click.echo(f"{bundle.path}: {_bytes(size)}, {sum(bundle.seconds.values()):.1f} s")
+
+
+def _claim(scores: Mapping[str, Any]) -> str:
+    if scores.get("chosen_on_these_rows"):
+        return "; the plan was chosen on these rows: score it on others with `eptc parity --data`"
+    return "" if scores["claimed"] else "; too few rows for a claim"
 
 
 def _export_all(

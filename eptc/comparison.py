@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from eptc import bundle
-from eptc.build import Bundle, export, plan
-from eptc.errors import MissingExtraError, OptionError, ParityError
-from eptc.options import IN_BLOCKS
+from eptc.build import Bundle, export
+from eptc.calibration import read_calibration
+from eptc.errors import InputError, MissingExtraError, OptionError, ParityError
+from eptc.examples_file import read_examples
+from eptc.job import Job
+from eptc.options import IN_BLOCKS, Options
 from eptc.parity_gate.answers import CLAIMED
 from eptc.precision import SCHEMES, OptimizeFor, Precision
 from eptc.runtime import Engine
@@ -130,7 +133,12 @@ def compare_precisions(
     out = Path(out)
     labelled: dict[str, Any] = {"data": data, "max_drop": max_drop, "max_flips": max_flips}
     # What is wrong with all of them is said now, not in every row.
-    plan(ckpt, precision="int8-weights", optimize_for="cpu", **labelled, **options)
+    job = Job.read(
+        ckpt, Options(precision="int8-weights", optimize_for="cpu", **labelled, **options)
+    )
+    read_examples(Path(data), job.task, labelled=True)
+    if calibration is not None:
+        read_calibration(Path(calibration), job.task)
     with bundle.draft(out, force=False) as draft:
         built: dict[Precision, Bundle] = {}
         refused: dict[Precision, str] = {}
@@ -148,7 +156,7 @@ def compare_precisions(
                     ckpt, out=draft.path / precision, precision=precision,
                     optimize_for=optimize_for, progress=progress, **given,
                 )  # fmt: skip
-            except (OptionError, ParityError) as error:
+            except (InputError, ParityError) as error:
                 if precision == "fp32":
                     raise
                 refused[precision] = error.found
@@ -167,7 +175,7 @@ def compare_precisions(
 def _compared(
     out: Path, built: Mapping[Precision, Bundle], refused: Mapping[Precision, str], data: Any
 ) -> Comparison:
-    from eptc.parity_gate import answers, compare_answers, read_examples, right_answers
+    from eptc.parity_gate import answers, compare_answers, right_answers
 
     task = built["fp32"].manifest.task
     assert task is not None
@@ -243,7 +251,6 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         assert row.bundle_bytes and exact.bundle_bytes and exact.milliseconds  # noqa: PT018
         assert row.drop is not None
         assert row.drop_interval is not None
-        assert row.drop is not None
         cells.append([
             row.precision, f"{row.bundle_bytes / 1e6:.1f}",
             f"{row.bundle_bytes / exact.bundle_bytes:.3f}",

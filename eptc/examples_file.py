@@ -15,6 +15,10 @@ __all__ = ["Example", "read_examples"]
 Example = Mapping[str, Any]
 
 
+# A value beyond this is a mistake; squares of smaller ones can be summed.
+_LARGEST = 1e30
+
+
 def read_examples(
     path: Path, task: Task | None, *, labelled: bool | None = False
 ) -> list[Example]:
@@ -61,8 +65,13 @@ def read_examples(
 def _check_label(path: Path, number: int, example: Example, task: Task | None) -> None:
     label = example.get("label")
     if task is not None and task.kind == "regression":
-        sound = isinstance(label, int | float) and not isinstance(label, bool)
-        expected = "a number"
+        # NaN is not below anything.
+        sound = (
+            isinstance(label, int | float)
+            and not isinstance(label, bool)
+            and abs(label) < _LARGEST
+        )
+        expected = "a finite number"
     else:
         labels = task.labels if task is not None else ()
         sound = isinstance(label, str) and (not labels or label in labels)

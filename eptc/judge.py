@@ -91,8 +91,14 @@ class Judge:
                 self._lossy = report
             if data is not None and exact is not None:
                 self._progress("score")
+                options = self._job.options
                 self._scores = _scores(exact, directory, data)
-                budget_of(self._job.options).check(self._scores, self._job.options.precision)
+                if options.precision == "auto" and options.precision_plan is None:
+                    # The plan was chosen on these rows: of others they say too much good.
+                    self._scores |= {"claimed": False, "chosen_on_these_rows": True}
+                budget = budget_of(options, self._job.task)
+                budget.check(self._scores, options.precision)
+                self._scores["budget"] = dataclasses.asdict(budget)
 
     def signed(self, directory: Path, manifest: Manifest) -> Manifest:
         """Write down what was compared; return the manifest with its summary."""

@@ -21,6 +21,7 @@ from eptc.precision import SCHEMES
 from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
 from eptc.runtime import Engine
 from eptc.search import search
+from eptc.tasks import Task
 from eptc.trials import levels
 
 __all__ = ["Lowered", "budget_of", "lower_precision"]
@@ -46,13 +47,15 @@ class Lowered:
     notes: tuple[str, ...]
 
 
-def budget_of(options: Options) -> Budget:
-    """Return what an engine may cost on labelled data.
+def budget_of(options: Options, task: Task) -> Budget:
+    """Return what an engine may cost on labelled data of a task.
 
-    Where nothing is said, one label in a hundred may change where the reference is sure.
+    Where nothing is said, one label in a hundred may change where the reference is sure, and a
+    metric of values, which cannot flip, may lose a point.
     """
-    given = options.max_drop is not None or options.max_flips is not None
-    return Budget(options.max_drop, options.max_flips) if given else Budget()
+    if options.max_drop is not None or options.max_flips is not None:
+        return Budget(options.max_drop, options.max_flips)
+    return Budget(max_drop=1.0, max_flips=None) if task.kind == "regression" else Budget()
 
 
 def lower_precision(
@@ -136,8 +139,8 @@ def _planned(
     if exact is None or data is None:
         raise InternalError("a plan is searched without an exact engine or without data")
     found = search(
-        graphs, exact, passes, data, budget_of(options), evaluations=options.search_evaluations,
-        minutes=options.search_minutes, progress=progress,
+        graphs, exact, passes, data, Budget(options.max_drop, options.max_flips),
+        evaluations=options.search_evaluations, minutes=options.search_minutes, progress=progress,
     )  # fmt: skip
     return found.plan, {"search": found.record}
 

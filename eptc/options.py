@@ -20,6 +20,9 @@ CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 # What has weights in blocks, whose scales a method chooses.
 IN_BLOCKS = ("int8-weights", "int4", "auto")
 
+# Evaluations: fewer cannot find anything.
+_FEWEST = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -90,6 +93,12 @@ class Options:
                 + " or ".join(f"--precision {n}" for n, s in SCHEMES.items() if s.calibrated),
                 fix="leave it out",
             )
+        if self.calibration_method != "minmax" and self.precision != "int8-static":
+            raise OptionError(
+                f"--calibration-method {self.calibration_method} was given, and --precision "
+                f"{self.precision} has no ranges to choose",
+                expected="it with --precision int8-static",
+            )
         if self.precision == "int8-static" and self.calibration is None:
             raise OptionError(
                 "--precision int8-static fixes the range of every activation, and was given no "
@@ -131,9 +140,10 @@ class Options:
                 expected="--max-drop POINTS or --max-flips SHARE, with --data FILE; or a plan, "
                 "--precision-plan FILE",
             )
-        if self.search_evaluations < 2:
+        if self.search_evaluations < _FEWEST:
             raise OptionError(
-                f"--search-evaluations is {self.search_evaluations}", expected="2 or more"
+                f"--search-evaluations is {self.search_evaluations}",
+                expected=f"{_FEWEST} or more: two levels, and a few plans",
             )
         if self.search_minutes is not None and not (
             self.search_minutes > 0 and math.isfinite(self.search_minutes)
@@ -146,9 +156,10 @@ class Options:
         """Raise OptionError for a budget that the task cannot be measured by."""
         if self.data is None:
             return
-        if task.kind == "generation":
+        if task.kind != "regression" and len(task.labels) < 2:
             raise OptionError(
-                f"task {task.name!r} has no labels, so there is no score and no flip to bound",
+                f"task {task.name!r} has {len(task.labels) or 'no'} labels, so there is no score "
+                "and no flip to bound",
                 fix="leave out --data and the budget, or describe its labels with --task-spec",
             )
         if task.kind == "regression" and self.max_flips is not None:

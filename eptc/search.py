@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir
 
-from eptc.errors import ParityError
+from eptc.errors import OptionError, ParityError
 from eptc.parity_gate import Budget, Example
 from eptc.pipeline import Step
 from eptc.precision_plan import PrecisionPlan
@@ -75,9 +75,15 @@ def search(
         progress: called with what is being done.
 
     Raises:
+        OptionError: no weight can be stored lower.
         ParityError: no plan that stores anything lower keeps the budget.
     """
     with Trials(graphs, exact, passes, examples, progress) as trials:
+        if not trials.levels:
+            raise OptionError(
+                "no weight of this model can be stored in integers: none is wide enough",
+                fix="build with --precision fp32, keep or fp16",
+            )
         trials.limit(evaluations, minutes)
         groups, fineness = _groups(trials.levels, evaluations)
         best: tuple[PrecisionPlan, dict[str, Any]] | None = None

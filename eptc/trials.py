@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -76,8 +77,8 @@ class Trials:
         self._manifest = manifest
 
         self._examples = list(examples)
-        step = max(1, len(self._examples) // _TRIED)
-        self._some = self._examples[::step][:_TRIED]
+        places = np.linspace(0, len(self._examples) - 1, min(len(self._examples), _TRIED))
+        self._some = [self._examples[place] for place in places.astype(int)]
         with Engine.load(exact, providers=["cpu"]) as engine:
             assert engine.task is not None
             self._task = engine.task
@@ -154,6 +155,7 @@ class Trials:
             "files": {name: record.sha256 for name, record in self._manifest.files.items()},
             "library": self._library.sha256,
             "examples": self._examples,
+            "code": _code(),
             "versions": [
                 importlib.metadata.version(name) for name in ("ept-compiler", "onnx-ir", "numpy")
             ],
@@ -162,6 +164,15 @@ class Trials:
 
         content["onnxruntime"] = onnxruntime.__version__
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """Return the SHA-256 (hex) of the code that makes engines and compares their answers."""
+    home = Path(__file__).parent
+    folders = ("passes", "lower", "runtime", "parity_gate")
+    files = [path for name in folders for path in sorted((home / name).glob("*.py"))]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class _Memory:
@@ -186,8 +197,9 @@ class _Memory:
                     found, value = json.loads(line)
                 except (ValueError, TypeError):
                     continue
-                known[found] = value
-        except OSError as error:
+                if isinstance(found, str) and isinstance(value, float | dict):
+                    known[found] = value
+        except (OSError, UnicodeDecodeError) as error:
             logger.warning("the search cannot be resumed: %s", error)
             return cls(None, {})
         return cls(path, known)

@@ -262,5 +262,5 @@ def test_wrong_labels_are_found(
         return min(self._tokens, key=lambda label: logits[0, 0, label[0]])
 
     monkeypatch.setattr(Labels, "_walk", worst)
-    with pytest.raises(ParityError, match="of 20 answers differ"):
+    with pytest.raises(ParityError, match="of 20 labels change"):
         scored(folder, mood, tmp_path / "data.jsonl")

@@ -28,6 +28,9 @@ BAD: dict[str, tuple[Task, bool, bytes, str]] = {
     "unknown label": (ONE, True, b'{"text": "a", "label": "fine"}\n', "the label is 'fine'"),
     "a label's number": (ONE, True, b'{"text": "a", "label": 1}\n', "line 1: the label is 1"),
     "a text for a number": (VALUE, True, b'{"text": "a", "label": "1"}\n', "the label is '1'"),
+    "no number": (VALUE, True, b'{"text": "a", "label": NaN}\n', "the label is nan"),
+    "infinite": (VALUE, True, b'{"text": "a", "label": 1e999}\n', "the label is inf"),
+    "huge": (VALUE, True, b'{"text": "a", "label": 1' + b"0" * 400 + b"}\n", "the label is 1000"),
     "true for a number": (VALUE, True, b'{"text": "a", "label": true}\n', "the label is True"),
 }
 

@@ -88,6 +88,8 @@ def test_budgets_need_what_they_count() -> None:
     options = Options("t", precision="int8", data="x", max_flips=0.01)
     with pytest.raises(OptionError, match="has no labels"):
         options.check_task(Task("t", "generation"))
+    with pytest.raises(OptionError, match="has 1 labels"):
+        options.check_task(Task("t", "text-to-text", ("text",), "{text}", labels=("yes",)))
     with pytest.raises(OptionError, match="is a regression"):
         options.check_task(Task("t", "regression"))
     options.check_task(Task("t", "classification", labels=("a", "b")))

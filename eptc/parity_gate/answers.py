@@ -24,6 +24,8 @@ CLAIMED = 1000
 # Probabilities below this are taken for it.
 _SMALLEST = 1e-30
 _RESAMPLES = 1000
+# What a number read from decimals may be off by.
+_TINY = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +58,12 @@ class Budget:
     def exceeded(self, scores: Mapping[str, Any]) -> str | None:
         """Return what of a comparison is over the budget; None where nothing is."""
         drop, flips = scores["drop"] * 100, scores["flips_beyond_noise"]
-        if self.max_drop is not None and drop > self.max_drop:
+        if self.max_drop is not None and drop > self.max_drop + _TINY:
             return (
                 f"the {scores['metric']} drops by {drop:.2f} points over {scores['rows']} rows, "
                 f"allowed are {self.max_drop:g}"
             )
-        if self.max_flips is not None and flips > self.max_flips * scores["rows"]:
+        if self.max_flips is not None and flips > self.max_flips * scores["rows"] + _TINY:
             return (
                 f"{flips} of {scores['rows']} labels change where the reference is sure, allowed "
                 f"are {self.max_flips:.2%}"
@@ -103,7 +105,8 @@ def compare_answers(
     """Compare an engine's answers with the exact engine's, paired by row.
 
     The reference is sure of a label where it leads by more than twice the error of the scores,
-    their root mean square over all rows and labels.
+    their root mean square over all rows and labels; and wherever it leads by half of what is usual
+    for it, however large the error is: an engine that is wrong everywhere makes no row unsure.
 
     Args:
         task: the task.
@@ -125,13 +128,14 @@ def compare_answers(
     if task.kind != "regression":
         flips = np.array(got.chosen) != np.array(want.chosen)
         best = np.sort(want.scores, axis=1)[:, ::-1]
-        sure = best[:, 0] - best[:, 1] > 2 * error
+        margin = best[:, 0] - best[:, 1]
+        sure = margin > min(2 * error, float(np.median(margin)) / 2)
     return {
         "rows": len(labels),
         "metric": metric,
         "engine": round(ours, 4),
         "reference": round(theirs, 4),
-        "drop": round(theirs - ours, 4),
+        "drop": round(theirs - ours, 6),
         "drop_interval": _interval(task, want, got, labels),
         "claimed": len(labels) >= CLAIMED,
         "flips": int(flips.sum()),

@@ -30,14 +30,22 @@ def test_equal_answers() -> None:
 
 def test_flips_where_the_reference_is_sure() -> None:
     """A flip counts beyond noise where the margin is above twice the usual error."""
-    want = of([0.01] * 98 + [9.0, 9.0])
-    near = of([-0.01] + [0.03] * 97 + [9.0, 9.0])
+    want = of([0.01] * 10 + [9.0] * 90)
+    near = of([-0.01] + [0.03] * 9 + [9.02] * 90)
     found = compare_answers(TASK, want, near, [1] * 100)
     assert (found["flips"], found["flips_beyond_noise"]) == (1, 0)
     assert found["drop"] == 0.01
-    far = of([0.01] * 98 + [9.0, -9.0])
+    far = of([0.01] * 10 + [9.0] * 89 + [-9.0])
     found = compare_answers(TASK, want, far, [1] * 100)
     assert (found["flips"], found["flips_beyond_noise"]) == (1, 1)
+
+
+def test_an_engine_that_is_always_wrong() -> None:
+    """Its own error does not make the reference unsure."""
+    want, got = of([10.0, -10.0] * 500), of([-10.0] * 1000)
+    found = compare_answers(TASK, want, got, [1, 0] * 500)
+    assert (found["flips"], found["flips_beyond_noise"]) == (500, 500)
+    assert "500 of 1000 labels change" in str(Budget().exceeded(found))
 
 
 def test_interval_holds_the_drop() -> None:
