@@ -11,7 +11,9 @@ from benchmarks.results import CaseResult, Results, Timing
 
 __all__ = ["draw"]
 
-_COLOURS = {"base": "#4c9f70", "exporter": "#d1803b", "pytorch": "#6b7fa3"}
+_COLOURS = {
+    "engine": "#8a6bb1", "base": "#4c9f70", "exporter": "#d1803b", "pytorch": "#6b7fa3",
+}  # fmt: skip
 _TEXT = "#57606a"  # reads on light and dark pages
 _COLUMNS = 2
 
