@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
-__all__ = ["cache_folder"]
+__all__ = ["cache_folder", "code_hash", "replacing"]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file that takes a place when it is complete; its folder is made.
+
+    It is written beside its place and renamed: who is killed leaves no half of one there, and
+    two may write at once.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def code_hash(files: Iterable[Path]) -> str:
+    """Return the SHA-256 (hex) of source files, in this order: what was made depends on them."""
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def cache_folder() -> Path | None:

@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import logging
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ import onnx_ir
 from google.protobuf.message import DecodeError
 
 from eptc import lower
-from eptc.cache import cache_folder
+from eptc.cache import cache_folder, code_hash, replacing
 
 __all__ = ["Skeleton", "known_parameters", "skeleton"]
 
@@ -119,8 +118,9 @@ def _key(settings: str, opset: int, tied_head: bool) -> str:
 def _code() -> str:
     """Return the SHA-256 of the code that makes skeletons."""
     home = Path(__file__).parent
-    files = [*sorted((home / "lower").glob("*.py")), home / "architectures.py", Path(__file__)]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    return code_hash(
+        [*sorted((home / "lower").glob("*.py")), home / "architectures.py", Path(__file__)]
+    )
 
 
 def _place(key: str) -> Path | None:
@@ -147,18 +147,9 @@ def _store(key: str, members: Mapping[str, bytes]) -> None:
     if path is None:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and renamed: a killed build leaves no half of one there.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            try:
-                with zipfile.ZipFile(file, "w") as archive:
-                    for name, content in members.items():
-                        archive.writestr(name, content)
-                file.flush()
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
     except OSError as error:
         logger.info("the traced graphs are not kept in %s: %s", path.parent, error)
 

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir
 
 from eptc import bundle, lower
-from eptc.cache import cache_folder
+from eptc.cache import cache_folder, code_hash
 from eptc.lower.weights import PART
 from eptc.parity_gate import Example, answers, compare_answers, right_answers
 from eptc.pipeline import Step, run_graph_passes
@@ -171,8 +171,7 @@ def _code() -> str:
     """Return the SHA-256 (hex) of the code that makes engines and compares their answers."""
     home = Path(__file__).parent
     folders = ("passes", "lower", "runtime", "parity_gate")
-    files = [path for name in folders for path in sorted((home / name).glob("*.py"))]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+    return code_hash(path for name in folders for path in sorted((home / name).glob("*.py")))
 
 
 class _Memory:

@@ -8,14 +8,13 @@ import importlib.metadata
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
-from eptc.cache import cache_folder
+from eptc.cache import cache_folder, code_hash, replacing
 from eptc.examples_file import Example
 from eptc.runtime import Manifest
 
@@ -49,8 +48,7 @@ def key(
 @functools.cache
 def _code() -> str:
     """Return the SHA-256 of the code that observes."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    return code_hash(sorted(Path(__file__).parent.glob("*.py")))
 
 
 def _place(name: str) -> Path | None:
@@ -89,15 +87,7 @@ def store(name: str, ranges: Ends) -> None:
         return
     content = json.dumps({"key": name, "ranges": ranges}).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and renamed: two may do so at once, and either is whole.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with replacing(path) as file:
+            file.write(content)
     except OSError as error:
         logger.info("the observed ranges are not kept in %s: %s", path.parent, error)

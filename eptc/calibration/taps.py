@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ __all__ = ["Extremes", "Tap", "Values"]
 _TAP = "eptc.tap."
 
 
-class Tap:
+class Tap(abc.ABC):
     """A session of a graph with more outputs; what they say goes to `report`.
 
     The weights stay in the bundle's file. Values are those the graph defines: nothing is fused.
@@ -48,13 +49,13 @@ class Tap:
             self.report(found[own:])
         return dict(zip(self._names, found[:own], strict=True))
 
+    @abc.abstractmethod
     def report(self, found: list[NumpyArray]) -> None:
         """Take what the further outputs say of one run."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _add(self, graph: onnx.GraphProto) -> list[str]:
         """Add outputs; return their names."""
-        raise NotImplementedError
 
 
 class Extremes(Tap):
