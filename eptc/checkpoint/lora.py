@@ -36,11 +36,12 @@ _REFUSED = {
     "target_parameters": "target_parameters",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
     "arrow_config": "Arrow (a router over several adapters)",
+    "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-# Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ) subtract
+# Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract
 # from its weights what the low ranks start with.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def read_lora(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
