@@ -258,8 +258,7 @@ def main() -> None:
 @click.option(
     "--search-evaluations",
     type=int,
-    default=100,
-    show_default=True,
+    show_default="100",
     help="Engines that auto may try.",
 )
 @click.option(
