@@ -32,11 +32,12 @@ def build(small_native: Any, small_rows: Any) -> Callable[..., eptc.Bundle]:
     """Return a function that compiles the small checkpoint's regression with `auto`."""
 
     def run(out: Path, **options: Any) -> eptc.Bundle:
-        given = {"data": small_rows.values, "max_drop": BUDGET, **options}
+        given = {
+            "ckpt": small_native.ckpt, "data": small_rows.values, "max_drop": BUDGET, **options,
+        }  # fmt: skip
         return eptc.export(
-            small_native.ckpt, base=small_native.base, task="score", out=out, precision="auto",
-            **given,
-        )  # fmt: skip
+            base=small_native.base, task="score", out=out, precision="auto", **given
+        )
 
     return run
 
@@ -157,6 +158,41 @@ def test_resumed(
     assert plan_of(resumed) == plan_of(found)
     assert bytes_of(resumed) == bytes_of(found)
     assert len(loaded) == plan_of(resumed)["search"]["evaluations"]
+
+
+@pytest.mark.parametrize("what", ["data", "method", "task", "budget"])
+def test_nothing_is_taken_from_another_search(
+    build: Any, copy_native: Any, small_rows: Any, cache: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, what: str,
+) -> None:  # fmt: skip
+    """With another input, what an earlier search found changes nothing."""
+    options: dict[str, Any] = {}
+    if what == "data":
+        options["data"] = tmp_path / "other.jsonl"
+        rows = [json.loads(line) for line in small_rows.values.read_text().splitlines()]
+        options["data"].write_text(
+            "".join(json.dumps(row) + "\n" for row in rows[60:] + rows[:40])
+        )
+    elif what == "method":
+        options["block_method"] = "k-quant"
+    elif what == "budget":
+        options["max_drop"] = 0.2
+    else:
+        config = copy_native.ckpt / "ept_config.json"
+        told = json.loads(config.read_text())
+        [score] = [task for task in told["tasks"] if task["name"] == "score"]
+        score["max_length"] = 6
+        config.write_text(json.dumps(told))
+        options["ckpt"] = copy_native.ckpt
+    build(tmp_path / "earlier")
+    known = [path.name for path in cache.iterdir()]
+    other = build(tmp_path / "other", **options)
+    monkeypatch.setenv("EPTC_CACHE_DIR", "")
+    fresh = build(tmp_path / "fresh", **options)
+    assert plan_of(other) == plan_of(fresh)
+    assert bytes_of(other) == bytes_of(fresh)
+    # A budget is no part of what is remembered: what plans cost is the same under any.
+    assert (sorted(path.name for path in cache.iterdir()) == sorted(known)) is (what == "budget")
 
 
 @pytest.mark.usefixtures("cache")
