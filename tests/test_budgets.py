@@ -111,3 +111,14 @@ def test_budget_that_was_recorded(tone: dict[str, Any], tmp_path: Path) -> None:
     unscored = eptc.export(out=tmp_path / "unscored", precision="int4", **given)
     with pytest.raises(ParityError, match=r"labels change where the reference is sure.* 1\.00%"):
         again(tone, unscored.path)
+
+
+def test_compared_under_a_budget(tone: dict[str, Any], tmp_path: Path) -> None:
+    """It goes to every precision: int8 keeps it, int4 and what is allowed by default do not."""
+    pytest.importorskip("matplotlib")
+    given = {"precisions": ["int8", "int4"], "max_flips": BUDGET, **tone}
+    found = eptc.compare_precisions(given.pop("ckpt"), out=tmp_path / "out", **given)
+    assert [row.precision for row in found.rows] == ["fp32", "int8", "int4"]
+    int8, int4 = found.to_json()["rows"][1:]
+    assert 0.01 * ROWS < int8["flips_beyond_noise"] <= BUDGET * ROWS
+    assert "labels change where the reference is sure, allowed are 4.00%" in int4["refused"]
