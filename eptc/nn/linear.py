@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -15,7 +15,7 @@ from eptc.errors import CheckpointError, OptionError, TaskError
 from eptc.nn.config import EptConfig
 from eptc.nn.experts import Experts, Factors, PaperExperts, ReleasedExperts
 from eptc.nn.losses import contrastive_loss
-from eptc.nn.routing import Route, Router, TaskRouter
+from eptc.nn.routing import Route, Router, TaskRouter, TokenRouter
 
 __all__ = ["EptLinear", "TaskContext", "fill_parameter"]
 
@@ -91,7 +91,8 @@ class EptLinear(nn.Module):
         self.path = path
         self.context = context
         self.experts = _experts(base, config, path, factors)
-        self.router: Router = TaskRouter(
+        kind = TaskRouter if config.gates.router_input == "task" else TokenRouter
+        self.router: Router = kind(
             base.in_features,
             len(config.kernel_sizes),
             config.top_k,
@@ -155,7 +156,25 @@ class EptLinear(nn.Module):
             TaskError: no task is given and none is active.
         """
         gates, experts = self.router(x, self._embedding(task_id))
-        outputs = self.experts(self.dropout(x), experts)
+        return self._mix(self.dropout(x), gates, experts)
+
+    @torch.no_grad()
+    def gates(self, x: Tensor, task_id: int | None = None) -> Tensor:
+        """Return the gates [..., N] of an input x [..., in]; 0 for experts not chosen.
+
+        Raises:
+            TaskError: no task is given and none is active.
+        """
+        values = self.router(x, self._embedding(task_id)).values
+        return cast("Tensor", values).expand(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def mixed(self, rows: Tensor, gates: Tensor) -> Tensor:
+        """Return what the branch adds [n, out] to rows [n, in] under given gates [N] or [n, N]."""
+        return self._mix(rows, gates, range(len(self.experts.sizes)))
+
+    def _mix(self, x: Tensor, gates: Tensor, experts: Sequence[int]) -> Tensor:
+        outputs = self.experts(x, experts)
         total: Tensor | None = None
         for expert, output in zip(experts, outputs, strict=True):
             term = output * (gates[..., expert, None] * self.widths[expert])

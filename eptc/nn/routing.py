@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from eptc.nn.rules import GateConfig
 
-__all__ = ["Gates", "Route", "Router", "TaskRouter"]
+__all__ = ["Gates", "Route", "Router", "TaskRouter", "TokenRouter"]
 
 
 class Gates(NamedTuple):
@@ -103,3 +103,17 @@ class TaskRouter(Router):
         k = self.top_k
         margin = float(log_p[k - 1] - log_p[k]) if k < len(log_p) else float("inf")
         return Route(tuple(chosen.tolist()), tuple(kept.tolist()), margin)
+
+
+class TokenRouter(Router):
+    """A router that reads the linear's input: a route for each position.
+
+    u = x, or x + e where the gate's router input is `token+task`.
+    """
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Gates:
+        """Return gates [..., N] for x [..., in]; any expert may be chosen somewhere."""
+        with_task = self.gate.router_input == "token+task"
+        chosen, kept, log_p = self.select(x + embedding if with_task else x)
+        values = torch.zeros_like(log_p).scatter(-1, chosen, kept)
+        return Gates(values, tuple(range(values.shape[-1])))
