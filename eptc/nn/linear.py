@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eptc.errors import CheckpointError, OptionError, TaskError
+from eptc.nn.adapted import AdaptedLinear
 from eptc.nn.config import EptConfig
 from eptc.nn.experts import Experts, Factors, PaperExperts, ReleasedExperts
 from eptc.nn.losses import contrastive_loss
@@ -63,7 +64,7 @@ class TaskContext:
             self.wanted, self.terms = frozenset(), {}
 
 
-class EptLinear(nn.Module):
+class EptLinear(AdaptedLinear):
     """y = W0 x + bias + scale * sum over the task's experts of gate * expert(x).
 
     Args:
@@ -85,10 +86,8 @@ class EptLinear(nn.Module):
         factors: Factors | None = None,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base, path)
         self.config = config
-        self.path = path
         self.context = context
         self.experts = _experts(base, config, path, factors)
         kind = TaskRouter if config.gates.router_input == "task" else TokenRouter
@@ -109,26 +108,6 @@ class EptLinear(nn.Module):
             else 1
             for size in config.kernel_sizes
         )
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.base.out_features
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The base's weight: models read its dtype (T5's feed forward does)."""
-        return cast("nn.Parameter", self.base.weight)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The base's bias."""
-        return cast("nn.Parameter | None", self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out] for x [..., in] under the active task.
@@ -158,6 +137,11 @@ class EptLinear(nn.Module):
         gates, experts = self.router(x, self._embedding(task_id))
         return self._mix(self.dropout(x), gates, experts)
 
+    @property
+    def routed_experts(self) -> int:
+        """How many experts a router that reads the input chooses from; 0 where none does."""
+        return 0 if isinstance(self.router, TaskRouter) else len(self.experts.sizes)
+
     @torch.no_grad()
     def gates(self, x: Tensor, task_id: int | None = None) -> Tensor:
         """Return the gates [..., N] of an input x [..., in]; 0 for experts not chosen.
@@ -169,9 +153,9 @@ class EptLinear(nn.Module):
         return cast("Tensor", values).expand(*x.shape[:-1], -1)
 
     @torch.no_grad()
-    def mixed(self, rows: Tensor, gates: Tensor) -> Tensor:
-        """Return what the branch adds [n, out] to rows [n, in] under given gates [N] or [n, N]."""
-        return self._mix(rows, gates, range(len(self.experts.sizes)))
+    def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Return what the branch adds [..., out] for x [..., in] under given gates [..., N]."""
+        return self._mix(x, gates, range(len(self.experts.sizes)))
 
     def _mix(self, x: Tensor, gates: Tensor, experts: Sequence[int]) -> Tensor:
         outputs = self.experts(x, experts)

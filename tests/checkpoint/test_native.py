@@ -148,7 +148,7 @@ def _set(*path: Any, value: Any) -> Callable[[dict[str, Any]], object]:
         (_set("top_k", value=2.0), "top_k: 2.0 is not of type 'integer'"),
         (_set("top_k", value=3), "top_k 3 of 2 experts"),
         (_set("rank", value=5), r"expected: \[5, any\]"),
-        (_set("gate", "router_input", value="token"), "cannot be compiled yet"),
+        (_set("gate", "router_input", value="tokens"), "gate/router_input"),
         (_set("gate", "temperature", value=0), "gate/temperature"),
         (_set("gate", "temperature", value=math.nan), "not finite"),
         (_set("scale", "alpha", value=math.inf), "not finite"),
