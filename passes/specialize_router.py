@@ -66,9 +66,7 @@ class SpecializeRouter(AdapterPass):
         )
         return dataclasses.replace(adapter, branches=branches)
 
-    def _fix_input(
-        self, adapter: Adapter, routers: dict[InputRouter, InputRouter]
-    ) -> Adapter:
+    def _fix_input(self, adapter: Adapter, routers: dict[InputRouter, InputRouter]) -> Adapter:
         """Fix the task of a router that reads the input; what shared it shares its successor."""
         router = adapter.input_router
         if router is None or not router.reads_task:

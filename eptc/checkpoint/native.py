@@ -274,9 +274,7 @@ def _adapter(
         kernel = take(f"{module}.ept.kernels.{e}", shape)
         family = CellScaledLowRank if released else Kronecker
         delta: Delta = family(a, b, kernel, out, columns)
-        branches.append(
-            Branch(delta, gate(e), _scale(config, own, rank, out, columns, s))
-        )
+        branches.append(Branch(delta, gate(e), _scale(config, own, rank, out, columns, s)))
     return Adapter(module, tuple(branches))
 
 

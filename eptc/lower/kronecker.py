@@ -72,7 +72,8 @@ class _Pyramid:
         sizes: dict[int, list[Branch]] = {}
         for branch in adapter.branches:
             delta = branch.delta
-            if not isinstance(delta, Kronecker) or delta.A is not first.A or delta.B is not first.B:
+            assert isinstance(delta, Kronecker)
+            if delta.A is not first.A or delta.B is not first.B:
                 raise InternalError(f"the experts of {adapter.target} have no A and B in common")
             sizes.setdefault(delta.size, []).append(branch)
         return cls(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eptc.errors import CheckpointError, OptionError, TaskError
-from eptc.nn.adapted import AdaptedLinear
+from eptc.nn.adapted import AdaptedLinear, Undecided
 from eptc.nn.config import EptConfig
 from eptc.nn.experts import Experts, Factors, PaperExperts, ReleasedExperts
 from eptc.nn.losses import contrastive_loss
@@ -34,11 +34,13 @@ class TaskContext:
         task_id: the task; None outside a forward.
         wanted: paths of the linears whose contrastive loss is asked for.
         terms: where they leave it, by path.
+        undecided: takes note of tokens' routes within rounding; None where nobody asks.
     """
 
     task_id: int | None = None
     wanted: frozenset[str] = frozenset()
     terms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    undecided: Undecided | None = None
 
     @property
     def active(self) -> int:
@@ -119,6 +121,8 @@ class EptLinear(AdaptedLinear):
         if self.path in self.context.wanted:
             loss = contrastive_loss(x, self.task_embedding, self.context.active)
             self.context.terms[self.path] = loss
+        if self.context.undecided is not None and isinstance(self.router, TokenRouter):
+            self.context.undecided.note(self.router.close(x, self._embedding(None)))
         return cast("Tensor", (y + self.delta(x)).to(y.dtype))
 
     def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:

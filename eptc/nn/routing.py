@@ -12,6 +12,10 @@ from torch.nn import functional
 
 from eptc.nn.rules import GateConfig
 
+# Of the sum of |w| |u| behind a logit: what sums in another order, in this linear and in those
+# before it, may move it by. Over the tested models they move x by up to a millionth of itself.
+CLOSE = 2.0**-19
+
 __all__ = ["Gates", "Route", "Router", "TaskRouter", "TokenRouter"]
 
 
@@ -113,7 +117,19 @@ class TokenRouter(Router):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Gates:
         """Return gates [..., N] for x [..., in]; any expert may be chosen somewhere."""
-        with_task = self.gate.router_input == "token+task"
-        chosen, kept, log_p = self.select(x + embedding if with_task else x)
+        chosen, kept, log_p = self.select(self._input(x, embedding))
         values = torch.zeros_like(log_p).scatter(-1, chosen, kept)
         return Gates(values, tuple(range(values.shape[-1])))
+
+    @torch.no_grad()
+    def close(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return whether the last expert chosen leads by no more than rounding, [...] bool."""
+        if self.top_k >= len(self.weight):
+            return torch.zeros(x.shape[:-1], dtype=torch.bool)
+        u = self._input(x, embedding)
+        ranked = functional.linear(u, self.weight, self.bias).sort(dim=-1, descending=True).values
+        terms = functional.linear(u.abs(), self.weight.abs()).amax(-1)
+        return ranked[..., self.top_k - 1] - ranked[..., self.top_k] <= CLOSE * terms
+
+    def _input(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return x + embedding if self.gate.router_input == "token+task" else x

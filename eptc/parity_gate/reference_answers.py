@@ -42,16 +42,19 @@ def reference_answers(
         for example in examples:
             inputs = tokenizer.tokenizer(*fill(task, example), return_tensors="pt", **limit)
             if generation is None:
-                logits = model.hf(**inputs).logits[0].numpy()
+                with model.undecided() as undecided:
+                    logits = model.hf(**inputs).logits[0].numpy()
                 want.append(
                     float(logits[0]) if task.kind == "regression" else int(logits.argmax())
                 )
-                sure.append(task.kind != "regression" and _margin(logits) > noise)
+                decided = task.kind != "regression" and _margin(logits) > noise
+                sure.append(decided and not undecided.rows)
                 continue
             inputs.pop("token_type_ids", None)
-            index, margin = _written_label(model, engine.manifest, tokens, inputs)
+            with model.undecided() as undecided:
+                index, margin = _written_label(model, engine.manifest, tokens, inputs)
             want.append(index)
-            sure.append(margin > noise)
+            sure.append(margin > noise and not undecided.rows)
     return want, sure
 
 
