@@ -119,7 +119,7 @@ def parity(
         with Engine.load(folder, providers=["cpu"]) as engine:
             scores = _scores(engine, verifier.reference, task, verifier.tokenizer, examples)
     report = dataclasses.replace(report, scores=scores)
-    lossy = bound_of(manifest.precision) != FP32
+    lossy = bound_of(manifest.precision) != FP32 or manifest.routing.mode == "frozen"
     # What the build was allowed, it is allowed later.
     allowed = (manifest.parity.get("scores") or {}).get("budget")
     budget = Budget(max_flips=0.0)
