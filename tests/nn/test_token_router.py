@@ -209,3 +209,37 @@ def test_untrained_gates_are_open(make_base: MakeBase, plain: EptConfig) -> None
         x = torch.randn(200, 36, generator=torch.Generator().manual_seed(2))
         gates = branch.gates(x, 0)
         assert float(gates.sort(-1).values[:, -2].median()) > 0.1
+
+
+def test_close_choices_are_noted(make_base: MakeBase, plain: EptConfig) -> None:
+    """Rows with a token whose second expert leads the third by less than rounding."""
+    model = attached(make_base, plain, "token").eval()
+    ids = torch.arange(3, 21).reshape(2, 9)
+    with torch.no_grad(), model.undecided() as undecided:
+        model(task="topic", input_ids=ids)
+    assert undecided.rows == set()
+    branch = model.layers["bert.encoder.layer.1.attention.self.query"]
+    seen: list[torch.Tensor] = []
+    handle = branch.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(task="topic", input_ids=ids)
+    handle.remove()
+    token = seen[0][1, 4]
+    with torch.no_grad():
+        # Of the first and second expert, both ahead of the third, the second leads by a hair.
+        weight = branch.router.weight
+        weight[0], weight[1], weight[2] = token, token / 2, token / 2
+        weight[2] -= 1e-7 * token
+    with torch.no_grad(), model.undecided() as undecided:
+        model(task="topic", input_ids=ids[1:])
+    assert undecided.rows == {0}
+    with torch.no_grad(), model.undecided() as again:
+        weight[2] = -token
+        model(task="topic", input_ids=ids[1:])
+    assert again.rows == set()
+    assert model._context.undecided is None
+
+
+def test_nothing_is_close_where_all_experts_are_kept() -> None:
+    router = TokenRouter(2, 3, 3, GateConfig("token"), bias=False)
+    assert not router.close(torch.ones(2, 4, 2), torch.zeros(2)).any()
