@@ -11,9 +11,12 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from eptc.nn import GateConfig
 
 # No test may ask a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -84,6 +87,16 @@ def small_native(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """
     folders = Folders(tmp_path_factory.mktemp("small-native"))
     _write_small_native(folders)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def small_routed(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The same with routers that read each token and the task; one expert's kernel is large."""
+    from eptc.nn import GateConfig
+
+    folders = Folders(tmp_path_factory.mktemp("small-routed"))
+    _write_small_native(folders, (2, 3, 3, 24), GateConfig("token+task", 1.0))
     return folders
 
 
@@ -174,7 +187,9 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
 
 
-def _write_small_native(folders: Folders) -> None:
+def _write_small_native(
+    folders: Folders, kernel_sizes: tuple[int, ...] = (2, 3, 4, 7), gate: GateConfig | None = None
+) -> None:
     import tokenizers
     import torch
     import transformers
@@ -217,7 +232,7 @@ def _write_small_native(folders: Folders) -> None:
             EptConfig(
                 variant="paper",
                 targets=("query", "value", "intermediate.dense", "output.dense"),
-                kernel_sizes=(2, 3, 4, 7),
+                kernel_sizes=kernel_sizes,
                 top_k=2,
                 rank=3,
                 tasks=(
@@ -225,6 +240,7 @@ def _write_small_native(folders: Folders) -> None:
                     Task("same", "classification", ("first", "second"), labels=("no", "yes")),
                     Task("score", "regression"),
                 ),
+                gate=gate,
             ),
         )
         for parameter in model.parameters():

@@ -12,6 +12,7 @@ from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank, Rows
 from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask, Routed
 from eptc.ir.numbers import Float64
 from eptc.ir.routing import InputRouter, Normalization, Route, TaskRouter, Unit
+from eptc.ir.token_router import TokenRouter
 
 __all__ = [
     "AdaptedModel",
@@ -31,5 +32,6 @@ __all__ = [
     "Routed",
     "Rows",
     "TaskRouter",
+    "TokenRouter",
     "Unit",
 ]

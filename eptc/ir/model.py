@@ -210,5 +210,11 @@ class AdaptedModel:
             for branch in adapter.branches:
                 if (branch.delta.out_features, branch.delta.in_features) != shape:
                     raise InternalError(f"a branch at {path} does not fit its weight {shape}")
-                if self.task_id is not None and isinstance(branch.gate, PerTask):
-                    raise InternalError(f"{path} has a {type(branch.gate).__name__} gate left")
+                if self.task_id is not None and _reads_task(branch.gate):
+                    raise InternalError(
+                        f"{path} has a {type(branch.gate).__name__} gate left that reads the task"
+                    )
+
+
+def _reads_task(gate: Gate) -> bool:
+    return isinstance(gate, PerTask) or (isinstance(gate, Routed) and gate.router.reads_task)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from eptc.errors import CheckpointError, InternalError
-from eptc.ir import Adapter, Delta, InputRouter
+from eptc.ir import Adapter, Delta, InputRouter, Kronecker, TokenRouter
 from eptc.lower.calls import Call, add_to, calls
+from eptc.lower.kronecker import mix_kronecker
+from eptc.lower.token_router import lower_token_router
 
-__all__ = ["insert_branches"]
+__all__ = ["insert_branches", "routed_by"]
 
 # Inserts a router before the linear whose input it reads. Returns its gates, 0 for experts not
 # chosen: [batch, sequence, experts] for tokens, [batch, 1, experts] for rows, [1, 1, experts]
@@ -19,8 +21,22 @@ LowerRouter = Callable[[InputRouter, Call], ir.Value]
 # Inserts the branches of an adapter, all routed, before its linear. Returns their sum [..., out].
 LowerBranches = Callable[[Adapter, ir.Value, Call], ir.Value]
 
-ROUTERS: dict[type[InputRouter], LowerRouter] = {}
-BRANCHES: dict[type[Delta], LowerBranches] = {}
+ROUTERS: dict[type[InputRouter], LowerRouter] = {TokenRouter: lower_token_router}
+BRANCHES: dict[type[Delta], LowerBranches] = {Kronecker: mix_kronecker}
+
+
+# In the metadata of a value of gates: the linears it routes, while the graph is in memory.
+_ROUTED = "eptc.routed"
+
+
+def routed_by(graph: ir.Graph) -> dict[str, list[str]]:
+    """Return the names of the values that hold a linear's gates, by the linear's path."""
+    found: dict[str, list[str]] = {}
+    for node in graph:
+        for value in node.outputs:
+            for path in value.meta.get(_ROUTED, ()):
+                found.setdefault(path, []).append(str(value.name))
+    return found
 
 
 def insert_branches(model: ir.Model, adapters: Mapping[str, Adapter]) -> int:
@@ -55,5 +71,6 @@ def insert_branches(model: ir.Model, adapters: Mapping[str, Adapter]) -> int:
                 expected="a router that is executed before every linear it routes",
                 fix="its answers depend on the call before, so that it cannot be compiled",
             )
+        gates[router].meta.setdefault(_ROUTED, []).append(call.path)
         add_to(call, BRANCHES[type(adapter.branches[0].delta)](adapter, gates[router], call))
     return len(found)

@@ -76,7 +76,7 @@ def _weight(node: ir.Node) -> ir.Value | None:
 def add_to(call: Call, value: ir.Value) -> None:
     """Add what a branch gives [..., out] to a linear's output, in place."""
     y = call.y
-    add = ir.node("Add", [y, value], name=f"{call.path}/branch/Add")
+    add = ir.node("Add", [y, value], name=f"{call.path}/branch/Total")
     total = add.outputs[0]
     total.name, total.type, total.shape = None, y.type, y.shape
     readers = [(use.node, use.idx) for use in y.uses() if use.node is not add]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +15,24 @@ from eptc.tasks import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AdaptedLinear", "ReferenceModel"]
+__all__ = ["AdaptedLinear", "ReferenceModel", "Undecided"]
+
+
+class Undecided:
+    """Rows of a batch in which a choice of experts was within rounding of another.
+
+    Other arithmetic may choose otherwise there, and be as right.
+
+    Attributes:
+        rows: their positions.
+    """
+
+    def __init__(self) -> None:
+        self.rows: set[int] = set()
+
+    def note(self, close: Tensor) -> None:
+        """Take note of choices [batch, ...] that were close."""
+        self.rows |= set(close.flatten(1).any(1).nonzero().flatten().tolist())
 
 
 class AdaptedLinear(nn.Module, abc.ABC):
@@ -97,6 +115,11 @@ class ReferenceModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def task(self, task: str | int) -> AbstractContextManager[int]:
         """Make a task the active one, by name, alias or id; yield its id."""
+
+    @contextlib.contextmanager
+    def undecided(self) -> Iterator[Undecided]:
+        """Yield what takes note of choices within rounding until the context is left."""
+        yield Undecided()
 
     @abc.abstractmethod
     def plain_name(self, name: str, task_id: int) -> str:

@@ -44,10 +44,12 @@ class Answers:
         chosen: a label's index, or a regression's value, for each row.
         scores: log probabilities of the labels, their mean taken off [rows, labels]; the values
             of a regression [rows, 1].
+        undecided: rows in which a choice of experts was within rounding of another.
     """
 
     chosen: Sequence[Any]
     scores: Float64
+    undecided: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,22 +125,24 @@ def sure(want: Answers, error: float, precision: str) -> npt.NDArray[np.bool_]:
 
     It is where it leads by more than twice the error of the scores; and wherever it leads by half
     of what is usual for it, however large the error is: an engine that is wrong everywhere makes
-    no row unsure. Nowhere is it by what rounding may move.
+    no row unsure. Nowhere is it by what rounding may move, nor where a choice of experts was
+    within rounding of another.
 
     Args:
         want: the reference's answers to a task with labels.
         error: of the engine's scores: root mean square over all rows and labels.
         precision: the engine's.
     """
+    decided = np.array([row not in want.undecided for row in range(len(want.scores))], bool)
     if want.scores.shape[1] < 2:
-        return np.ones(len(want.scores), bool)
+        return decided
     best = np.sort(want.scores, axis=1)[:, ::-1]
     margin = best[:, 0] - best[:, 1]
     rounding = _ROUNDING.get(precision, _FLOAT32) * np.maximum(1, np.abs(best).max(axis=1))
     found: npt.NDArray[np.bool_] = margin > np.maximum(
         rounding, min(2 * error, float(np.median(margin)) / 2)
     )
-    return found
+    return found & decided
 
 
 def compare_answers(
