@@ -1,0 +1,182 @@
+"""`TuckaLinear`: a linear whose input is edited by experts that one router of the model chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from eptc.errors import CheckpointError, InternalError
+
+__all__ = ["RouteState", "Routing", "TuckaLinear", "TuckaRouter"]
+
+Routing = Literal["batch", "per-sample"]
+
+
+@dataclasses.dataclass
+class RouteState:
+    """The route in force: what the router's last call left for every linear after it.
+
+    Args:
+        group: the chosen group [routes]: one route for all rows, or one a row.
+        weights: of the group's experts [routes, experts].
+        calls: the routes of the calls so far, where they are recorded; else None.
+    """
+
+    group: Tensor | None = None
+    weights: Tensor | None = None
+    calls: list[tuple[Tensor, Tensor]] | None = None
+
+    def set(self, group: Tensor, weights: Tensor) -> None:
+        """Put another route in force."""
+        self.group, self.weights = group, weights
+        if self.calls is not None:
+            self.calls.append((group, weights))
+
+
+class TuckaRouter(nn.Module):
+    """Chooses a group of experts by the mean of an input, and weighs each expert of it.
+
+    With m the mean over batch and sequence, padding included, E the centroids and l = E m seen as
+    [groups, experts]:
+
+        s = sigmoid(l / |l|), the norm over each group;  group = that of the largest s
+        weights = the group's s, not normalised
+
+    Args:
+        centroids: E [groups * experts, in].
+        groups: how many groups.
+        routing: `batch`: one mean for all rows, as the authors' code has it. `per-sample`: a mean
+            for each row over its own positions.
+    """
+
+    def __init__(self, centroids: Tensor, groups: int, routing: Routing) -> None:
+        super().__init__()
+        self.centroids = nn.Parameter(centroids)
+        self.groups = groups
+        self.routing = routing
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the group [routes] and its weights [routes, experts] for x [batch, length, in].
+
+        One route under `batch`; under `per-sample` one a row.
+        """
+        x = x.float()
+        mean = x.mean(0, keepdim=True).mean(1) if self.routing == "batch" else x.mean(1)
+        logits = (mean @ self.centroids.T).unflatten(1, (self.groups, -1))
+        scores = torch.sigmoid(logits / torch.linalg.vector_norm(logits, dim=2, keepdim=True))
+        best = torch.topk(scores.flatten(1), 1).indices[:, 0]
+        group = best // scores.shape[2]
+        return group, scores[torch.arange(len(group)), group]
+
+
+class TuckaLinear(nn.Module):
+    """y = base(x + alpha * ((x U) M) U^T), M = sum over a group's experts of weight * core.
+
+    U and the cores are normalised here, once: G by each group's whole norm, C and U by theirs.
+
+    Args:
+        base: the linear that is adapted; it stays as it is.
+        parts: `g` [groups, slices, r, r], `c` [experts, slices] and `u` [in, r].
+        alpha: the factor.
+        state: the route in force; one object for all linears of a model.
+        router: the router, in the linear that has it.
+        path: the linear's full name in its model.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        parts: Mapping[str, Tensor],
+        alpha: float,
+        state: RouteState,
+        router: TuckaRouter | None,
+        path: str,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        g, c, u = parts["g"], parts["c"], parts["u"]
+        if u.shape[0] != base.in_features:
+            raise CheckpointError(
+                f"tucka_u of {path} has {u.shape[0]} rows",
+                expected=f"{base.in_features}: the inputs of that linear of the base",
+            )
+        cores = g / torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
+        mixing = c / torch.linalg.vector_norm(c)
+        self.u = nn.Parameter(u / torch.linalg.vector_norm(u))
+        self.cores = nn.Parameter(torch.einsum("iq,gqab->giab", mixing, cores))
+        self.alpha = alpha
+        self.state = state
+        self.router = router
+        self.path = path
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.base.out_features
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base's weight."""
+        return cast("nn.Parameter", self.base.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base's bias."""
+        return cast("nn.Parameter | None", self.base.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., out] for x [..., in] under the route in force.
+
+        Raises:
+            CheckpointError: the router was not called before.
+        """
+        if self.router is not None:
+            self.state.set(*self.router(x))
+        if self.state.group is None or self.state.weights is None:
+            raise CheckpointError(
+                f"{self.path} is adapted and runs before the router",
+                expected="a router that is the first adapted linear to run",
+            )
+        chosen = self.cores[self.state.group]
+        mixed = torch.einsum("be,beij->bij", self.state.weights, chosen)
+        # One matrix for all rows, or one a row; a row may be one vector.
+        low = x @ self.u
+        edit = (low.unsqueeze(1) @ mixed).squeeze(1) if x.dim() == 2 else low @ mixed
+        return cast("Tensor", self.base(x + self.alpha * (edit @ self.u.T)))
+
+    def mixed(self, rows: Tensor, gates: Tensor) -> Tensor:
+        """Return what the branches add to the output [n, out] under given gates.
+
+        Args:
+            rows: inputs [n, in].
+            gates: of all groups' experts [groups * experts].
+        """
+        core = torch.einsum("e,eij->ij", gates, self.cores.flatten(0, 1))
+        return self.alpha * (((rows @ self.u) @ core) @ self.u.T) @ self.weight.T
+
+    def gates(self, x: Tensor, task_id: int | None = None) -> Tensor:
+        """Return the gates of all groups' experts [routes, groups * experts], 0 if not chosen.
+
+        Args:
+            x: the router's input [batch, length, in].
+            task_id: of no consequence.
+
+        Raises:
+            InternalError: the linear has no router.
+        """
+        del task_id
+        if self.router is None:
+            raise InternalError(f"{self.path} has no router")
+        group, weights = self.router(x)
+        gates = weights.new_zeros(len(group), *self.cores.shape[:2])
+        gates[torch.arange(len(group)), group] = weights
+        return gates.flatten(1)
