@@ -123,9 +123,9 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither"):
         detect(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert detect(tmp_path) == "released"
+    assert detect(tmp_path).name == "released"
     (tmp_path / "ept_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="both"):
+    with pytest.raises(CheckpointError, match="native, released"):
         detect(tmp_path)
 
 
