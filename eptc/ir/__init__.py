@@ -12,12 +12,14 @@ from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank, Rows
 from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask, Routed
 from eptc.ir.numbers import Float64
 from eptc.ir.routing import InputRouter, Normalization, Route, TaskRouter, Unit
+from eptc.ir.tucker import CentroidRouter, Tucker
 
 __all__ = [
     "AdaptedModel",
     "Adapter",
     "Branch",
     "CellScaledLowRank",
+    "CentroidRouter",
     "Constant",
     "Delta",
     "Float64",
@@ -31,5 +33,6 @@ __all__ = [
     "Routed",
     "Rows",
     "TaskRouter",
+    "Tucker",
     "Unit",
 ]

@@ -55,7 +55,8 @@ def _rows_by_distance(attention: Any) -> torch.Tensor:
     runtime rounds in its own way, falls on a bucket's edge.
     """
     span, buckets = attention.pos_ebd_size, attention.position_buckets
-    farthest = span
+    # A single bucket has no half for each direction.
+    farthest = span if buckets != 1 else _FARTHEST + 1
     while farthest <= _FARTHEST:
         rows = torch.arange(-farthest, farthest + 1)
         if buckets > 0:

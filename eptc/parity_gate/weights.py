@@ -72,9 +72,7 @@ def check_stored(
         layers: the adapted linears, by their full names; their base need not be in memory.
         task_id: the task, by the reference's own list.
     """
-    adapted = {
-        f"{path}.weight": layer for path, layer in layers.items() if not layer.routed_experts
-    }
+    adapted = {f"{path}.weight": layer for path, layer in layers.items() if layer.folds}
     seen, worst = set(), 0.0
     for name, array in _unpacked(_stored(directory, files), parameters):
         if name in parameters:

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from eptc.nn.base import read_base
 from eptc.nn.tucka import Routing, TuckaModel
+from eptc.tasks import Task
 
 CLASSIFIERS = ["roberta-cls", "bert-cls", "deberta-cls", "roberta-k1-wrapped-head"]
 SETS = [*CLASSIFIERS, "llama-lm"]
 BATCHES = range(9)
+TASK = Task("default", "generation")
 ATOL = 2e-5
 
 Load = Callable[..., TuckaModel]
@@ -28,7 +31,9 @@ def tucka(golden: Path) -> Load:
     def load(name: str, routing: Routing = "batch") -> TuckaModel:
         if (name, routing) not in loaded:
             folder = golden / "tucka" / name
-            model = TuckaModel.load(folder / "checkpoint", folder / "base", routing=routing)
+            model = TuckaModel.load(
+                folder / "checkpoint", folder / "base", task=TASK, routing=routing
+            )
             loaded[name, routing] = model
         return loaded[name, routing]
 
@@ -124,13 +129,28 @@ def test_per_sample_is_batch_of_one(tucka: Load, recorded: Any, name: str) -> No
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_plain_parameters_are_those_of_the_task_model(
-    tucka: Load, golden: Path, name: str
-) -> None:
-    from eptc.nn.base import read_base
-
+def test_plain_names_are_those_of_the_task_model(tucka: Load, golden: Path, name: str) -> None:
     plain, _ = read_base(golden / "tucka" / name / "base")
-    found = tucka(name).plain_parameters()
-    assert {n: p.shape for n, p in found.items()} == {
-        n: p.shape for n, p in plain.named_parameters(remove_duplicate=False)
+    model = tucka(name)
+    found = {
+        own: p.shape for n, p in model.hf.named_parameters() if (own := model.plain_name(n, 0))
     }
+    assert found == {n: p.shape for n, p in plain.named_parameters()}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_constant_routes(tucka: Load, recorded: Any, name: str) -> None:
+    """DeBERTa alone calls its router again, on its table of positions: from there on it is set."""
+    model, arrays = tucka(name), recorded(name)
+    dynamic = {path for path, layer in model.layers.items() if not layer.folds}
+    if name != "deberta-cls":
+        assert dynamic == set(model.layers)
+        return
+    attention = "deberta.encoder.layer.0.attention.self"
+    assert dynamic == {f"{attention}.query_proj", f"{attention}.value_proj"}
+    layer = model.layers["pooler.dense"]
+    x = torch.from_numpy(arrays["b2_layer2_in"])
+    folded = x @ (layer.weight + layer.dense()).T + layer.bias
+    torch.testing.assert_close(
+        folded.detach(), torch.from_numpy(arrays["b2_layer2_out"]), rtol=0, atol=ATOL
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eptc.errors import CheckpointError, InternalError
+from eptc.nn.adapted import AdaptedLinear
 
 __all__ = ["RouteState", "Routing", "TuckaLinear", "TuckaRouter"]
 
@@ -73,7 +74,7 @@ class TuckaRouter(nn.Module):
         return group, scores[torch.arange(len(group)), group]
 
 
-class TuckaLinear(nn.Module):
+class TuckaLinear(AdaptedLinear):
     """y = base(x + alpha * ((x U) M) U^T), M = sum over a group's experts of weight * core.
 
     U and the cores are normalised here, once: G by each group's whole norm, C and U by theirs.
@@ -96,8 +97,7 @@ class TuckaLinear(nn.Module):
         router: TuckaRouter | None,
         path: str,
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base, path)
         g, c, u = parts["g"], parts["c"], parts["u"]
         if u.shape[0] != base.in_features:
             raise CheckpointError(
@@ -111,27 +111,17 @@ class TuckaLinear(nn.Module):
         self.alpha = alpha
         self.state = state
         self.router = router
-        self.path = path
+        self.constant_gates: Tensor | None = None
 
     @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        return self.base.in_features
+    def routed_experts(self) -> int:
+        """How many experts all groups have."""
+        return self.cores.shape[0] * self.cores.shape[1]
 
     @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.base.out_features
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The base's weight."""
-        return cast("nn.Parameter", self.base.weight)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The base's bias."""
-        return cast("nn.Parameter | None", self.base.bias)
+    def folds(self) -> bool:
+        """Whether no input changes the route this linear runs under."""
+        return self.constant_gates is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out] for x [..., in] under the route in force.
@@ -153,15 +143,31 @@ class TuckaLinear(nn.Module):
         edit = (low.unsqueeze(1) @ mixed).squeeze(1) if x.dim() == 2 else low @ mixed
         return cast("Tensor", self.base(x + self.alpha * (edit @ self.u.T)))
 
-    def mixed(self, rows: Tensor, gates: Tensor) -> Tensor:
-        """Return what the branches add to the output [n, out] under given gates.
+    def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:
+        """Return what the branches add [..., out] for x [..., in] under the constant route."""
+        del task_id
+        return self.mixed(x, self._constant())
+
+    def dense(self, task_id: int | None = None) -> Tensor:
+        """Return the matrix [out, in] the branches stand for under the constant route."""
+        del task_id
+        core = torch.einsum("e,eij->ij", self._constant(), self.cores.flatten(0, 1))
+        return self.alpha * (self.weight @ self.u) @ core.T @ self.u.T
+
+    def _constant(self) -> Tensor:
+        if self.constant_gates is None:
+            raise InternalError(f"{self.path} runs under routes that the input changes")
+        return self.constant_gates
+
+    def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Return what the branches add [..., out] for x [..., in] under given gates.
 
         Args:
-            rows: inputs [n, in].
+            x: the input.
             gates: of all groups' experts [groups * experts].
         """
         core = torch.einsum("e,eij->ij", gates, self.cores.flatten(0, 1))
-        return self.alpha * (((rows @ self.u) @ core) @ self.u.T) @ self.weight.T
+        return self.alpha * (((x @ self.u) @ core) @ self.u.T) @ self.weight.T
 
     def gates(self, x: Tensor, task_id: int | None = None) -> Tensor:
         """Return the gates of all groups' experts [routes, groups * experts], 0 if not chosen.
@@ -176,7 +182,10 @@ class TuckaLinear(nn.Module):
         del task_id
         if self.router is None:
             raise InternalError(f"{self.path} has no router")
-        group, weights = self.router(x)
+        return self.dense_gates(*self.router(x))
+
+    def dense_gates(self, group: Tensor, weights: Tensor) -> Tensor:
+        """Return the gates [routes, groups * experts] of a group [routes] and its weights."""
         gates = weights.new_zeros(len(group), *self.cores.shape[:2])
         gates[torch.arange(len(group)), group] = weights
         return gates.flatten(1)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from eptc.errors import CheckpointError, TaskError
-from eptc.nn.base import is_classifier, read_base, require
-from eptc.nn.heads import head_module, last_linear
+from eptc.errors import CheckpointError
+from eptc.nn.adapted import ReferenceModel
+from eptc.nn.base import read_base, require
+from eptc.nn.replace import replace_parameters
 from eptc.nn.tucka.linear import RouteState, Routing, TuckaLinear, TuckaRouter
 from eptc.nn.tucka.stored import StoredTucka, read
 from eptc.tasks import Task, resolve
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["TuckaModel"]
 
 
-class TuckaModel(nn.Module):
+class TuckaModel(ReferenceModel):
     """A base with a TuckA adapter, its stored centroids used.
 
     The authors' loader draws the centroids anew on the first forward; what was trained, and what
@@ -32,7 +33,7 @@ class TuckaModel(nn.Module):
     Args:
         hf_model: the task model, changed in place.
         stored: the checkpoint.
-        tasks: the one task.
+        task: what it was trained on.
         routing: whether all rows of a batch share a route, as in the authors' code, or each has
             its own: the same at batch 1.
 
@@ -40,30 +41,32 @@ class TuckaModel(nn.Module):
         hf: the Hugging Face model; its forward and `generate` give the system's own answers.
         layers: the adapted linears, by their full names.
         heads: always empty: a trained head stands in the base's place.
-        tasks: the one task.
     """
 
     def __init__(
         self,
         hf_model: PreTrainedModel,
         stored: StoredTucka,
-        tasks: Sequence[Task] = (),
+        task: Task,
         *,
         routing: Routing = "batch",
     ) -> None:
         super().__init__()
         hf_model.requires_grad_(False)
         self.hf: PreTrainedModel = hf_model
-        self.tasks = tuple(tasks)
         self.heads: Mapping[str, nn.Module] = {}
+        self._task = task
         self._state = RouteState()
         router = TuckaRouter(stored.centroids, stored.groups, routing)
-        self.layers: dict[str, TuckaLinear] = {}
-        for path, parts in stored.layers.items():
-            own = router if path == stored.router else None
-            linear = _linear(hf_model, path)
-            self.layers[path] = TuckaLinear(linear, parts, stored.alpha, self._state, own, path)
-            hf_model.set_submodule(path, self.layers[path])
+        self.layers: Mapping[str, TuckaLinear] = {
+            path: TuckaLinear(
+                _linear(hf_model, path), parts, stored.alpha, self._state,
+                router if path == stored.router else None, path,
+            )
+            for path, parts in sorted(stored.layers.items())
+        }  # fmt: skip
+        for path, layer in self.layers.items():
+            hf_model.set_submodule(path, layer)
         self.requires_grad_(False)
 
     @classmethod
@@ -72,11 +75,18 @@ class TuckaModel(nn.Module):
         directory: str | Path,
         base_dir: str | Path,
         *,
-        tasks: Sequence[Task] = (),
+        task: Task,
         routing: Routing = "batch",
         allow_pickle: bool = False,
     ) -> TuckaModel:
         """Return a checkpoint of the authors' code on its base, in eval mode.
+
+        Args:
+            directory: the adapter's folder.
+            base_dir: the base model's folder.
+            task: what it was trained on.
+            routing: what shares a route.
+            allow_pickle: whether `adapter_model.bin` may be read.
 
         Raises:
             CheckpointError: the checkpoint is damaged or does not fit the base.
@@ -86,28 +96,68 @@ class TuckaModel(nn.Module):
         stored = read(Path(directory), allow_pickle=allow_pickle)
         hf_model, missing = read_base(Path(base_dir))
         require(Path(base_dir), [name for name in missing if name not in stored.parameters])
-        _replace(hf_model, stored.parameters)
-        return cls(hf_model, stored, tasks, routing=routing).eval()
+        replace_parameters(hf_model, stored.parameters)
+        model = cls(hf_model, stored, task, routing=routing).eval()
+        model._find_constant_routes()
+        return model
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The one task."""
+        return (self._task,)
 
     @contextlib.contextmanager
     def task(self, task: str | int) -> Iterator[int]:
-        """Check that a task is the one there is; yield its id, 0.
+        """Check that a task is the one there is; yield its id.
 
         Raises:
             TaskError: there is no such task.
         """
-        if not self.tasks:
-            raise TaskError("the reference was loaded without a task")
         yield resolve(task, self.tasks)
 
-    def plain_parameters(self, task_id: int = 0) -> dict[str, nn.Parameter]:
-        """Return the parameters of the plain task model, the adapters left out, by name."""
+    def plain_name(self, name: str, task_id: int) -> str:
+        """Return the name a parameter of `hf` has in the plain task model; empty where none."""
         del task_id
-        return {
-            name.replace(".base.", "."): parameter
-            for name, parameter in self.hf.named_parameters(remove_duplicate=False)
-            if not name.endswith((".u", ".cores", ".router.centroids"))
-        }
+        for path in self.layers:
+            if name.startswith(f"{path}."):
+                part = name.removeprefix(f"{path}.")
+                return f"{path}.{part.removeprefix('base.')}" if part.startswith("base.") else ""
+        return name
+
+    @torch.no_grad()
+    def _find_constant_routes(self) -> None:
+        """Give each linear that runs under one route whatever the input its gates.
+
+        Some models call the router's linear again, on something no input changes (DeBERTa: its
+        table of positions); what runs after that runs under that route.
+        """
+        one = self._gates_by_linear(torch.tensor([[1, 2, 3]]))
+        if max(len(gates) for gates in one.values()) < 2:
+            return
+        other = self._gates_by_linear(torch.tensor([[5, 4, 3, 2, 1], [1, 4, 0, 5, 3]]))
+        for path, layer in self.layers.items():
+            first, *gates = (*one[path], *other[path])
+            if all(torch.equal(gate, first) for gate in gates):
+                layer.constant_gates = first[0]
+
+    def _gates_by_linear(self, ids: Tensor) -> dict[str, list[Tensor]]:
+        """Return the gates that each call of each adapted linear runs under, for some tokens."""
+        found: dict[str, list[Tensor]] = {path: [] for path in self.layers}
+
+        def note(layer: TuckaLinear, x: object, y: object) -> None:
+            del x, y
+            assert self._state.group is not None
+            assert self._state.weights is not None
+            gates = layer.dense_gates(self._state.group, self._state.weights)
+            found[layer.path].append(gates)
+
+        hooks = [layer.register_forward_hook(note) for layer in self.layers.values()]
+        try:
+            self.hf(input_ids=ids, attention_mask=torch.ones_like(ids))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -129,25 +179,3 @@ def _linear(hf_model: nn.Module, path: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise CheckpointError(f"{path} is a {type(module).__name__}", expected="a linear")
     return module
-
-
-def _replace(hf_model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Set parameters of the base; the last linear of a classifier's head may change its width."""
-    if is_classifier(hf_model):
-        head = head_module(hf_model)
-        name, last = last_linear(hf_model.get_submodule(head), head)
-        rows = len(tensors.get(f"{name}.weight", last.weight))
-        if rows != last.out_features:
-            hf_model.set_submodule(name, nn.Linear(last.in_features, rows, last.bias is not None))
-            hf_model.num_labels = hf_model.config.num_labels = rows
-    parameters = dict(hf_model.named_parameters())
-    for name, tensor in tensors.items():
-        if name not in parameters:
-            raise CheckpointError(f"the base has no parameter {name}, which the checkpoint has")
-        if parameters[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{name} has the shape {list(tensor.shape)}",
-                expected=f"{list(parameters[name].shape)}, as in the base",
-            )
-        with torch.no_grad():
-            parameters[name].copy_(tensor)

@@ -1,0 +1,329 @@
+"""Reader of the folders that the TuckA authors' code writes (a PEFT adapter of a type of its own).
+
+Everything is in the tensors' names and shapes but the number of groups and the factor of the
+adapters. What is stored is used: the authors' own loader draws the router's centroids anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eptc.checkpoint.base import BaseModel, read_json
+from eptc.checkpoint.contents import Contents, ReadOptions, Source, check_fit, consume_all
+from eptc.checkpoint.peft_folder import CONFIG, read_tensors
+from eptc.checkpoint.replaced import head_rows, take_replaced
+from eptc.checkpoint.single_task import single_task
+from eptc.errors import CheckpointError
+from eptc.ir import Adapter, Branch, CentroidRouter, Float64, Routed, Tucker
+from eptc.runtime.routing import RoutingSpec
+from eptc.tensors import ComputedTensor, LazyTensor, SafetensorsFile
+
+__all__ = ["holds_unmerged", "read_tucka"]
+
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.tucka_(?P<part>g|c|u|ec)")
+_HEADS = ("classifier", "score")
+# Below the saved head: the copy PEFT made of it, and what it was copied from.
+_COPIES = re.compile(r"base_model\.model\.[^.]+\.(modules_to_save|original_module)\..+")
+_PARTS = ("g", "c", "u")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What the configuration says: r, k groups of t experts, p slices of a core, alpha."""
+
+    r: int
+    k: int
+    t: int
+    p: int
+    alpha: float
+
+    @classmethod
+    def read(cls, path: Path) -> _Settings:
+        config = read_json(path / CONFIG, CheckpointError)
+        if config.get("peft_type") != "TUCKA":
+            raise CheckpointError(
+                f"{path / CONFIG} has peft_type {config.get('peft_type')!r}", expected="'TUCKA'"
+            )
+        if config.get("use_alb"):
+            raise CheckpointError(
+                f"{path / CONFIG} has use_alb = {config['use_alb']!r}",
+                expected="false: with it the authors' code cannot build a model, so that none "
+                "was trained with it",
+                fix="use the adapter_config.json that the training run saved",
+            )
+        try:
+            sizes = [int(config.get(key, default)) for key, default in _DEFAULTS.items()]
+            found = cls(*sizes, alpha=float(config.get("alpha", 1)))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path / CONFIG} lacks a sound r, k, t, p or alpha: {error}"
+            ) from error
+        if min(sizes) < 1 or not math.isfinite(found.alpha):
+            raise CheckpointError(f"{path / CONFIG} has r, k, t, p and alpha {found}")
+        return found
+
+    def shapes(self, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each part of a linear with `columns` inputs."""
+        return {
+            "g": (self.k, self.p, self.r, self.r), "c": (self.t, self.p), "u": (columns, self.r),
+            "ec": (self.k * self.t, columns),
+        }  # fmt: skip
+
+
+_DEFAULTS = {"r": 8, "k": 3, "t": 3, "p": 2}
+
+
+def holds_unmerged(path: Path) -> bool:
+    """Whether a folder is what the authors' `merge_and_unload` leaves: a model, nothing merged."""
+    file = path / "model.safetensors"
+    if not file.is_file() or (path / CONFIG).is_file():
+        return False
+    return any(".tucka_u." in name for name in SafetensorsFile(file))
+
+
+def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+    """Read a TuckA adapter.
+
+    Args:
+        path: the folder: adapter_config.json and adapter_model.safetensors or .bin.
+        base: the base model it was trained on.
+        options: the task's name and description; what is to become of the routes.
+
+    Raises:
+        CheckpointError: missing, extra, misshapen or non-finite tensors; no router or several; a
+            router that was saved before it had centroids; a folder that only looks merged.
+        OptionError: an option that has no meaning here.
+    """
+    if holds_unmerged(path):
+        raise CheckpointError(
+            f"{path} is what the authors' merge_and_unload leaves: nothing in it is merged, and "
+            "transformers would draw the adapted linears anew",
+            expected=f"the adapter's own folder: {CONFIG} and adapter_model.safetensors",
+            fix="give the folder that training saved, and the base with --base",
+        )
+    settings = _Settings.read(path)
+    tensors = read_tensors(path, options.allow_pickle)
+    source = Source(path, tensors)
+    modules = _modules(path, tensors)
+    inert = _take_inert(source, modules, settings)
+    routed = {name: parts for name, parts in modules.items() if name not in inert}
+    columns = {name: tensors[parts["u"]].shape[0] for name, parts in routed.items()}
+    check_fit(
+        path, base, {name: (base.linears.get(name, (0,))[0], n) for name, n in columns.items()}
+    )
+    router = _router(source, tensors, routed, settings, base, options)
+    adapters = {
+        name: _adapter(source, parts, base, name, settings, router)
+        for name, parts in sorted(routed.items())
+    }
+    names = {name: _plain(name) for name in source.left}
+    replaced = take_replaced(source, base, names)
+    consume_all(source)
+    task = single_task(options, base.config, head_rows(base, replaced.head))
+    mode = "per-sample" if router.unit == "row" else "batch"
+    return Contents(
+        format="tucka",
+        variant="tucka",
+        adapters=adapters,
+        heads={task.name: replaced.head} if replaced.head else {},
+        tasks=(task,),
+        tensors=source.finite,
+        config=read_json(path / CONFIG, CheckpointError),
+        weights=replaced.weights,
+        settings=replaced.settings,
+        routing=RoutingSpec(mode, _reads_padding(base, str(router.site))),
+        details={
+            "tucka": {**dataclasses.asdict(settings), "router": router.site, "inert": inert},
+        },
+        notes=_notes(path, settings, base, inert, head=bool(replaced.head)),
+    )
+
+
+def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, str]]:
+    """Return the names of each adapted linear's tensors, by part."""
+    modules: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        if (match := _KEY.fullmatch(name)) and not _COPIES.fullmatch(name):
+            modules.setdefault(match["module"], {})[match["part"]] = name
+    lost = [
+        f"{_PREFIX}{module}.tucka_{part}"
+        for module, parts in sorted(modules.items())
+        for part in _PARTS
+        if part not in parts
+    ]
+    if not modules or lost:
+        raise CheckpointError(
+            f"{path} lacks {', '.join(lost[:3])}" if lost else f"{path} adapts no linear",
+            expected="tucka_g, tucka_c and tucka_u of each adapted linear",
+            fix="use the file the training run saved",
+        )
+    return modules
+
+
+def _take_inert(
+    source: Source, modules: Mapping[str, Mapping[str, str]], settings: _Settings
+) -> list[str]:
+    """Take the adapters inside a saved head; return their linears.
+
+    PEFT trains a copy of the head, and the route never reaches a copy: with one group such an
+    adapter adds nothing, with several the first forward fails.
+    """
+    inert = sorted(name for name in modules if name.split(".")[0] in _HEADS)
+    if inert and settings.k > 1:
+        raise CheckpointError(
+            f"{source.path} adapts {inert[0]}, a part of the saved head, with {settings.k} groups",
+            expected="one group: with more the authors' code fails on the first forward",
+            fix="use the files of one training run",
+        )
+    for name in inert:
+        for part in _PARTS:
+            _take(source, modules[name][part], part, settings, None)
+    for name in [name for name in source.left if _COPIES.fullmatch(name)]:
+        source.take(name, source.finite[name].shape)
+    return inert
+
+
+def _take(
+    source: Source, name: str, part: str, settings: _Settings, columns: int | None
+) -> LazyTensor:
+    shape: list[int | None] = list(settings.shapes(0 if columns is None else columns)[part])
+    if part == "u" and columns is None:
+        shape[0] = None
+    return source.take(name, tuple(shape))
+
+
+def _router(
+    source: Source,
+    tensors: Mapping[str, LazyTensor],
+    modules: Mapping[str, Mapping[str, str]],
+    settings: _Settings,
+    base: BaseModel,
+    options: ReadOptions,
+) -> CentroidRouter:
+    sites = sorted(name for name, parts in modules.items() if "ec" in parts)
+    if len(sites) != 1:
+        raise CheckpointError(
+            f"{source.path} has {len(sites)} routers (tucka_ec)"
+            + (f": {', '.join(sites[:3])}" if sites else ""),
+            expected="one, which routes for every adapted linear",
+            fix="train with a router_name that names a linear that is adapted"
+            if not sites
+            else "use the file the training run saved",
+        )
+    name = modules[sites[0]]["ec"]
+    stored = np.asarray(tensors[name].numpy()).astype(np.float64)
+    groups = np.array_split(stored, settings.k)
+    if not np.isfinite(stored).all() or not all(group.any() for group in groups):
+        raise CheckpointError(
+            f"{name} in {source.path} holds no centroids: the file was saved before the first "
+            "forward pass, which draws them",
+            expected="finite numbers, in each group some that are not 0",
+            fix="use a checkpoint that was saved while or after training",
+        )
+    unit = "row" if options.routing == "per-sample" else "batch"
+    columns = base.linears[sites[0]][1]
+    return CentroidRouter(
+        _take(source, name, "ec", settings, columns), settings.k, unit, sites[0]
+    )
+
+
+def _adapter(
+    source: Source,
+    names: Mapping[str, str],
+    base: BaseModel,
+    module: str,
+    settings: _Settings,
+    router: CentroidRouter,
+) -> Adapter:
+    columns = base.linears[module][1]
+    g, c, u = (_take(source, names[part], part, settings, columns) for part in _PARTS)
+    for tensor in (g, c, u):
+        if not np.asarray(tensor.numpy()).any():
+            raise CheckpointError(
+                f"{tensor.name} in {source.path} is all zeros, and it is divided by its norm",
+                fix="use a checkpoint that was saved while or after training",
+            )
+    basis = _computed(f"{u.name}/norm", u.shape, functools.partial(_unit, u))
+    weight = base.weights[f"{module}.weight"]
+    branches = []
+    for expert in range(settings.k * settings.t):
+        group, slot = divmod(expert, settings.t)
+        core = _computed(
+            f"{g.name}/core.{expert}",
+            (settings.r, settings.r),
+            functools.partial(_core, g, c, group, slot),
+        )
+        branches.append(Branch(Tucker(basis, core, weight), Routed(router, expert), settings.alpha))
+    return Adapter(module, tuple(branches))
+
+
+def _computed(name: str, shape: tuple[int, ...], compute: Any) -> LazyTensor:
+    return ComputedTensor(name, "float64", shape, compute)
+
+
+def _unit(tensor: LazyTensor) -> Float64:
+    """Return a tensor divided by the norm of all its numbers."""
+    return _normalised(np.asarray(tensor.numpy()))
+
+
+def _core(g: LazyTensor, c: LazyTensor, group: int, slot: int) -> Float64:
+    """Return an expert's core [r, r]: its mixture of the group's slices."""
+    slices = _normalised(np.asarray(g.numpy())[group])
+    mixing = _unit(c)[slot]
+    total = np.zeros(slices.shape[1:])
+    for weight, matrix in zip(mixing, slices, strict=True):
+        total += weight * matrix
+    return total
+
+
+def _normalised(array: np.ndarray[Any, Any]) -> Float64:
+    exact = array.astype(np.float64)
+    return exact / math.sqrt(math.fsum((exact**2).ravel().tolist()))
+
+
+def _plain(name: str) -> str:
+    """Return what the name of a saved parameter is in the Hugging Face model."""
+    return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def _reads_padding(base: BaseModel, site: str) -> bool:
+    """Whether padding changes the route.
+
+    DeBERTa sets the embeddings of padding to zero, which moves no mean's direction; further in
+    nothing is zero any more.
+    """
+    first = next(iter(base.architecture.stacks)) + ".0.attention.self."
+    return base.architecture.model_type != "deberta-v2" or not site.startswith(first)
+
+
+def _notes(
+    path: Path, settings: _Settings, base: BaseModel, inert: list[str], *, head: bool
+) -> tuple[str, ...]:
+    notes = []
+    if settings.t == 1 and settings.k > 1:
+        notes.append(
+            f"{path} has groups of one expert (t = 1, k = {settings.k}): groups tie wherever two "
+            "centroids point towards the input, and which one wins differs from runtime to runtime"
+        )
+    if not head and base.architecture.kind == "encoder-classifier":
+        notes.append(
+            f"{path} holds no classification head, and the base's is used: the authors' scripts "
+            "for images train a head and do not save it"
+        )
+    halves = sorted({t.dtype for t in base.weights.values()} - {"float32", "float64"})
+    if halves:
+        notes.append(
+            f"the base is stored in {halves[0]}: the authors' code would route in it, the engine "
+            "routes in float32 and may choose otherwise where two groups are close"
+        )
+    notes += [f"the adapter of {name} has no effect: it is inside the saved head" for name in inert]
+    return tuple(notes)
