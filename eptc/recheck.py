@@ -193,7 +193,9 @@ def _scores(
 ) -> Mapping[str, Any]:
     """Score both sides on labelled examples; the drop is a paired difference per example."""
     want, sure = reference_answers(engine, model, task, tokenizer, examples)
-    answers = engine.classify(list(examples), truncate=True)
+    # The reference is asked about one example at a time.
+    size = 1 if engine.manifest.routing.mode == "batch" else 32
+    answers = engine.classify(list(examples), truncate=True, batch_size=size)
     got = [a.value if task.kind == "regression" else a.index for a in answers]
     labels = [
         float(e["label"]) if task.kind == "regression" else task.labels.index(e["label"])

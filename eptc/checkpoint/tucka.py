@@ -21,9 +21,10 @@ from eptc.checkpoint.contents import Contents, ReadOptions, Source, check_fit, c
 from eptc.checkpoint.peft_folder import CONFIG, read_tensors
 from eptc.checkpoint.replaced import head_rows, take_replaced
 from eptc.checkpoint.single_task import single_task
-from eptc.errors import CheckpointError
+from eptc.errors import CheckpointError, TaskError
 from eptc.ir import Adapter, Branch, CentroidRouter, Float64, Routed, Tucker
 from eptc.runtime.routing import RoutingSpec
+from eptc.tasks import Task
 from eptc.tensors import ComputedTensor, LazyTensor, SafetensorsFile
 
 __all__ = ["holds_unmerged", "read_tucka"]
@@ -102,6 +103,7 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
         CheckpointError: missing, extra, misshapen or non-finite tensors; no router or several; a
             router that was saved before it had centroids; a folder that only looks merged.
         OptionError: an option that has no meaning here.
+        TaskError: a description that does not fit, or labels of a decoder.
     """
     if holds_unmerged(path):
         raise CheckpointError(
@@ -129,6 +131,7 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     replaced = take_replaced(source, base, names)
     consume_all(source)
     task = single_task(options, base.config, head_rows(base, replaced.head))
+    _refuse_scoring(base, task)
     mode = "per-sample" if router.unit == "row" else "batch"
     return Contents(
         format="tucka",
@@ -303,6 +306,22 @@ def _reads_padding(base: BaseModel, site: str) -> bool:
     """
     first = next(iter(base.architecture.stacks)) + ".0.attention.self."
     return base.architecture.model_type != "deberta-v2" or not site.startswith(first)
+
+
+def _refuse_scoring(base: BaseModel, task: Task) -> None:
+    """Refuse a closed set of answers that a decoder would be given all at once.
+
+    Raises:
+        TaskError: the router would read the tokens of all answers together; the authors' code
+            writes one token after another.
+    """
+    if base.architecture.kind == "decoder-only" and task.labels:
+        raise TaskError(
+            f"task {task.name!r} has labels, which are scored all at once, and every token of a "
+            "TuckA decoder changes the route of the others",
+            expected="a task of the kind generation",
+            fix="describe it without labels, and compare what it writes",
+        )
 
 
 def _notes(

@@ -10,7 +10,7 @@ from eptc.errors import CheckpointError, InternalError
 from eptc.ir import Adapter, CentroidRouter, Delta, InputRouter, Tucker
 from eptc.lower.calls import Call, add_to, calls
 from eptc.lower.merging import Gates, constant_gates, merge
-from eptc.lower.tucker import lower_centroids, lower_tucker
+from eptc.lower.tucker import join_mixing, lower_centroids, lower_tucker
 from eptc.tensors import LazyTensor
 
 __all__ = ["insert_branches"]
@@ -53,6 +53,7 @@ def insert_branches(
     """
     left = {path: adapter for path, adapter in adapters.items() if adapter.branches}
     routes: dict[InputRouter, ir.Value | Gates] = {}
+    made: list[ir.Value] = []
     fixed: list[tuple[Call, Gates]] = []
     found = calls(model.graph, left)
     for call in found:
@@ -62,7 +63,9 @@ def insert_branches(
             raise InternalError(f"the constant branches of {call.path} were not folded")
         if router.site in (None, call.path):
             gates = constant_gates(router, call)
-            routes[router] = ROUTERS[type(router)](router, call) if gates is None else gates
+            if gates is None:
+                made.append(ROUTERS[type(router)](router, call))
+            routes[router] = made[-1] if gates is None else gates
         if router not in routes:
             raise CheckpointError(
                 f"{call.path} is executed before {router.site}, whose input the router reads",
@@ -74,5 +77,7 @@ def insert_branches(
             fixed.append((call, route))
             continue
         add_to(call, BRANCHES[type(adapter.branches[0].delta)](adapter, route, call))
+    for value in made:
+        join_mixing(value)
     merge(fixed, found, left, weights, dtype)
     return len(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,11 @@ from eptc.errors import InternalError
 from eptc.ir import Adapter, CentroidRouter, Float64, InputRouter, Tucker
 from eptc.ir.numbers import product, read
 from eptc.lower.calls import Call
-from eptc.lower.edit import constant, insert
-from eptc.lower.weights import bound
+from eptc.lower.edit import constant, drop, insert, module, replace
+from eptc.lower.weights import bound, join
 from eptc.tensors import ComputedTensor, LazyTensor
 
-__all__ = ["lower_centroids", "lower_tucker"]
+__all__ = ["join_mixing", "lower_centroids", "lower_tucker"]
 
 _BLOCK = 512 * 1024
 
@@ -79,6 +80,41 @@ def lower_tucker(adapter: Adapter, gates: ir.Value, call: Call) -> ir.Value:
     values = build.weight("values", _values(first))
     result = build("MatMul", build("MatMul", low, mixed), values)
     return build("Squeeze", result, build.ints(1)) if single else result
+
+
+def join_mixing(gates: ir.Value) -> None:
+    """Mix the experts of every linear under one route at once, in place.
+
+    Before: M_j = Reshape(MatMul(gates, cores_j), [routes, r, r])         for each linear j
+    After:  M_1, M_2, ... = Split(Reshape(MatMul(gates, [cores_1, cores_2, ...])), axis=1)
+
+    The products are so small that each costs a launch and little else.
+    """
+    mixings = [use.node for use in gates.uses() if use.node.op_type == "MatMul"]
+    graph = mixings[0].graph if mixings else None
+    if len(mixings) < 2 or not isinstance(graph, ir.Graph):
+        return
+    first = min(mixings, key=list(graph).index)
+    path = module(first).removesuffix("/branch") + "/router"
+    tables = [node.inputs[1] for node in mixings]
+    tensors = [table.const_value for table in tables if table is not None and table.const_value]
+    sizes = [math.isqrt(int(tensor.shape.numpy()[1])) for tensor in tensors]
+    if len(tensors) < len(mixings) or len(set(sizes)) > 1:
+        return
+    name = f"{module(first).removesuffix('/branch')}.router.cores"
+    joined = ir.Value(name=name, const_value=join(tensors, axis=1, name=name))
+    joined.type = ir.TensorType(ir.DataType.FLOAT)
+    joined.shape = ir.Shape(joined.const_value.shape.numpy())
+    graph.register_initializer(joined)
+    stacked = constant(graph, np.array([0, sum(sizes), sizes[0]], np.int64))
+    parts = constant(graph, np.array(sizes, np.int64))
+    product = insert(first, "MatMul", [gates, joined], path=path).outputs[0]
+    table = insert(first, "Reshape", [product, stacked], path=path).outputs[0]
+    split = insert(first, "Split", [table, parts], {"axis": 1}, path=path, outputs=len(sizes))
+    for node, mixed in zip(mixings, split.outputs, strict=True):
+        (reshape,) = node.outputs[0].consumers()
+        replace(reshape.outputs[0], mixed)
+        drop(reshape.outputs[0])
 
 
 def _cores(adapter: Adapter, deltas: Sequence[Tucker]) -> LazyTensor:
