@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-from eptc.lower.edit import made_by
+from eptc.lower.edit import made_by, replace
 
 __all__ = ["Call", "add_to", "calls", "set_weight"]
 
@@ -81,14 +81,13 @@ def add_to(call: Call, value: ir.Value) -> None:
     """Add what a branch gives [..., out] to a linear's output, in place."""
     y = call.y
     add = ir.node("Add", [y, value], name=f"{call.path}/branch/Add")
-    total = add.outputs[0]
-    total.name, total.type, total.shape = None, y.type, y.shape
-    readers = [(use.node, use.idx) for use in y.uses() if use.node is not add]
     graph = call.node.graph
     assert isinstance(graph, ir.Graph)
     graph.insert_after(call.node, add)
-    for node, index in readers:
-        node.replace_input_with(index, total)
+    replace(y, add.outputs[0])
+    add.replace_input_with(0, y)
+    if y.name is None:  # it was the graph's output
+        y.name = f"{call.path}/branch/without"
 
 
 def set_weight(call: Call, weight: ir.Value) -> None:
