@@ -11,6 +11,7 @@ from eptc.pass_base import AdapterPass, Contract
 
 __all__ = ["FoldPyramid"]
 
+
 @dataclasses.dataclass(frozen=True)
 class FoldPyramid(AdapterPass):
     """Fold constant branches into the weight of their linear.

@@ -291,7 +291,7 @@ def _write_tucka(folders: Folders, kind: str, settings: dict[str, Any]) -> None:
     }  # fmt: skip
     r, k, t, p = (config[key] for key in "rktp")
     names = ("q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "dense")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]), _no_progress_bars():
         torch.manual_seed(1)
         model = _tucka_base(kind)

@@ -111,9 +111,7 @@ def test_recorded_logits_and_routes(built: Any, recorded: Any, name: str) -> Non
     engine, arrays = built(name), recorded(name)
     for batch in BATCHES:
         outputs = engine.run(feeds(arrays, batch, name))
-        np.testing.assert_allclose(
-            outputs["logits"], arrays[f"{batch}_logits"], rtol=0, atol=2e-5
-        )
+        np.testing.assert_allclose(outputs["logits"], arrays[f"{batch}_logits"], rtol=0, atol=2e-5)
         weights = arrays[f"{batch}_route_weights"]
         groups, found = engine.route(outputs, len(weights))
         assert groups == [int(arrays[f"{batch}_route_group"])]
@@ -169,7 +167,8 @@ def test_recorded_generation(built: Any, recorded: Any, which: str) -> None:
         assert len(found) == steps or found[-1] == 2
 
     positions = np.where(mask == 0, 1, mask.cumsum(1) - 1)
-    tokens, cache = ids, {}
+    tokens = ids
+    cache: dict[str, Array] = {}
     for step in range(steps):
         given = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, **cache}
         outputs = built_engine.run(given)
@@ -205,16 +204,12 @@ def test_fused_graphs(built: Any, recorded: Any, name: str, optimize_for: str) -
     engine, arrays = built(name, "exact", optimize_for), recorded(name)
     for batch in ("b1", "b8"):
         outputs = engine.run(feeds(arrays, batch, name))
-        np.testing.assert_allclose(
-            outputs["logits"], arrays[f"{batch}_logits"], rtol=0, atol=2e-5
-        )
+        np.testing.assert_allclose(outputs["logits"], arrays[f"{batch}_logits"], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["bert", "deberta-v2", "llama"])
 @pytest.mark.parametrize("routing", ["exact", "per-sample"])
-def test_small_checkpoints_pass_the_gate(
-    write_tucka: Any, kind: str, routing: Any, tmp_path: Path
-) -> None:
+def test_small_checkpoints_pass_the_gate(write_tucka: Any, kind: str, routing: Any) -> None:
     folders = write_tucka(kind)
     bundle = eptc.export(
         folders.ckpt, base=folders.base, out=folders.out, routing=routing, optimize_for="any"

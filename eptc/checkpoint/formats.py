@@ -222,7 +222,9 @@ def _plain(path: Path) -> bool:
 
 
 # In the order in which they are asked.
-FORMATS: dict[str, Format] = {entry.name: entry for entry in (Native(), Released(), Lora(), Tucka())}
+FORMATS: dict[str, Format] = {
+    entry.name: entry for entry in (Native(), Released(), Lora(), Tucka())
+}
 
 
 def find_format(name: str) -> Format:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,9 +19,10 @@ from eptc.checkpoint.contents import Contents, ReadOptions, Source, check_fit, c
 from eptc.checkpoint.peft_folder import CONFIG, read_tensors
 from eptc.checkpoint.replaced import head_rows, take_replaced
 from eptc.checkpoint.single_task import single_task
+from eptc.checkpoint.tucka_factors import TuckaSettings, core, unit
 from eptc.errors import CheckpointError, TaskError
-from eptc.ir import Adapter, Branch, CentroidRouter, Float64, Routed, Tucker
-from eptc.runtime.routing import RoutingSpec
+from eptc.ir import Adapter, Branch, CentroidRouter, Routed, Tucker, Unit
+from eptc.runtime.routing import RoutingMode, RoutingSpec
 from eptc.tasks import Task
 from eptc.tensors import ComputedTensor, LazyTensor, SafetensorsFile
 
@@ -35,52 +34,6 @@ _HEADS = ("classifier", "score")
 # Below the saved head: the copy PEFT made of it, and what it was copied from.
 _COPIES = re.compile(r"base_model\.model\.[^.]+\.(modules_to_save|original_module)\..+")
 _PARTS = ("g", "c", "u")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What the configuration says: r, k groups of t experts, p slices of a core, alpha."""
-
-    r: int
-    k: int
-    t: int
-    p: int
-    alpha: float
-
-    @classmethod
-    def read(cls, path: Path) -> _Settings:
-        config = read_json(path / CONFIG, CheckpointError)
-        if config.get("peft_type") != "TUCKA":
-            raise CheckpointError(
-                f"{path / CONFIG} has peft_type {config.get('peft_type')!r}", expected="'TUCKA'"
-            )
-        if config.get("use_alb"):
-            raise CheckpointError(
-                f"{path / CONFIG} has use_alb = {config['use_alb']!r}",
-                expected="false: with it the authors' code cannot build a model, so that none "
-                "was trained with it",
-                fix="use the adapter_config.json that the training run saved",
-            )
-        try:
-            sizes = [int(config.get(key, default)) for key, default in _DEFAULTS.items()]
-            found = cls(*sizes, alpha=float(config.get("alpha", 1)))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path / CONFIG} lacks a sound r, k, t, p or alpha: {error}"
-            ) from error
-        if min(sizes) < 1 or not math.isfinite(found.alpha):
-            raise CheckpointError(f"{path / CONFIG} has r, k, t, p and alpha {found}")
-        return found
-
-    def shapes(self, columns: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each part of a linear with `columns` inputs."""
-        return {
-            "g": (self.k, self.p, self.r, self.r), "c": (self.t, self.p), "u": (columns, self.r),
-            "ec": (self.k * self.t, columns),
-        }  # fmt: skip
-
-
-_DEFAULTS = {"r": 8, "k": 3, "t": 3, "p": 2}
 
 
 def holds_unmerged(path: Path) -> bool:
@@ -112,7 +65,7 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
             expected=f"the adapter's own folder: {CONFIG} and adapter_model.safetensors",
             fix="give the folder that training saved, and the base with --base",
         )
-    settings = _Settings.read(path)
+    settings = TuckaSettings.read(path)
     tensors = read_tensors(path, options.allow_pickle)
     source = Source(path, tensors)
     modules = _modules(path, tensors)
@@ -132,7 +85,7 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     consume_all(source)
     task = single_task(options, base.config, head_rows(base, replaced.head))
     _refuse_scoring(base, task)
-    mode = "per-sample" if router.unit == "row" else "batch"
+    mode: RoutingMode = "per-sample" if router.unit == "row" else "batch"
     return Contents(
         format="tucka",
         variant="tucka",
@@ -173,7 +126,7 @@ def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[st
 
 
 def _take_inert(
-    source: Source, modules: Mapping[str, Mapping[str, str]], settings: _Settings
+    source: Source, modules: Mapping[str, Mapping[str, str]], settings: TuckaSettings
 ) -> list[str]:
     """Take the adapters inside a saved head; return their linears.
 
@@ -196,7 +149,7 @@ def _take_inert(
 
 
 def _take(
-    source: Source, name: str, part: str, settings: _Settings, columns: int | None
+    source: Source, name: str, part: str, settings: TuckaSettings, columns: int | None
 ) -> LazyTensor:
     shape: list[int | None] = list(settings.shapes(0 if columns is None else columns)[part])
     if part == "u" and columns is None:
@@ -208,7 +161,7 @@ def _router(
     source: Source,
     tensors: Mapping[str, LazyTensor],
     modules: Mapping[str, Mapping[str, str]],
-    settings: _Settings,
+    settings: TuckaSettings,
     base: BaseModel,
     options: ReadOptions,
 ) -> CentroidRouter:
@@ -232,11 +185,9 @@ def _router(
             expected="finite numbers, in each group some that are not 0",
             fix="use a checkpoint that was saved while or after training",
         )
-    unit = "row" if options.routing == "per-sample" else "batch"
+    each: Unit = "row" if options.routing == "per-sample" else "batch"
     columns = base.linears[sites[0]][1]
-    return CentroidRouter(
-        _take(source, name, "ec", settings, columns), settings.k, unit, sites[0]
-    )
+    return CentroidRouter(_take(source, name, "ec", settings, columns), settings.k, each, sites[0])
 
 
 def _adapter(
@@ -244,7 +195,7 @@ def _adapter(
     names: Mapping[str, str],
     base: BaseModel,
     module: str,
-    settings: _Settings,
+    settings: TuckaSettings,
     router: CentroidRouter,
 ) -> Adapter:
     columns = base.linears[module][1]
@@ -255,42 +206,16 @@ def _adapter(
                 f"{tensor.name} in {source.path} is all zeros, and it is divided by its norm",
                 fix="use a checkpoint that was saved while or after training",
             )
-    basis = _computed(f"{u.name}/norm", u.shape, functools.partial(_unit, u))
+    basis = ComputedTensor(u.name, "float64", u.shape, functools.partial(unit, u))
     weight = base.weights[f"{module}.weight"]
     branches = []
     for expert in range(settings.k * settings.t):
         group, slot = divmod(expert, settings.t)
-        core = _computed(
-            f"{g.name}/core.{expert}",
-            (settings.r, settings.r),
-            functools.partial(_core, g, c, group, slot),
-        )
-        branches.append(Branch(Tucker(basis, core, weight), Routed(router, expert), settings.alpha))
+        compute = functools.partial(core, g, c, group, slot)
+        matrix = ComputedTensor(g.name, "float64", (settings.r, settings.r), compute)
+        delta = Tucker(basis, matrix, weight)
+        branches.append(Branch(delta, Routed(router, expert), settings.alpha))
     return Adapter(module, tuple(branches))
-
-
-def _computed(name: str, shape: tuple[int, ...], compute: Any) -> LazyTensor:
-    return ComputedTensor(name, "float64", shape, compute)
-
-
-def _unit(tensor: LazyTensor) -> Float64:
-    """Return a tensor divided by the norm of all its numbers."""
-    return _normalised(np.asarray(tensor.numpy()))
-
-
-def _core(g: LazyTensor, c: LazyTensor, group: int, slot: int) -> Float64:
-    """Return an expert's core [r, r]: its mixture of the group's slices."""
-    slices = _normalised(np.asarray(g.numpy())[group])
-    mixing = _unit(c)[slot]
-    total = np.zeros(slices.shape[1:])
-    for weight, matrix in zip(mixing, slices, strict=True):
-        total += weight * matrix
-    return total
-
-
-def _normalised(array: np.ndarray[Any, Any]) -> Float64:
-    exact = array.astype(np.float64)
-    return exact / math.sqrt(math.fsum((exact**2).ravel().tolist()))
 
 
 def _plain(name: str) -> str:
@@ -325,7 +250,7 @@ def _refuse_scoring(base: BaseModel, task: Task) -> None:
 
 
 def _notes(
-    path: Path, settings: _Settings, base: BaseModel, inert: list[str], *, head: bool
+    path: Path, settings: TuckaSettings, base: BaseModel, inert: list[str], *, head: bool
 ) -> tuple[str, ...]:
     notes = []
     if settings.t == 1 and settings.k > 1:
@@ -344,5 +269,5 @@ def _notes(
             f"the base is stored in {halves[0]}: the authors' code would route in it, the engine "
             "routes in float32 and may choose otherwise where two groups are close"
         )
-    notes += [f"the adapter of {name} has no effect: it is inside the saved head" for name in inert]
+    notes += [f"the adapter of {name} adds nothing: it is inside the saved head" for name in inert]
     return tuple(notes)

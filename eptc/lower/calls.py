@@ -71,7 +71,7 @@ def _weight(node: ir.Node) -> ir.Value | None:
     if node.op_identifier() == ("", "MatMul", ""):
         transpose = made_by(node.inputs[1], "Transpose")
         weight = None if transpose is None else transpose.inputs[0]
-    elif node.op_identifier() == ("", "Gemm", "") and node.attributes.get_int("transB", 0):
+    elif node.op_identifier() == ("", "Gemm", "") and node.attributes.get_int("transB", 0) == 1:
         weight = node.inputs[1]
     named = weight is not None and weight.is_initializer() and str(weight.name).endswith(_WEIGHT)
     return weight if named else None

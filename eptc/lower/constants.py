@@ -29,7 +29,7 @@ def constant_value(value: ir.Value) -> Float64 | None:
     if missing := [leaf.name for leaf in leaves if leaf.const_value is None]:
         raise InternalError(f"{missing[0]} has no data yet")
     if not nodes:
-        return _widened(value)
+        return np.asarray(_widened(value), np.float64)
     from onnx.reference import ReferenceEvaluator
 
     graph = nodes[0].graph

@@ -102,9 +102,9 @@ def join_mixing(gates: ir.Value) -> None:
     if len(tensors) < len(mixings) or len(set(sizes)) > 1:
         return
     name = f"{module(first).removesuffix('/branch')}.router.cores"
-    joined = ir.Value(name=name, const_value=join(tensors, axis=1, name=name))
-    joined.type = ir.TensorType(ir.DataType.FLOAT)
-    joined.shape = ir.Shape(joined.const_value.shape.numpy())
+    tensor = join(tensors, axis=1, name=name)
+    joined = ir.Value(name=name, const_value=tensor)
+    joined.type, joined.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
     graph.register_initializer(joined)
     stacked = constant(graph, np.array([0, sum(sizes), sizes[0]], np.int64))
     parts = constant(graph, np.array(sizes, np.int64))

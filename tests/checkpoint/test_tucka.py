@@ -38,7 +38,7 @@ def read(folders: Any, **options: Any) -> checkpoint.Checkpoint:
 
 
 def test_branches_are_the_edits_of_the_input(write_tucka: Write) -> None:
-    """y = W (x + alpha U^ M^T U^T^ x), each group's slices divided by the norm of them all."""
+    """Branches are W (x + alpha U^ M^T U^T^ x) - W x, each group's slices over their norm."""
     folders = write_tucka()
     source = read(folders)
     tensors = safetensors.numpy.load_file(folders.ckpt / FILE)
@@ -171,7 +171,7 @@ def test_an_adapter_in_the_head_adds_nothing(write_tucka: Write) -> None:
     contents = read(folders).contents
     assert "classifier.dense" not in contents.adapters
     assert contents.details["tucka"]["inert"] == ["classifier.dense"]
-    assert "no effect" in contents.notes[0]
+    assert "adds nothing" in contents.notes[0]
 
 
 def test_groups_of_one_expert_are_reported(write_tucka: Write) -> None:

@@ -68,7 +68,9 @@ def test_logits_and_routes(tucka: Load, recorded: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_inputs_and_outputs_of_linears(tucka: Load, recorded: Any, golden: Path, name: str) -> None:
+def test_inputs_and_outputs_of_linears(
+    tucka: Load, recorded: Any, golden: Path, name: str
+) -> None:
     model, arrays = tucka(name), recorded(name)
     manifest = json.loads((golden / "tucka" / name / "manifest.json").read_text())
     watched = [path for path in manifest["watched_layers"] if path in model.layers]
@@ -100,11 +102,11 @@ def test_generation_with_a_cache(tucka: Load, recorded: Any, which: str) -> None
     """The router runs at every step; keys and values stay as older routes made them."""
     model, arrays = tucka("llama-lm"), recorded("llama-lm")
     wanted = arrays[f"{which}_sequences"]
+    new = wanted.shape[1] - arrays[f"{which}_input_ids"].shape[1]
     with model.recording() as calls, torch.no_grad():
         output: Any = model.hf.generate(
-            **feeds(arrays, which), max_new_tokens=wanted.shape[1] - arrays[f"{which}_input_ids"].shape[1],
-            do_sample=False, eos_token_id=None, pad_token_id=0,
-            return_dict_in_generate=True, output_logits=True,
+            **feeds(arrays, which), max_new_tokens=new, do_sample=False, eos_token_id=None,
+            pad_token_id=0, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     assert output.sequences.tolist() == wanted.tolist()
     logits = torch.stack(output.logits, 1).numpy()
@@ -150,6 +152,7 @@ def test_constant_routes(tucka: Load, recorded: Any, name: str) -> None:
     assert dynamic == {f"{attention}.query_proj", f"{attention}.value_proj"}
     layer = model.layers["pooler.dense"]
     x = torch.from_numpy(arrays["b2_layer2_in"])
+    assert layer.bias is not None
     folded = x @ (layer.weight + layer.dense()).T + layer.bias
     torch.testing.assert_close(
         folded.detach(), torch.from_numpy(arrays["b2_layer2_out"]), rtol=0, atol=ATOL

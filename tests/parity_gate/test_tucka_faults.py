@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 import eptc
-from eptc.checkpoint import tucka
+from eptc.checkpoint import tucka, tucka_factors
 from eptc.errors import ParityError
 from eptc.ir import CentroidRouter
 from eptc.lower import branches, merging
@@ -30,7 +30,7 @@ def one_norm_for_all_groups(patch: Patch) -> None:
         mixing /= np.linalg.norm(mixing)
         return np.tensordot(mixing[slot], exact[group] / np.linalg.norm(exact), 1)
 
-    patch.setattr(tucka, "_core", core)
+    patch.setattr(tucka, "core", core)
 
 
 def a_norm_for_each_column(patch: Patch) -> None:
@@ -38,34 +38,34 @@ def a_norm_for_each_column(patch: Patch) -> None:
         exact = tensor.numpy().astype(np.float64)
         return exact / np.linalg.norm(exact, axis=0)
 
-    patch.setattr(tucka, "_unit", unit)
+    patch.setattr(tucka, "unit", unit)
 
 
 def alpha_divided_by_the_rank(patch: Patch) -> None:
-    read = tucka._Settings.read
+    read = tucka_factors.TuckaSettings.read
 
     def divided(path: Any) -> Any:
         found = read(path)
         return dataclasses.replace(found, alpha=found.alpha / found.r)
 
-    patch.setattr(tucka._Settings, "read", divided)
+    patch.setattr(tucka_factors.TuckaSettings, "read", divided)
 
 
 def transposed_cores(patch: Patch) -> None:
-    core = tucka._core
-    patch.setattr(tucka, "_core", lambda *arguments: core(*arguments).T)
+    core = tucka_factors.core
+    patch.setattr(tucka, "core", lambda *arguments: core(*arguments).T)
 
 
 def swapped_experts(patch: Patch) -> None:
-    core = tucka._core
-    patch.setattr(tucka, "_core", lambda g, c, group, slot: core(g, c, group, 1 - slot))
+    core = tucka_factors.core
+    patch.setattr(tucka, "core", lambda g, c, group, slot: core(g, c, group, 1 - slot))
 
 
 def router(patch: Patch, change: Callable[[CentroidRouter], CentroidRouter]) -> None:
     def lower(found: Any, call: Call) -> ir.Value:
         return lower_centroids(change(found), call)
 
-    patch.setitem(branches.ROUTERS, CentroidRouter, lower)
+    patch.setattr(branches, "ROUTERS", {CentroidRouter: lower})
 
 
 def slots_before_groups(patch: Patch) -> None:
@@ -108,7 +108,7 @@ def padding_left_out(patch: Patch) -> None:
         x = insert(call.node, "Mul", [call.x, wide]).outputs[0]
         return lower_centroids(found, Masked(call.path, call.node, x))  # type: ignore[arg-type]
 
-    patch.setitem(branches.ROUTERS, CentroidRouter, lower)
+    patch.setattr(branches, "ROUTERS", {CentroidRouter: lower})
 
 
 def the_first_route_for_good(patch: Patch) -> None:
@@ -121,7 +121,7 @@ def the_first_route_for_good(patch: Patch) -> None:
         return first[found]
 
     patch.setattr(branches, "constant_gates", lambda *_: None)
-    patch.setitem(branches.ROUTERS, CentroidRouter, lower)
+    patch.setattr(branches, "ROUTERS", {CentroidRouter: lower})
 
 
 def another_constant_route(patch: Patch) -> None:

@@ -1,4 +1,4 @@
-"""`TuckaLinear`: a linear whose input is edited by experts that one router of the model chooses."""
+"""`TuckaLinear`: a linear whose input is edited by experts that the model's router chooses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TuckaRouter(nn.Module):
         """
         x = x.float()
         mean = x.mean(0, keepdim=True).mean(1) if self.routing == "batch" else x.mean(1)
-        logits = (mean @ self.centroids.T).unflatten(1, (self.groups, -1))
+        logits = (mean @ self.centroids.T).reshape(len(mean), self.groups, -1)
         scores = torch.sigmoid(logits / torch.linalg.vector_norm(logits, dim=2, keepdim=True))
         best = torch.topk(scores.flatten(1), 1).indices[:, 0]
         group = best // scores.shape[2]

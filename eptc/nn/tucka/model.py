@@ -162,7 +162,8 @@ class TuckaModel(ReferenceModel):
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Yield a list that gets group and weights of every call of the router."""
-        self._state.calls = calls = []
+        calls: list[tuple[Tensor, Tensor]] = []
+        self._state.calls = calls
         try:
             yield calls
         finally:

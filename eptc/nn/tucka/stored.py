@@ -75,12 +75,11 @@ def read(directory: Path, *, allow_pickle: bool = False) -> StoredTucka:
     else:
         tensors = read_pickle(directory / "adapter_model.bin", allowed=allow_pickle)
     layers, parameters = _sort(tensors)
-    inert = [path for path in layers if path.split(".")[0] in _HEADS]
+    inert = [name for name in layers if name.split(".")[0] in _HEADS]
     if inert and config["k"] > 1:
         raise CheckpointError(f"{inert[0]} in {directory} has an adapter that cannot have run")
-    for path in inert:
-        # The adapter of a copied head never saw a route: it adds nothing.
-        del layers[path]
+    # The adapter of a copied head never saw a route: it adds nothing.
+    layers = {name: parts for name, parts in layers.items() if name not in inert}
     return _checked(directory, config, layers, parameters)
 
 
