@@ -207,6 +207,23 @@ def test_fused_graphs(built: Any, recorded: Any, name: str, optimize_for: str) -
         np.testing.assert_allclose(outputs["logits"], arrays[f"{batch}_logits"], rtol=0, atol=2e-5)
 
 
+def test_two_builds_are_equal(write_tucka: Any, tmp_path: Path) -> None:
+    folders = write_tucka("deberta-v2")
+    outs = [tmp_path / name for name in ("one", "two")]
+    for out in outs:
+        eptc.export(folders.ckpt, base=folders.base, out=out, verify=False)
+    one, two = ({p.name: p.read_bytes() for p in sorted(out.iterdir())} for out in outs)
+    assert one == two
+
+
+def test_inspect(write_tucka: Any, cli: Any) -> None:
+    folders = write_tucka()
+    shown = cli("inspect", folders.ckpt, "--base", folders.base)
+    assert shown.code == 0
+    assert "3 groups of 2 experts, rank 4, alpha 6" in shown.stdout
+    assert "depends on the other rows of its batch" in shown.stdout
+
+
 @pytest.mark.parametrize("kind", ["bert", "deberta-v2", "llama"])
 @pytest.mark.parametrize("routing", ["exact", "per-sample"])
 def test_small_checkpoints_pass_the_gate(write_tucka: Any, kind: str, routing: Any) -> None:

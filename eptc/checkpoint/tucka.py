@@ -76,6 +76,7 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
         path, base, {name: (base.linears.get(name, (0,))[0], n) for name, n in columns.items()}
     )
     router = _router(source, tensors, routed, settings, base, options)
+    _refuse_unread(base, str(router.site))
     adapters = {
         name: _adapter(source, parts, base, name, settings, router)
         for name, parts in sorted(routed.items())
@@ -231,6 +232,31 @@ def _reads_padding(base: BaseModel, site: str) -> bool:
     """
     first = next(iter(base.architecture.stacks)) + ".0.attention.self."
     return base.architecture.model_type != "deberta-v2" or not site.startswith(first)
+
+
+def _refuse_unread(base: BaseModel, site: str) -> None:
+    """Refuse a DeBERTa that calls its router on the table of positions and drops the result.
+
+    The call sets the route for all that follows, and a traced graph has no trace of it.
+
+    Raises:
+        CheckpointError: such a base.
+    """
+    config = base.config
+    reads = {"query_proj": "p2c", "key_proj": "c2p"}.get(site.rpartition(".")[2])
+    if (
+        base.architecture.model_type == "deberta-v2"
+        and config.get("relative_attention")
+        and config.get("share_att_key")
+        and reads is not None
+        and reads not in (config.get("pos_att_type") or ())
+    ):
+        raise CheckpointError(
+            f"the base {base.path} projects its positions with {site}, which routes, and does not "
+            f"read them: its pos_att_type {config.get('pos_att_type')!r} lacks {reads!r}",
+            expected=f"{reads!r} in pos_att_type, as in DeBERTa-v2 and v3",
+            fix="its routes cannot be compiled",
+        )
 
 
 def _refuse_scoring(base: BaseModel, task: Task) -> None:

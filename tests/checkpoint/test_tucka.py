@@ -207,6 +207,19 @@ def test_labels_of_a_decoder_are_refused(write_tucka: Write, tmp_path: Path) -> 
         read(folders, task_spec=spec)
 
 
+@pytest.mark.parametrize("kinds", [["c2p"], "c2p", None])
+def test_a_route_that_a_dropped_projection_sets_is_refused(write_tucka: Write, kinds: Any) -> None:
+    """DeBERTa projects its table of positions whether or not it reads what comes of it."""
+    folders = write_tucka("deberta-v2")
+    path = folders.base / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "pos_att_type": kinds}))
+    with pytest.raises(EptcError, match="does not read them"):
+        read(folders)
+    path.write_text(json.dumps({**config, "pos_att_type": "c2p|p2c"}))
+    read(folders)
+
+
 def test_experts_are_not_chosen_by_task(write_tucka: Write) -> None:
     with pytest.raises(OptionError, match="--top-k 2"):
         read(write_tucka(), top_k=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -15,7 +16,11 @@ from eptc.ir import Adapter, Branch, CentroidRouter, Constant, Routed, Tucker
 from eptc.ir.folding import folded
 from eptc.lower import insert_branches
 from eptc.lower.constants import constant_value
+from eptc.lower.half import plan_half
+from eptc.lower.quantizable import quantizable
 from eptc.lower.weights import bound
+from eptc.passes.cast_half import CastHalf
+from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.passes.stable_names import StableNames
 from eptc.tensors import ArrayTensor
 
@@ -224,3 +229,24 @@ def test_a_router_that_comes_later_is_refused() -> None:
     }
     with pytest.raises(CheckpointError, match="first is executed before second"):
         model.lower()
+
+
+@pytest.mark.parametrize("cores", ["first.router.cores", "first.router.centroids"])
+def test_routes_stay_float32(cores: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Which group is chosen can turn on the last bit."""
+    model = Model(GRAPH, 3, 2, "batch")
+    model.lower()
+    reasons: dict[str, str] = {}
+    quantizable(model.model.graph, left=reasons.__setitem__)
+    assert "a router's" in reasons[cores]
+    with caplog.at_level(logging.DEBUG, "eptc.passes.quantize_weights"):
+        QuantizeWeights(bits=8, block_size=16)(model.model)
+    assert f"left {cores} alone: it is a router's" in caplog.text
+    plan = plan_half(model.model, "float16", {}, safety=8.0, keep=())
+    nodes = [node for node in model.model.graph if str(node.name).startswith("first/router/")]
+    assert len(nodes) > 10
+    integers = {"ArgMax", "Equal"}
+    assert {n.op_type for n in nodes if n not in plan.nodes} <= integers
+    CastHalf("float16")(model.model)
+    assert model.model.graph.initializers[cores].dtype == ir.DataType.FLOAT
+    assert model.model.graph.initializers["first.weight"].dtype == ir.DataType.FLOAT16
