@@ -87,6 +87,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             ),
         ),
         Architecture(
+            # v2 and v3: the same model, differently trained.
+            model_type="deberta-v2",
+            kind="encoder-classifier",
+            module="transformers.models.deberta_v2.modeling_deberta_v2",
+            task_class="DebertaV2ForSequenceClassification",
+            prefix="deberta",
+            bare=frozenset({"embeddings", "encoder"}),
+            embedding="deberta.embeddings.word_embeddings.weight",
+            stacks={"deberta.encoder.layer": "num_hidden_layers"},
+            ignored=re.compile(
+                rf"{_BUFFERS}|cls\..*|lm_head\..*|qa_outputs\..*|(lm|mask)_predictions\..*"
+            ),
+        ),
+        Architecture(
             model_type="t5",
             kind="encoder-decoder",
             module="transformers.models.t5.modeling_t5",

@@ -118,7 +118,7 @@ class Job:
         graphs = found.copy_graphs()
         lower.bind(graphs, model.weights)
         for graph in graphs.values():
-            lower.insert_branches(graph, model.adapters)
+            lower.insert_branches(graph, model.adapters, model.weights, self.dtype)
         return graphs
 
     def graph_passes(self) -> list[Any]:

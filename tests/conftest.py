@@ -107,6 +107,22 @@ def copy_native(small_native: Folders, tmp_path: Path) -> Folders:
     return Folders(tmp_path)
 
 
+@pytest.fixture
+def write_tucka(tmp_path: Path) -> Callable[..., Folders]:
+    """Return a function that writes a TuckA adapter as its authors' code does, and its base.
+
+    On a `bert` or `deberta-v2` classifier or a `llama`, of two layers; further arguments are
+    entries of its configuration.
+    """
+
+    def write(kind: str = "bert", **settings: Any) -> Folders:
+        folders = Folders(tmp_path)
+        _write_tucka(folders, kind, settings)
+        return folders
+
+    return write
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Texts for the small native checkpoint.
@@ -247,6 +263,72 @@ def _write_small_native(
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.3)
         model.save(folders.ckpt, base_dir=folders.base, base_name="small-bert")
+
+
+_TUCKA_SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 36,
+    "max_position_embeddings": 64,
+}
+
+
+def _tucka_base(kind: str) -> Any:
+    import transformers
+
+    if kind == "llama":
+        config = transformers.LlamaConfig(**_TUCKA_SHAPE, num_key_value_heads=1)
+        return transformers.LlamaForCausalLM(config)
+    if kind == "deberta-v2":
+        config = transformers.DebertaV2Config(
+            **_TUCKA_SHAPE,
+            relative_attention=True,
+            position_biased_input=False,
+            pos_att_type=["p2c", "c2p"],
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            position_buckets=4,
+            max_relative_positions=12,
+        )
+        return transformers.DebertaV2ForSequenceClassification(config)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**_TUCKA_SHAPE))
+
+
+def _write_tucka(folders: Folders, kind: str, settings: dict[str, Any]) -> None:
+    import safetensors.torch
+    import torch
+
+    config = {
+        "peft_type": "TUCKA",
+        "task_type": "CAUSAL_LM" if kind == "llama" else "SEQ_CLS",
+        "r": 4, "k": 3, "t": 2, "p": 2, "alpha": 6, "use_alb": False, **settings,
+    }  # fmt: skip
+    r, k, t, p = (config[key] for key in "rktp")
+    names = ("q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "dense")
+    tensors: dict[str, torch.Tensor] = {}
+    with torch.random.fork_rng(devices=[]), _no_progress_bars():
+        torch.manual_seed(1)
+        model = _tucka_base(kind)
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(folders.base)
+        for path, module in model.named_modules():
+            if path.rpartition(".")[2] not in names:
+                continue
+            prefix = f"base_model.model.{path}.tucka_"
+            if not tensors:
+                tensors[f"{prefix}ec"] = torch.randn(k * t, module.in_features)
+            tensors[f"{prefix}g"] = torch.randn(k, p, r, r)
+            tensors[f"{prefix}c"] = torch.randn(t, p)
+            tensors[f"{prefix}u"] = torch.randn(module.in_features, r)
+        if kind != "llama":
+            tensors["base_model.model.classifier.weight"] = torch.randn(3, 24)
+            tensors["base_model.model.classifier.bias"] = torch.randn(3)
+    folders.ckpt.mkdir(parents=True, exist_ok=True)
+    (folders.ckpt / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, folders.ckpt / "adapter_model.safetensors")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
 from eptc.checkpoint.native import read_native
 from eptc.checkpoint.peft_folder import CONFIG, peft_type, tensor_names
 from eptc.checkpoint.released import read_released
+from eptc.checkpoint.tucka import holds_unmerged, read_tucka
 from eptc.errors import CheckpointError, OptionError
 from eptc.tasks import Task
 
@@ -187,6 +188,31 @@ class Lora(Format):
         return stream_lora(path, base, task=tasks[0], allow_pickle=options.allow_pickle)
 
 
+class Tucka(Format):
+    """The TuckA authors' code: a PEFT adapter of a type of its own."""
+
+    name = "tucka"
+
+    def matches(self, path: Path) -> bool:
+        """Whether it is a TuckA adapter, or a model that it was never merged into."""
+        return peft_type(path) == "TUCKA" or holds_unmerged(path)
+
+    def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+        """Read it (`eptc.checkpoint.tucka`)."""
+        return read_tucka(path, base, options)
+
+    def reference(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> ReferenceModel:
+        """Return it (`eptc.nn.tucka`)."""
+        from eptc.nn.tucka import TuckaModel
+
+        return TuckaModel.load(
+            path, base, task=tasks[0], allow_pickle=options.allow_pickle,
+            routing="per-sample" if options.routing == "per-sample" else "batch",
+        )  # fmt: skip
+
+
 def _plain(path: Path) -> bool:
     """Whether an adapter has low ranks and no experts."""
     names = tensor_names(path)
@@ -196,7 +222,9 @@ def _plain(path: Path) -> bool:
 
 
 # In the order in which they are asked.
-FORMATS: dict[str, Format] = {entry.name: entry for entry in (Native(), Released(), Lora())}
+FORMATS: dict[str, Format] = {
+    entry.name: entry for entry in (Native(), Released(), Lora(), Tucka())
+}
 
 
 def find_format(name: str) -> Format:

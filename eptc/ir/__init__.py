@@ -13,12 +13,14 @@ from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask
 from eptc.ir.numbers import Float64
 from eptc.ir.routing import InputRouter, Normalization, Route, TaskRouter, Unit
 from eptc.ir.token_router import TokenRouter
+from eptc.ir.tucker import CentroidRouter, Tucker
 
 __all__ = [
     "AdaptedModel",
     "Adapter",
     "Branch",
     "CellScaledLowRank",
+    "CentroidRouter",
     "Constant",
     "Delta",
     "Float64",
@@ -33,5 +35,6 @@ __all__ = [
     "Rows",
     "TaskRouter",
     "TokenRouter",
+    "Tucker",
     "Unit",
 ]

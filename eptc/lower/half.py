@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from eptc.lower.edit import MICROSOFT, made_by
 from eptc.lower.element_types import element_types
-from eptc.lower.weights import PACKED, WeightTensor
+from eptc.lower.weights import PACKED, WeightTensor, routes
 from eptc.tensors import cast, numpy_dtype, unit_roundoff
 
 __all__ = ["CACHES", "HALF", "MOVES", "HalfPlan", "limit", "plan_half"]
@@ -121,6 +121,7 @@ class _Planner:
     def plan(self) -> HalfPlan:
         # What is special before what is general: the first reason stays.
         self._weights()
+        self._routers()
         self._norms()
         self._angles()
         self._t5_outputs()
@@ -181,6 +182,14 @@ class _Planner:
             for value in self._single(node.outputs):
                 if any(reader.graph is not self.graph for reader in value.consumers()):
                     self._keep(node, "a graph inside a node reads it")
+
+    def _routers(self) -> None:
+        for node in self.nodes:
+            if routes(node.name):
+                self._keep(node, "a router: its choice can turn on the last bit")
+        for value in self.graph.initializers.values():
+            if self.types.get(value) == ir.DataType.FLOAT and routes(value.name):
+                self.weights.setdefault(value, "a router's")
 
     def _weights(self) -> None:
         for value in self.graph.initializers.values():

@@ -12,12 +12,30 @@ import onnx_ir as ir
 
 from eptc.tensors import Array, LazyTensor, as_dtype, numpy_dtype
 
-__all__ = ["PACKED", "PART", "Piece", "WeightTensor", "bound", "derive", "join", "split"]
+__all__ = [
+    "PACKED",
+    "PART",
+    "Piece",
+    "WeightTensor",
+    "bound",
+    "derive",
+    "join",
+    "routes",
+    "split",
+]
 
 # Between the names of the parts in the name of a packed weight: no parameter's name has it.
 PACKED = "+"
 # Before what a part of a weight is, in its name: `encoder.wi.weight@scale`.
 PART = "@"
+
+
+def routes(name: str | None) -> bool:
+    """Whether a node `<linear>/router/...` or an initializer `<linear>.router...` is a router's.
+
+    Routers stay float32: which expert is chosen can turn on the last bit.
+    """
+    return name is not None and ("/router/" in name or ".router." in name)
 
 
 class WeightTensor(ir.LazyTensor):

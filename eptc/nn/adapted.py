@@ -73,6 +73,11 @@ class AdaptedLinear(nn.Module, abc.ABC):
         """How many experts a router that reads the input chooses from; 0 where none does."""
         return 0
 
+    @property
+    def folds(self) -> bool:
+        """Whether an engine can have the branches in its weight: no gate reads the input."""
+        return not self.routed_experts
+
     @abc.abstractmethod
     def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:
         """Return what the branches add [..., out] for x [..., in].

@@ -91,8 +91,12 @@ class Budget:
 
 
 def answers(engine: Engine, examples: Sequence[Example]) -> Answers:
-    """Ask an engine about examples of its task, cut as in training where they are too long."""
-    found = engine.classify(list(examples), truncate=True)
+    """Ask an engine about examples of its task, cut as in training where they are too long.
+
+    Where the rows of a batch change one another's answers each example is asked alone.
+    """
+    size = 1 if engine.manifest.routing.mode == "batch" else 32
+    found = engine.classify(list(examples), truncate=True, batch_size=size)
     task = engine.task
     if task is not None and task.kind == "regression":
         values = np.array([answer.value for answer in found], np.float64)
@@ -142,7 +146,8 @@ def sure(want: Answers, error: float, precision: str) -> npt.NDArray[np.bool_]:
     found: npt.NDArray[np.bool_] = margin > np.maximum(
         rounding, min(2 * error, float(np.median(margin)) / 2)
     )
-    return found & decided
+    found &= decided
+    return found
 
 
 def compare_answers(

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig, T5Config
+from transformers import BertConfig, DebertaV2Config, LlamaConfig, T5Config
 
 from eptc.architectures import architecture
 from eptc.lower import repeat as module
@@ -28,6 +28,13 @@ _ENCODER = {
 _T5 = {"vocab_size": 30, "d_model": 24, "d_kv": 12, "d_ff": 40, "num_heads": 2}
 CONFIGS: dict[str, Any] = {
     "bert": BertConfig(**_ENCODER),
+    "deberta": DebertaV2Config(
+        **_ENCODER,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        share_att_key=True,
+        position_buckets=8,
+    ),
     "t5": T5Config(**_T5, num_layers=4, num_decoder_layers=5),
     "t5-one-short-stack": T5Config(
         **_T5, num_layers=2, num_decoder_layers=4, feed_forward_proj="gated-gelu"
