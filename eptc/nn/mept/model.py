@@ -1,0 +1,142 @@
+"""`MeptModel`: a Hugging Face model that gives the answers of a MEPT or SMoP checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eptc.errors import CheckpointError
+from eptc.nn.mept.base import task_model
+from eptc.nn.mept.llama import prompt_llama
+from eptc.nn.mept.site import PromptSite
+from eptc.nn.mept.stored import StoredMept, StoredSite, read
+from eptc.nn.mept.t5 import prompt_t5
+from eptc.tasks import Task, resolve
+
+__all__ = ["Coupling", "MeptModel"]
+
+# `batch`: as the original code computes, where a row's answer may depend on its batch-mates.
+Coupling = Literal["batch", "per-sample"]
+
+
+class MeptModel(nn.Module):
+    """A checkpoint on its base, in eval mode.
+
+    Attributes:
+        hf: T5ForConditionalGeneration or LlamaForSequenceClassification; takes ids and mask of
+            the text alone and answers as the checkpoint's own code does.
+        tasks: its one task.
+        input: the site of the text, None where nothing reads it and the file lacks it.
+        blocks: the sites before blocks, by their number.
+        layers: adapted linears: none.
+        heads: modules that each task has its own copy of: none.
+    """
+
+    def __init__(self, hf: Any, stored: StoredMept, tasks: Sequence[Task], mode: Coupling) -> None:
+        super().__init__()
+        self.hf = hf
+        self.tasks = tuple(tasks)
+        self.layers: Mapping[str, Any] = {}
+        self.heads: Mapping[str, Any] = {}
+        depth = hf.config.num_hidden_layers
+        self.blocks = {
+            block: _site(site, stored.settings, mode, f"block {block}")
+            for block, site in stored.blocks.items()
+            if block < depth
+        }
+        self.input = (
+            _site(stored.input, stored.settings, mode, "the input")
+            if "experts" in stored.input
+            else None
+        )
+        if hf.config.model_type == "t5":
+            if self.input is None and 0 not in self.blocks:
+                raise CheckpointError(
+                    "the file lacks prompt_encoder.embedding.weight, which was random and frozen",
+                    fix="use the full state dict",
+                )
+            prompt_t5(hf, self.input, self.blocks, swaps=mode == "batch")
+        else:
+            assert self.input is not None
+            prompt_llama(hf, self.input, self.blocks)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        base_dir: str | Path,
+        *,
+        tasks: Sequence[Task] | None = None,
+        mode: Coupling = "batch",
+        allow_pickle: bool = False,
+    ) -> MeptModel:
+        """Return a checkpoint on its base.
+
+        Args:
+            directory: the checkpoint's folder.
+            base_dir: the base's: its configuration, and its weights where the checkpoint holds
+                only what was trained.
+            tasks: its one task; None: one named `default`.
+            mode: `batch` as the original code computes, `per-sample` without what mixes rows.
+            allow_pickle: whether a `.bin` file may be read, weights only.
+
+        Raises:
+            OptionError: a pickle may not be read.
+            CheckpointError: the checkpoint is damaged or does not fit the base.
+            BaseModelError: the base cannot be used.
+        """
+        stored = read(Path(directory), allow_pickle=allow_pickle)
+        hf = task_model(Path(base_dir), stored.tensors, stored.settings)
+        return cls(hf, stored, tasks or _default(hf), mode).eval()
+
+    @contextlib.contextmanager
+    def task(self, task: str | int) -> Iterator[int]:
+        """Yield the id of its one task, by name, alias or id.
+
+        Raises:
+            TaskError: there is no such task.
+        """
+        yield resolve(task, self.tasks)
+
+    def plain_parameters(self, task_id: int) -> dict[str, Tensor]:
+        """Return the task model's own parameters by name; those of the prompts are none."""
+        del task_id
+        return dict(self.hf.named_parameters(remove_duplicate=False))
+
+
+def _site(
+    stored: StoredSite, settings: Mapping[str, Any], mode: Coupling, where: str
+) -> PromptSite:
+    if lost := sorted({"experts", "router"} - stored.keys()):
+        raise CheckpointError(f"{where} has no {lost[0]}")
+    experts, router = stored["experts"], stored["router"]
+    length = int(settings["num_virtual_tokens"])
+    if len(experts) != length * len(router):
+        raise CheckpointError(
+            f"{where} has {len(experts)} prompts for {len(router)} experts of {length}"
+        )
+    shared = stored.get("shared")
+    if shared is not None and tuple(shared.shape[:2]) != (1, length):
+        raise CheckpointError(f"{where} shares {shared.shape[1]} prompts, an expert has {length}")
+    return PromptSite(
+        experts.unflatten(0, (len(router), length)),
+        router,
+        None if shared is None else shared[0],
+        # Never trained: a file of what was trained lacks them.
+        stored.get("norm", torch.ones(experts.shape[1])),
+        top_k=int(settings["topk"]),
+        stochastic=bool(settings["stochastic"]),
+        coupled=mode == "batch",
+    )
+
+
+def _default(hf: Any) -> tuple[Task, ...]:
+    if hf.config.model_type == "t5":
+        return (Task("default", "generation"),)
+    labels = tuple(f"LABEL_{i}" for i in range(hf.config.num_labels))
+    return (Task("default", "classification", labels=labels),)
