@@ -124,7 +124,7 @@ def _site(
     if shared is not None and tuple(shared.shape[:2]) != (1, length):
         raise CheckpointError(f"{where} shares {shared.shape[1]} prompts, an expert has {length}")
     return PromptSite(
-        experts.unflatten(0, (len(router), length)),
+        experts.reshape(len(router), length, -1),
         router,
         None if shared is None else shared[0],
         # Never trained: a file of what was trained lacks them.

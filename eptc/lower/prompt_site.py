@@ -1,0 +1,122 @@
+"""Prompt sites of a traced model: what a router mixes for each row, or a constant."""
+
+from __future__ import annotations
+
+import torch
+
+from eptc.ir.prompts import PromptLayout
+
+__all__ = ["ConstantPrefix", "ConstantPrompts", "PromptSite", "Prompts", "swapped"]
+
+
+class PromptSite(torch.nn.Module):
+    """Prompts [batch, n, d] for a vector a row [batch, d].
+
+    No shape depends on data: what the router leaves out has the weight 0.
+
+    Args:
+        layout: sizes and modes.
+        width: d.
+        normed: whether the router's input passes an RMS norm.
+        eps: its epsilon.
+    """
+
+    def __init__(self, layout: PromptLayout, width: int, *, normed: bool, eps: float) -> None:
+        super().__init__()
+        self.length, self.width = layout.length, width
+        self.top_k, self.num_experts = layout.top_k, layout.experts
+        self.mixes_rows = layout.coupled and layout.top_k == 1
+        self.eps = eps
+        self.experts = _parameter(layout.experts, layout.length * width)
+        self.router = _parameter(layout.experts, width)
+        self.shared = _parameter(layout.length, width) if layout.shared else None
+        self.norm = _parameter(width) if normed else None
+
+    def pooled(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the normed rows [batch, d].
+
+        The rows are multiplied by their own scales and added up in one product, so that no
+        normed copy of them is made.
+        """
+        variance = (rows * rows).mean(-1, keepdim=True)
+        scales = torch.reciprocal(torch.sqrt(variance + self.eps))
+        summed = torch.matmul(scales.transpose(1, 2), rows).squeeze(1)
+        return summed if self.norm is None else summed * self.norm
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor:
+        """Return the prompts of the vectors."""
+        p = torch.softmax(torch.matmul(query, self.router.t()), dim=-1)
+        if self.mixes_rows:
+            values, chosen = p.topk(1, dim=-1)
+            counts = torch.zeros_like(p).scatter(-1, chosen, 1.0).sum(0, keepdim=True)
+            mixed = values * torch.matmul(counts, self.experts)
+        else:
+            if self.top_k < self.num_experts:
+                values, chosen = p.topk(self.top_k, dim=-1)
+                p = torch.zeros_like(p).scatter(-1, chosen, values)
+            mixed = torch.matmul(p, self.experts)
+        prompts = mixed.reshape(len(query), self.length, self.width)
+        return prompts if self.shared is None else prompts + self.shared
+
+
+class ConstantPrompts(torch.nn.Module):
+    """The same prompts for every row; the vectors are not looked at."""
+
+    def __init__(self, layout: PromptLayout, width: int) -> None:
+        super().__init__()
+        self.length = layout.length
+        self.rows = _parameter(layout.length, width)
+
+    def pooled(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return something [batch, d] that nothing reads."""
+        return rows[:, 0]
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor:
+        """Return the prompts [batch, n, d]."""
+        return self.rows.unsqueeze(0).expand(len(query), -1, -1)
+
+
+class ConstantPrefix(torch.nn.Module):
+    """The keys and values of prompts that nothing else is left of.
+
+    Args:
+        layout: sizes.
+        groups: key-value heads.
+        width: of a head.
+    """
+
+    def __init__(self, layout: PromptLayout, groups: int, width: int) -> None:
+        super().__init__()
+        self.length = layout.length
+        self.key = _parameter(groups, layout.length, width)
+        self.value = _parameter(groups, layout.length, width)
+
+    def before(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values [batch, groups, n + tokens, d] with the prompts' in front."""
+        shape = (len(keys), -1, -1, -1)
+        return (
+            torch.cat([self.key.unsqueeze(0).expand(shape), keys], dim=2),
+            torch.cat([self.value.unsqueeze(0).expand(shape), values], dim=2),
+        )
+
+
+Prompts = PromptSite | ConstantPrompts
+
+
+def swapped(prompts: torch.Tensor) -> torch.Tensor:
+    """Swap rows and slots of prompts [batch, n, d] where the batch has n rows.
+
+    Which row of [batch * n, d] goes where is computed from the size of the batch, so one graph
+    serves every batch and no row is computed twice.
+    """
+    batch, length, width = prompts.shape
+    rows, slots = torch.arange(batch).unsqueeze(1), torch.arange(length).unsqueeze(0)
+    plain, square = rows * length + slots, slots * length + rows
+    found = torch.where(torch.scalar_tensor(batch) == length, square, plain)
+    return torch.nn.functional.embedding(found, prompts.reshape(batch * length, width))
+
+
+def _parameter(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(shape))
