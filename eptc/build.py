@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
+from eptc.checkpoint import Routing
 from eptc.describe import OPSET, describe, write_texts
 from eptc.errors import InputError
 from eptc.ir import AdaptedModel
@@ -63,7 +64,7 @@ class Bundle:
 def export(
     ckpt: str | Path,
     *,
-    task: str | int,
+    task: str | int | None = None,
     out: str | Path,
     base: str | Path | None = None,
     target: str = "onnx",
@@ -85,6 +86,8 @@ def export(
     max_memory: int | None = None,
     verify: bool = True,
     allow_pickle: bool = False,
+    format: str | None = None,
+    routing: Routing = "exact",
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> Bundle:
@@ -92,7 +95,7 @@ def export(
 
     Args:
         ckpt: folder of a native checkpoint or of the released EPT code.
-        task: the task's name, an alias of it, or its id.
+        task: the task's name, an alias of it, or its id; None where the checkpoint has one.
         out: folder of the bundle: new, empty, or replaced with `force`.
         base: folder of the base model.
         target: what to write; `onnx`.
@@ -126,7 +129,13 @@ def export(
         max_memory: bytes that each process of the build may have resident; None: what is
             available now. Where the whole model does not fit it is verified block by block.
         verify: False publishes an engine nobody compared with anything; the manifest says so.
-        allow_pickle: read `adapter_model.bin` (weights only).
+        allow_pickle: read `.bin` files (weights only).
+        format: of the checkpoint, a name of `eptc.checkpoint.FORMATS`; None: what its folder looks
+            like.
+        routing: what becomes of routes that depend on the input. `exact`: what the system's own
+            code does; `per-sample` and `batch`: each row by itself, or the rows of a batch
+            together, where the system mixes them up; `frozen`: their mean over calibration text,
+            folded, which is lossy.
         force: replace what lies at `out`.
         progress: called with each stage (a string), each finished pass and, while weights are
             written, how many are.
@@ -152,7 +161,7 @@ def export(
     options = Options(
         task, base, target, tasks, top_k, task_spec, probe, precision, precision_plan, calibration,
         calibration_method, block_method, data, max_drop, max_flips, search_evaluations,
-        search_minutes, optimize_for, max_memory, verify, allow_pickle,
+        search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
     )  # fmt: skip
     clock = Clock(progress)
     with contextlib.ExitStack() as stack:
@@ -211,7 +220,10 @@ def export(
         if exact is not None:
             shutil.rmtree(exact)
         draft.publish()
-    notes = (*precise_routes(source, job.task_id), *examples.notes, *lowered_notes)
+    notes = (
+        *source.contents.notes, *precise_routes(source, job.task_id), *examples.notes,
+        *lowered_notes,
+    )  # fmt: skip
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
 
 
@@ -329,11 +341,9 @@ def _verifier(job: Job, examples: Sequence[Mapping[str, Any]] | None) -> Iterato
     """Give the reference side, in a process of its own where the plan says so."""
     from eptc.parity_gate import LocalVerifier, RemoteVerifier, Subject
 
-    options = job.options
     subject = Subject(
-        job.source, options.task, options.top_k, options.tasks, options.allow_pickle, examples,
-        job.plan.verification == "block by block",
-    )  # fmt: skip
+        job.source, job.named_task, examples, job.plan.verification == "block by block"
+    )
     found = RemoteVerifier(subject) if job.plan.own_process else LocalVerifier(subject)
     with contextlib.closing(found):
         yield found

@@ -112,8 +112,11 @@ def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=_FOLDER,
             help="JSON file with prompts and labels of tasks that are not the published ones.",
         ),
+        click.option("--allow-pickle", is_flag=True, help="Read .bin files (weights only)."),
         click.option(
-            "--allow-pickle", is_flag=True, help="Read adapter_model.bin (weights only)."
+            "--format",
+            metavar="NAME",
+            help="Format of the checkpoint, where its folder looks like none or like several.",
         ),
     )
     for option in reversed(options):
@@ -196,7 +199,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("ckpt", type=_FOLDER)
-@click.option("--task", required=True, help="Name, alias or id of the task to compile.")
+@click.option(
+    "--task", help="Name, alias or id of the task to compile; not needed where there is one."
+)
 @click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
 @click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
 @_source_options
@@ -266,6 +271,15 @@ def main() -> None:
     "--search-minutes", type=float, help="Time after which auto takes the best plan so far."
 )
 @click.option(
+    "--routing",
+    type=click.Choice(["exact", "frozen", "batch", "per-sample"]),
+    default="exact",
+    show_default=True,
+    help="What becomes of routes that depend on the input. exact: as the system's own code does. "
+    "per-sample, batch: each row by itself, or a batch together. frozen: their mean over "
+    "calibration text, folded (lossy).",
+)
+@click.option(
     "--optimize-for",
     type=click.Choice(["cpu", "cuda", "any"]),
     default="cpu",
@@ -289,7 +303,7 @@ def main() -> None:
 @_command
 def export(
     ckpt: Path,
-    task: str,
+    task: str | None,
     target: str,
     out: Path | None,
     dry_run: bool,

@@ -26,6 +26,7 @@ def convert(
     top_k: int | None = None,
     task_spec: str | Path | None = None,
     allow_pickle: bool = False,
+    format: str | None = None,
     force: bool = False,
 ) -> Path:
     """Write a native checkpoint with everything the released folder lacks.
@@ -38,6 +39,7 @@ def convert(
         top_k: experts a task uses.
         task_spec: JSON file with prompts and labels of tasks that are not the published ones.
         allow_pickle: read `adapter_model.bin` (weights only).
+        format: of the checkpoint; None: what its folder looks like.
         force: replace what lies at `out`.
 
     Returns:
@@ -59,9 +61,14 @@ def convert(
         tasks=tasks,
         task_spec=Path(task_spec) if task_spec is not None else None,
         allow_pickle=allow_pickle,
+        format=format,
     )
-    if source.contents.format == "native":
-        raise OptionError(f"{ckpt} is a native checkpoint already", fix="use it as it is")
+    if source.contents.format != "released":
+        raise OptionError(
+            f"{ckpt} is a {source.contents.format} checkpoint",
+            expected="a folder of the released EPT code, which lacks what the native format adds",
+            fix="use it as it is",
+        )
     with bundle.draft(Path(out), force=force) as draft:
         tensors = {
             name: torch.from_numpy(np.array(tensor.numpy(), np.float32)).reshape(shape)

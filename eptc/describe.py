@@ -68,6 +68,7 @@ def describe(
         if tokenizer is not None
         else None,
         passes=tuple(record.to_json() for record in records),
+        routing=source.contents.routing,
         checkpoint={
             "format": source.contents.format,
             "variant": source.contents.variant,
@@ -76,6 +77,7 @@ def describe(
             "top_k": source.contents.top_k,
             "kernel_sizes": list(source.contents.kernel_sizes),
             "tasks": [task.to_json() for task in source.contents.tasks],
+            **source.contents.details,
         },
         base={
             "model_type": source.base.config["model_type"],

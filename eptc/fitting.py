@@ -56,7 +56,7 @@ def check_fit(source: checkpoint.Checkpoint, task_id: int, config: Any) -> None:
             else None,
         )
     head = source.contents.heads.get(task.name, {})
-    found = {**source.base.weights, **head}
+    found = {**source.weights, **head}
     expected = _expected_parameters(source, config)
     wrong = []
     for name, shape in expected.items():
@@ -72,7 +72,7 @@ def check_fit(source: checkpoint.Checkpoint, task_id: int, config: Any) -> None:
             + ("" if head or not encoder else f", or a head for task {task.name!r}"),
             fix="give a complete base model with --base",
         )
-    if lost := sorted(set(source.base.weights) - set(expected)):
+    if lost := sorted(set(source.weights) - set(expected)):
         raise BaseModelError(
             f"the base model {source.base.path} has {len(lost)} tensors without a place in the "
             f"model that its config.json describes: {', '.join(lost[:3])}",

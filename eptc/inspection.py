@@ -23,6 +23,7 @@ def inspect(
     top_k: int | None = None,
     task_spec: str | Path | None = None,
     allow_pickle: bool = False,
+    format: str | None = None,
 ) -> dict[str, Any]:
     """Return what a checkpoint or a bundle holds.
 
@@ -35,7 +36,8 @@ def inspect(
         tasks: task names in id order, where the checkpoint does not store them.
         top_k: experts a task uses, where the checkpoint does not store it.
         task_spec: JSON file with prompts and labels.
-        allow_pickle: read `adapter_model.bin` (weights only).
+        allow_pickle: read `.bin` files (weights only).
+        format: of the checkpoint; None: what its folder looks like.
 
     Raises:
         InputError: the folder cannot be read.
@@ -55,6 +57,7 @@ def inspect(
         tasks=tasks,
         task_spec=Path(task_spec) if task_spec is not None else None,
         allow_pickle=allow_pickle,
+        format=format,
     )
     contents = source.contents
     heads = [sum(t.nbytes for t in head.values()) for head in contents.heads.values()]
@@ -68,13 +71,15 @@ def inspect(
             "kind": source.base.architecture.kind,
             "unused_tensors": list(source.base.unused),
         },
+        "routing": contents.routing.to_json(),
+        **contents.details,
         "top_k": contents.top_k,
         "kernel_sizes": list(contents.kernel_sizes),
         "adapted_linears": len(contents.adapters),
         "adapter_bytes": sum(tensor.nbytes for tensor in contents.tensors.values()) - sum(heads),
         "head_bytes": sum(heads),
         # float32 weights, each once; the graphs add a few hundred KiB
-        "predicted_weight_bytes": sum(4 * math.prod(t.shape) for t in source.base.weights.values())
+        "predicted_weight_bytes": sum(4 * math.prod(t.shape) for t in source.weights.values())
         + max(heads, default=0),
         "tasks": [
             {"id": i, **task.to_json(), "looks_trained": _looks_trained(source, i)}
@@ -84,6 +89,7 @@ def inspect(
             task.name: {p: _route(a, i) for p, a in contents.adapters.items()}
             for i, task in enumerate(contents.tasks)
         },
+        "notes": list(contents.notes),
     }
 
 

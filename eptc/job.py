@@ -13,6 +13,7 @@ import onnx_ir
 
 from eptc import checkpoint, lower
 from eptc.describe import OPSET
+from eptc.errors import TaskError
 from eptc.fitting import check_fit, task_config
 from eptc.ir import AdaptedModel
 from eptc.options import Options
@@ -67,8 +68,10 @@ class Job:
             tasks=options.tasks,
             task_spec=Path(options.task_spec) if options.task_spec is not None else None,
             allow_pickle=options.allow_pickle,
+            format=options.format,
+            routing=options.routing,
         )
-        task_id = resolve(options.task, source.contents.tasks)
+        task_id = resolve(_named(options.task, source), source.contents.tasks)
         options.check_task(source.contents.tasks[task_id])
         config = task_config(source, task_id)
         check_fit(source, task_id, config)
@@ -77,6 +80,11 @@ class Job:
             max_memory=options.max_memory, runs_exact=options.runs_exact,
         )  # fmt: skip
         return cls(options, source, task_id, config, plan, precision_plan)
+
+    @property
+    def named_task(self) -> str | int:
+        """The task as the caller named it."""
+        return _named(self.options.task, self.source)
 
     @property
     def task(self) -> Task:
@@ -109,11 +117,25 @@ class Job:
         found = skeleton(self.config, opset=OPSET, tied_head=self.source.base.tied_head)
         graphs = found.copy_graphs()
         lower.bind(graphs, model.weights)
+        for graph in graphs.values():
+            lower.insert_branches(graph, model.adapters)
         return graphs
 
     def graph_passes(self) -> list[Any]:
         """Return the passes over the graphs."""
         return graph_passes(self.options.optimize_for, self.options.precision)
+
+
+def _named(task: str | int | None, source: checkpoint.Checkpoint) -> str | int:
+    """Return the task that is meant: the only one, where none is named."""
+    tasks = source.contents.tasks
+    if task is None and len(tasks) > 1:
+        raise TaskError(
+            f"{source.path} has {len(tasks)} tasks, and none was chosen",
+            expected=", ".join(found.name for found in tasks),
+            fix="choose one with --task",
+        )
+    return 0 if task is None else task
 
 
 class Clock:

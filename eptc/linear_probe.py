@@ -47,6 +47,12 @@ class LinearProbe:
         rows = np.random.default_rng(seed).standard_normal((4, width))
         return rows.astype(np.float32).astype(np.float64)
 
+    def gates(self, path: str, num_experts: int) -> tuple[float, ...]:
+        """Return the gates [experts] that stand for those of a router that reads the input."""
+        seed = [num_experts, *path.encode()]
+        found = np.random.default_rng(seed).uniform(0.1, 1.0, num_experts)
+        return tuple(float(gate) for gate in found.astype(np.float32))
+
     def output(self, model: AdaptedModel, path: str, task_id: int) -> LinearOutput:
         """Return the output of a linear.
 
@@ -65,7 +71,9 @@ class LinearProbe:
         _, output, scale = known
         branches = np.zeros_like(output)
         fixed = task_id if model.task_id is None else model.task_id
-        for factor, branch in zip(adapter.factors(fixed), adapter.branches, strict=True):
+        router = adapter.input_router
+        gates = None if router is None else self.gates(path, router.num_experts)
+        for factor, branch in zip(adapter.factors(fixed, gates), adapter.branches, strict=True):
             if factor != 0.0:
                 branches += factor * branch.delta.apply(x)
         return LinearOutput(output, branches, scale + np.abs(branches))

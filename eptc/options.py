@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from eptc.checkpoint.contents import Routing
 from eptc.errors import OptionError
 from eptc.lower.blocks import Method
 from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
@@ -28,7 +29,7 @@ _FEWEST = 5
 class Options:
     """What a build is asked for; `export` describes each."""
 
-    task: str | int
+    task: str | int | None = None
     base: str | Path | None = None
     target: str = "onnx"
     tasks: Sequence[str] | None = None
@@ -49,6 +50,8 @@ class Options:
     max_memory: int | None = None
     verify: bool = True
     allow_pickle: bool = False
+    format: str | None = None
+    routing: Routing = "exact"
 
     @property
     def runs_exact(self) -> bool:
@@ -63,6 +66,7 @@ class Options:
             ("provider to optimize for", self.optimize_for, get_args(OptimizeFor)),
             ("calibration method", self.calibration_method, get_args(CalibrationMethod)),
             ("block method", self.block_method, get_args(Method)),
+            ("routing", self.routing, get_args(Routing)),
         ):
             if value not in known:
                 raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))

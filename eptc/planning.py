@@ -92,7 +92,7 @@ def make_plan(
         OptionError: it cannot be done within `max_memory`, or, where the float32 engine is run,
             within what is available; what it takes is said.
     """
-    weights = list(source.base.weights.values())
+    weights = list(source.weights.values())
     sizes = [_stored_bytes(tensor, precision) for tensor in weights]
     limit = available_memory() if max_memory is None else max_memory
     in_flight, working = _working(weights, sizes, limit)

@@ -13,7 +13,7 @@ from eptc.calibration import twin
 from eptc.errors import BundleError, OptionError, ParityError
 from eptc.examples_file import Example, read_examples
 from eptc.machine import available_memory
-from eptc.nn import EptModel
+from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.answers import Budget
 from eptc.parity_gate.compare import FP32, bound_of
 from eptc.parity_gate.gate import refuse
@@ -44,6 +44,7 @@ def parity(
     task_spec: str | Path | None = None,
     data: str | Path | None = None,
     allow_pickle: bool = False,
+    format: str | None = None,
     progress: Callable[[Any], None] = lambda _: None,
 ) -> ParityReport:
     """Compare a bundle with the unfolded PyTorch model.
@@ -60,7 +61,8 @@ def parity(
         top_k: experts a task uses; None: the manifest's.
         task_spec: JSON file with prompts and labels; None: the manifest's.
         data: JSON lines file with labelled examples; both sides are scored on it.
-        allow_pickle: read `adapter_model.bin` (weights only).
+        allow_pickle: read `.bin` files (weights only).
+        format: of the checkpoint; None: the manifest's.
         progress: called with what is being done.
 
     Returns:
@@ -77,18 +79,22 @@ def parity(
     if task is None:
         raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
     recorded = manifest.checkpoint
-    released = recorded["format"] == "released"
-    if released:
-        tasks = tasks or [task["name"] for task in recorded["tasks"]]
-        top_k = top_k if top_k is not None else int(recorded["top_k"])
+    kind = checkpoint.find_format(format or recorded["format"])
+    specs = None
+    if not kind.describes_tasks:
+        specs = {t["name"]: Task.from_json(t) for t in recorded["tasks"]}
+        tasks = tasks or list(specs)
+        top_k = top_k if top_k is not None else recorded["top_k"]
     source = checkpoint.read(
         Path(reference),
         Path(base) if base is not None else None,
         top_k=top_k,
         tasks=tasks,
         task_spec=Path(task_spec) if task_spec is not None else None,
-        specs={t["name"]: Task.from_json(t) for t in recorded["tasks"]} if released else None,
+        specs=specs,
         allow_pickle=allow_pickle,
+        format=kind.name,
+        routing=_routing(manifest),
     )
     _check_origin(folder, manifest, source)
     names = [t.name for t in source.contents.tasks]
@@ -100,10 +106,7 @@ def parity(
     examples = read_examples(Path(data), task, labelled=True) if data is not None else None
     if examples is not None and task.kind == "generation":
         raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
-    subject = Subject(
-        source, task.name, top_k, tasks, allow_pickle, examples,
-        _by_block(folder, manifest.precision, source),
-    )  # fmt: skip
+    subject = Subject(source, task.name, examples, _by_block(folder, manifest.precision, source))
     with contextlib.ExitStack() as stack:
         verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
         if manifest.precision in _SIMULATED:
@@ -128,6 +131,12 @@ def parity(
             fix="build with a precision that loses less" if lossy else "build the bundle again",
         )
     return report
+
+
+def _routing(manifest: Manifest) -> checkpoint.Routing:
+    """Return what a build was asked to do with routes that depend on the input."""
+    mode = manifest.routing.mode
+    return mode if mode in ("batch", "per-sample") else "exact"
 
 
 def _by_block(folder: Path, precision: str, source: checkpoint.Checkpoint) -> bool:
@@ -177,7 +186,7 @@ def _check_origin(folder: Path, manifest: Manifest, source: checkpoint.Checkpoin
 
 def _scores(
     engine: Engine,
-    model: EptModel,
+    model: ReferenceModel,
     task: Task,
     tokenizer: text.TrainingTokenizer,
     examples: Sequence[Example],

@@ -75,6 +75,8 @@ def _bundle(console: Console, report: Mapping[str, Any]) -> None:
     if task is not None:
         labels = f", labels {', '.join(task['labels'])}" if task["labels"] else ""
         console.print(f"task {task['name']} ({task['kind']}){labels}", soft_wrap=True)
+    console.print(f"routing {report['routing']['mode']}: {report['routing']['meaning']}",
+                  soft_wrap=True)  # fmt: skip
     parity = report["parity"]
     if parity.get("verified"):
         console.print(f"parity passed: largest error {parity['largest_error']} "
@@ -101,7 +103,12 @@ def _checkpoint(console: Console, report: Mapping[str, Any]) -> None:
         f"{report['adapted_linears']} linears of a {base['model_type']} {base['kind']}",
         soft_wrap=True,
     )
-    console.print(f"experts {report['kernel_sizes']}, top-k {report['top_k']}")
+    console.print(f"routing {report['routing']['mode']}: {report['routing']['meaning']}",
+                  soft_wrap=True)  # fmt: skip
+    if report["kernel_sizes"]:
+        console.print(f"experts {report['kernel_sizes']}, top-k {report['top_k']}")
+    for note in report["notes"]:
+        console.print(f"note: {note}", soft_wrap=True)
     console.print(f"adapters {report['adapter_bytes']:,} bytes, heads {report['head_bytes']:,}; "
                   f"engine about {report['predicted_weight_bytes']:,} bytes")  # fmt: skip
     table = Table("id", "task", "kind", "labels", "aliases", "smallest margin", "looks trained")

@@ -9,38 +9,55 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eptc.checkpoint.base import BaseModel, read_base
-from eptc.checkpoint.contents import Contents
+from eptc.checkpoint.contents import Contents, ReadOptions, Routing
+from eptc.checkpoint.formats import FORMATS, Format, detect, find_format
 from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
-from eptc.checkpoint.native import read_native
-from eptc.checkpoint.released import CONFIG as RELEASED_CONFIG
-from eptc.checkpoint.released import read_released
 from eptc.errors import CheckpointError, OptionError, TaskError
 from eptc.ir import AdaptedModel
 from eptc.tasks import Task
-from eptc.tensors import content_hash
+from eptc.tensors import LazyTensor, content_hash
 
-__all__ = ["BaseModel", "Checkpoint", "Contents", "detect", "read", "read_task_spec"]
+__all__ = [
+    "FORMATS",
+    "BaseModel",
+    "Checkpoint",
+    "Contents",
+    "Format",
+    "ReadOptions",
+    "Routing",
+    "detect",
+    "find_format",
+    "read",
+    "read_task_spec",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint and the base model it belongs to."""
+    """A checkpoint, the base model it belongs to, and what the caller said of it."""
 
     path: Path
     base: BaseModel
     contents: Contents
+    format: Format
+    options: ReadOptions
 
     @functools.cached_property
     def sha256(self) -> str:
         """Content hash of the checkpoint's tensors, by their names on disk."""
         return content_hash(self.contents.tensors.values())
 
+    @functools.cached_property
+    def weights(self) -> Mapping[str, LazyTensor]:
+        """The base's parameters by their names in the task model, those that it replaces too."""
+        return {**self.base.weights, **self.contents.weights}
+
     @property
     def model(self) -> AdaptedModel:
         """The checkpoint in the adapter IR, all tasks still in it."""
         return AdaptedModel(
-            config=self.base.config,
-            weights=self.base.weights,
+            config={**self.base.config, **self.contents.settings},
+            weights=self.weights,
             adapters=self.contents.adapters,
             heads=self.contents.heads,
             tasks=self.contents.tasks,
@@ -63,29 +80,6 @@ class Checkpoint:
             )
 
 
-def detect(path: Path) -> str:
-    """Return which format a checkpoint folder has: `released` or `native`.
-
-    Raises:
-        CheckpointError: not a folder, neither format, or both.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"the checkpoint {path} is not a folder")
-    native, released = (path / NATIVE_CONFIG).is_file(), (path / RELEASED_CONFIG).is_file()
-    if native and released:
-        raise CheckpointError(
-            f"{path} has both {NATIVE_CONFIG} and {RELEASED_CONFIG}", fix="remove one of them"
-        )
-    if native or released:
-        return "native" if native else "released"
-    runs = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
-    raise CheckpointError(
-        f"{path} has neither {NATIVE_CONFIG} nor {RELEASED_CONFIG}",
-        expected="a native checkpoint or a folder of the released EPT code",
-        fix=f"name one of its checkpoints, such as {path / runs[-1]}" if runs else None,
-    )
-
-
 def read(
     path: Path,
     base: Path | None,
@@ -95,8 +89,10 @@ def read(
     task_spec: Path | None = None,
     specs: Mapping[str, Task] | None = None,
     allow_pickle: bool = False,
+    format: str | None = None,
+    routing: Routing = "exact",
 ) -> Checkpoint:
-    """Read a checkpoint of either format and its base; no large tensor is read.
+    """Read a checkpoint of any format and its base; no large tensor is read.
 
     Args:
         path: the checkpoint's folder.
@@ -106,48 +102,33 @@ def read(
         task_spec: a JSON file that describes tasks by prompt and labels.
         specs: such descriptions by name, where there is no file.
         allow_pickle: whether a `.bin` file may be read, weights only.
+        format: a name of `FORMATS`; None: what the folder looks like.
+        routing: what is to become of routes that depend on the input.
 
     Raises:
         InputError: whatever is wrong with either folder or the options.
     """
-    kind = detect(path)
+    kind = detect(path) if format is None else find_format(format)
     if base is None:
+        name = kind.base_name(path)
         raise OptionError(
             "no base model was given: adapters are of no use without it",
-            expected=f"the folder of {_base_name(path, kind)}",
+            expected="the folder of "
+            + (f"the model that the checkpoint calls {name!r}" if name else "the model it was "
+               "trained on"),
             fix="pass --base DIR",
-        )
-    if kind == "native" and task_spec is not None:
+        )  # fmt: skip
+    if kind.describes_tasks and task_spec is not None:
         raise OptionError(
-            "--task-spec was given for a native checkpoint, which describes its tasks itself",
-            fix=f"leave it out, or edit {path / NATIVE_CONFIG}",
+            f"--task-spec was given for a {kind.name} checkpoint, which describes its tasks "
+            "itself",
+            fix="leave it out, or edit the checkpoint's own description",
         )
-    model = read_base(base)
     names = tuple(tasks) if tasks is not None else None
-    if kind == "native":
-        contents = read_native(path, model, top_k=top_k, tasks=names)
-    else:
-        specs = read_task_spec(task_spec) if task_spec is not None else specs or {}
-        contents = read_released(
-            path, model, top_k=top_k, tasks=names, task_specs=specs, allow_pickle=allow_pickle
-        )
-    return Checkpoint(path, model, contents)
-
-
-def _base_name(path: Path, kind: str) -> str:
-    """What the checkpoint itself calls its base, as far as it can be read."""
-    try:
-        config = json.loads(
-            (path / (NATIVE_CONFIG if kind == "native" else RELEASED_CONFIG)).read_text()
-        )
-        name = (
-            config["base"].get("name") if kind == "native" else config["base_model_name_or_path"]
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        name = None
-    return (
-        f"the model that the checkpoint calls {name!r}" if name else "the model it was trained on"
-    )
+    described = read_task_spec(task_spec) if task_spec is not None else specs or {}
+    options = ReadOptions(top_k, names, described, allow_pickle, routing)
+    model = read_base(base)
+    return Checkpoint(path, model, kind.read(path, model, options), kind, options)
 
 
 def read_task_spec(path: Path) -> dict[str, Task]:

@@ -10,10 +10,34 @@ from typing import Any, Literal
 from eptc.checkpoint.base import BaseModel, Finite
 from eptc.errors import CheckpointError
 from eptc.ir import Adapter
+from eptc.runtime.routing import STATIC, RoutingSpec
 from eptc.tasks import Task
 from eptc.tensors import LazyTensor
 
-__all__ = ["Contents", "Source", "check_fit", "consume_all"]
+__all__ = ["Contents", "ReadOptions", "Routing", "Source", "check_fit", "consume_all"]
+
+
+Routing = Literal["exact", "frozen", "batch", "per-sample"]
+"""How a build treats what depends on the input: `exact`, as the system's own code does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadOptions:
+    """What a caller says about a checkpoint beside its folder.
+
+    Args:
+        top_k: experts a task uses, where the folder does not say.
+        tasks: task names in the order of their ids, where the folder does not say.
+        specs: descriptions of tasks by name, where the folder has none.
+        allow_pickle: whether a `.bin` file may be read, weights only.
+        routing: what is to become of routes that depend on the input.
+    """
+
+    top_k: int | None = None
+    tasks: tuple[str, ...] | None = None
+    specs: Mapping[str, Task] = dataclasses.field(default_factory=dict)
+    allow_pickle: bool = False
+    routing: Routing = "exact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,23 +50,33 @@ class Contents:
         adapters: by the path of their linear.
         heads: parameters that replace the base's, by task name, then parameter name.
         tasks: in the order of their ids.
-        top_k: how many experts a task uses.
-        kernel_sizes: one per expert.
         tensors: every tensor of the checkpoint, by its name on disk.
         config: the checkpoint's own configuration file.
         base_sha256: content hash of the base it was trained on; None where it does not say.
+        top_k: how many experts a task uses; None where nothing is chosen by task.
+        kernel_sizes: one per expert of a pyramid.
+        weights: parameters that replace the base's, whatever the task.
+        settings: what it changes of the base's configuration.
+        routing: what the answer to one row depends on.
+        details: what else there is to say of it, for the manifest: JSON values.
+        notes: what a user should know although nothing is wrong.
     """
 
-    format: Literal["released", "native"]
-    variant: Literal["released", "paper"]
+    format: str
+    variant: str
     adapters: Mapping[str, Adapter]
     heads: Mapping[str, Mapping[str, LazyTensor]]
     tasks: tuple[Task, ...]
-    top_k: int
-    kernel_sizes: tuple[int, ...]
     tensors: Mapping[str, LazyTensor]
     config: Mapping[str, Any]
-    base_sha256: str | None
+    base_sha256: str | None = None
+    top_k: int | None = None
+    kernel_sizes: tuple[int, ...] = ()
+    weights: Mapping[str, LazyTensor] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    routing: RoutingSpec = STATIC
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Source:

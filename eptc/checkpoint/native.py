@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from eptc.checkpoint.base import BaseModel, read_json
-from eptc.checkpoint.contents import Contents, Source, check_fit, consume_all
+from eptc.checkpoint.contents import Contents, ReadOptions, Source, check_fit, consume_all
 from eptc.errors import CheckpointError, OptionError
 from eptc.ir import (
     Adapter,
@@ -49,25 +49,22 @@ _KEY = re.compile(
 _HEAD = re.compile(r"heads\.(?P<rest>.+)")
 
 
-def read_native(
-    path: Path, base: BaseModel, *, top_k: int | None, tasks: tuple[str, ...] | None
-) -> Contents:
+def read_native(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     """Read a native checkpoint.
 
     Args:
         path: the folder.
         base: the base model it was trained on.
-        top_k: must be None or what the checkpoint says.
-        tasks: must be None or the names the checkpoint has, in its order.
+        options: top_k and tasks must be None or what the checkpoint says.
 
     Raises:
         CheckpointError: a configuration the schema does not admit; missing, extra, misshapen or
             non-finite tensors; a base that does not fit.
-        OptionError: `top_k` or `tasks` contradict the checkpoint.
+        OptionError: an option contradicts the checkpoint.
     """
     config = read_config(path)
     described = tuple(Task.from_json(task) for task in config["tasks"])
-    _check_options(config, described, top_k, tasks)
+    _check_options(config, described, options.top_k, options.tasks)
     if config["base"]["model_type"] != base.config.get("model_type"):
         raise CheckpointError(
             f"{path} was trained on a {config['base']['model_type']} model, {base.path} is a "

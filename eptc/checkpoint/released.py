@@ -14,21 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from eptc.checkpoint.base import BaseModel, read_json
-from eptc.checkpoint.contents import Contents, Source, check_fit, consume_all
-from eptc.errors import CheckpointError, MissingExtraError, OptionError, TaskError
+from eptc.checkpoint.contents import Contents, ReadOptions, Source, check_fit, consume_all
+from eptc.checkpoint.peft_folder import CONFIG, read_tensors
+from eptc.errors import CheckpointError, OptionError, TaskError
 from eptc.ir import Adapter, Branch, CellScaledLowRank, PerTask, TaskRouter
 from eptc.tasks import GLUE, Task, tasks_from_names
-from eptc.tensors import ArrayTensor, LazyTensor, SafetensorsFile
+from eptc.tensors import LazyTensor
 
-__all__ = ["CONFIG", "PUBLISHED_TASKS", "read_released"]
+__all__ = ["PUBLISHED_TASKS", "read_released"]
 
-CONFIG = "adapter_config.json"
-_SAFETENSORS = "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
 
 # The order of the published training script.
 PUBLISHED_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
@@ -84,24 +81,14 @@ class _Scaling:
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def read_released(
-    path: Path,
-    base: BaseModel,
-    *,
-    top_k: int | None,
-    tasks: tuple[str, ...] | None,
-    task_specs: Mapping[str, Task],
-    allow_pickle: bool,
-) -> Contents:
+def read_released(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     """Read a folder of the released code.
 
     Args:
         path: the folder: adapter_config.json and adapter_model.safetensors or .bin.
         base: the base model it was trained on.
-        top_k: how many experts a task uses; stored nowhere in the folder.
-        tasks: names in the order of their ids; stored nowhere in the folder.
-        task_specs: descriptions of tasks by name, beside the published GLUE ones.
-        allow_pickle: whether adapter_model.bin may be read (weights only).
+        options: top_k and tasks, which are stored nowhere in the folder; descriptions of tasks
+            beside the published GLUE ones.
 
     Raises:
         CheckpointError: missing, extra, misshapen or non-finite tensors, or a PEFT option that
@@ -110,12 +97,12 @@ def read_released(
     """
     config = read_json(path / CONFIG, CheckpointError)
     scaling = _scaling(path, config)
-    tensors = _read_tensors(path, allow_pickle)
+    tensors = read_tensors(path, options.allow_pickle)
     modules = _group(path, tensors)
     sizes = _kernel_sizes(path, modules)
-    k = _check_top_k(top_k, modules, len(sizes))
+    k = _check_top_k(options.top_k, modules, len(sizes))
     rows = next(iter(modules.values()))["lora_task_embedding.weight"].shape[0]
-    described = _check_tasks(tasks, rows, task_specs)
+    described = _check_tasks(options.tasks, rows, options.specs)
     check_fit(
         path,
         base,
@@ -141,7 +128,6 @@ def read_released(
         kernel_sizes=sizes,
         tensors=source.finite,
         config=config,
-        base_sha256=None,
     )
 
 
@@ -186,54 +172,6 @@ def _scaling(path: Path, config: Mapping[str, Any]) -> _Scaling:
     if min(ranks) < 1 or not all(map(math.isfinite, alphas)):
         raise CheckpointError(f"{path / CONFIG} has the ranks {ranks} and alphas {alphas}")
     return scaling
-
-
-def _read_tensors(path: Path, allow_pickle: bool) -> Mapping[str, LazyTensor]:
-    if (path / _SAFETENSORS).is_file():
-        return SafetensorsFile(path / _SAFETENSORS)
-    if not (path / _PICKLE).is_file():
-        raise CheckpointError(
-            f"{path} has no {_SAFETENSORS}",
-            expected=f"{CONFIG} and {_SAFETENSORS} in one folder",
-        )
-    if not allow_pickle:
-        raise CheckpointError(
-            f"{path} holds its weights as a pickle, {_PICKLE}",
-            expected=_SAFETENSORS,
-            fix="pass --allow-pickle if you trust the file (it is read with weights_only)",
-        )
-    return _read_pickle(path / _PICKLE)
-
-
-def _read_pickle(path: Path) -> dict[str, LazyTensor]:
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtraError(
-            "reading a .bin file needs torch", fix="pip install 'ept-compiler[compile]'"
-        ) from error
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler meets
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(
-            f"{path} cannot be read as weights only: {reason}", fix="copy the file again"
-        ) from error
-    if not isinstance(data, dict) or not all(isinstance(v, torch.Tensor) for v in data.values()):
-        raise CheckpointError(f"{path} does not hold a dict of tensors")
-    tensors: dict[str, LazyTensor] = {}
-    for name, tensor in data.items():
-        half = tensor.dtype == torch.bfloat16  # numpy has none of its own
-        try:
-            array = tensor.detach().view(torch.int16 if half else tensor.dtype).numpy()
-        except (RuntimeError, TypeError) as error:
-            raise CheckpointError(
-                f"{name} in {path} is a {tensor.layout} tensor of the type {tensor.dtype}",
-                expected="a dense tensor of floating point numbers",
-            ) from error
-        array = array.view(ml_dtypes.bfloat16) if half else array
-        tensors[str(name)] = ArrayTensor(str(name), array)
-    return tensors
 
 
 def _group(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:

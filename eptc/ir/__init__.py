@@ -8,10 +8,10 @@ A branch's `Delta` D is a structured operator [out, in]; its `Gate` says what it
 Everything is immutable: a pass returns a new model.
 """
 
-from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, Rows
-from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask
+from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank, Rows
+from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask, Routed
 from eptc.ir.numbers import Float64
-from eptc.ir.routing import Normalization, Route, TaskRouter
+from eptc.ir.routing import InputRouter, Normalization, Route, TaskRouter, Unit
 
 __all__ = [
     "AdaptedModel",
@@ -22,10 +22,14 @@ __all__ = [
     "Delta",
     "Float64",
     "Gate",
+    "InputRouter",
     "Kronecker",
+    "LowRank",
     "Normalization",
     "PerTask",
     "Route",
+    "Routed",
     "Rows",
     "TaskRouter",
+    "Unit",
 ]

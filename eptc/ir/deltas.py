@@ -12,7 +12,7 @@ import numpy as np
 from eptc.ir.numbers import Float64, kron, product, read
 from eptc.tensors import LazyTensor
 
-__all__ = ["CellScaledLowRank", "Delta", "Kronecker", "Rows"]
+__all__ = ["CellScaledLowRank", "Delta", "Kronecker", "LowRank", "Rows"]
 
 
 Rows = Callable[[int, int], Float64]
@@ -196,3 +196,39 @@ class Kronecker(Delta):
     def tensors(self) -> tuple[LazyTensor, ...]:
         """A, B and the kernel."""
         return self.A, self.B, self.kernel
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank(Delta):
+    """Plain LoRA: D = B A.
+
+    Args:
+        A: [r, in].
+        B: [out, r].
+        out_features: out.
+        in_features: in.
+    """
+
+    A: LazyTensor
+    B: LazyTensor
+    out_features: int
+    in_features: int
+
+    def factors(self) -> tuple[Float64, Float64]:
+        """Return B [out, r] and A [r, in]."""
+        return read(self.B), read(self.A)
+
+    def reader(self) -> Rows:
+        """Return what computes rows of D."""
+        b, a = self.factors()
+        return lambda start, stop: product(b[start:stop], a)
+
+    @property
+    def rank_bound(self) -> int:
+        """The smallest of r, in and out."""
+        return min(self.A.shape[0], self.in_features, self.out_features)
+
+    @property
+    def tensors(self) -> tuple[LazyTensor, ...]:
+        """A and B."""
+        return self.A, self.B

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,11 @@ import numpy as np
 from eptc.errors import InternalError
 from eptc.ir.deltas import Delta, Rows
 from eptc.ir.numbers import Float64
-from eptc.ir.routing import TaskRouter
+from eptc.ir.routing import InputRouter, TaskRouter
 from eptc.tasks import Task
 from eptc.tensors import LazyTensor
 
-__all__ = ["AdaptedModel", "Adapter", "Branch", "Constant", "Gate", "PerTask"]
+__all__ = ["AdaptedModel", "Adapter", "Branch", "Constant", "Gate", "PerTask", "Routed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,20 @@ class PerTask:
     expert: int
 
 
-Gate = Constant | PerTask
+@dataclasses.dataclass(frozen=True, eq=False)
+class Routed:
+    """A gate that depends on the input: the router's weight for one expert.
+
+    Args:
+        router: shared by the branches of an adapter, and by linears that follow one site.
+        expert: which expert the branch holds.
+    """
+
+    router: InputRouter
+    expert: int
+
+
+Gate = Constant | PerTask | Routed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +82,39 @@ class Adapter:
 
     @property
     def router(self) -> TaskRouter | None:
-        """The router the branches share, None where every gate is constant."""
+        """The router that reads the task, None where no gate does."""
         for branch in self.branches:
             if isinstance(branch.gate, PerTask):
                 return branch.gate.router
         return None
 
-    def factors(self, task_id: int | None) -> tuple[float, ...]:
-        """Return scale * gate of each branch for a task.
+    @property
+    def input_router(self) -> InputRouter | None:
+        """The router that reads the input, None where no gate does."""
+        for branch in self.branches:
+            if isinstance(branch.gate, Routed):
+                return branch.gate.router
+        return None
+
+    def factors(
+        self, task_id: int | None, gates: Sequence[float] | None = None
+    ) -> tuple[float, ...]:
+        """Return scale * gate of each branch.
+
+        Args:
+            task_id: the task.
+            gates: of each expert, where a router reads the input.
 
         Raises:
-            InternalError: a gate depends on the task and none is given.
+            InternalError: a gate depends on the task, or on the input, and none is given.
         """
         weights: Mapping[int, float] = {}
+        if self.input_router is not None:
+            if gates is None:
+                raise InternalError(
+                    f"the routed adapter at {self.target} was asked without an input"
+                )
+            weights = dict(enumerate(gates))
         if (router := self.router) is not None:
             if task_id is None:
                 raise InternalError(
@@ -159,7 +192,8 @@ class AdaptedModel:
 
         Raises:
             InternalError: an adapter without its weight or of another shape, a task id or head
-                that names no task, a gate that needs a task after the task was fixed.
+                that names no task, a gate that needs a task after the task was fixed, routers of
+                two kinds beside one linear.
         """
         if self.task_id is not None and not 0 <= self.task_id < len(self.tasks):
             raise InternalError(f"task id {self.task_id} of {len(self.tasks)} tasks")
@@ -170,8 +204,11 @@ class AdaptedModel:
             if adapter.target != path or adapter.parameter not in self.weights:
                 raise InternalError(f"the adapter at {path!r} has no weight")
             shape = self.weights[adapter.parameter].shape
+            routers = {id(b.gate.router) for b in adapter.branches if isinstance(b.gate, Routed)}
+            if len(routers) + (adapter.router is not None) > 1:
+                raise InternalError(f"{path} has {len(routers)} routers that read its input")
             for branch in adapter.branches:
                 if (branch.delta.out_features, branch.delta.in_features) != shape:
                     raise InternalError(f"a branch at {path} does not fit its weight {shape}")
-                if self.task_id is not None and not isinstance(branch.gate, Constant):
+                if self.task_id is not None and isinstance(branch.gate, PerTask):
                     raise InternalError(f"{path} has a {type(branch.gate).__name__} gate left")

@@ -1,7 +1,8 @@
-"""Routers: which experts a task uses in a linear."""
+"""Routers: which experts a task, or an input, uses in a linear."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -9,12 +10,44 @@ from typing import Literal
 
 import numpy as np
 
-from eptc.ir.numbers import read, softmax
+from eptc.ir.numbers import Float64, read, softmax
 from eptc.tensors import LazyTensor
 
-__all__ = ["Normalization", "Route", "TaskRouter"]
+__all__ = ["InputRouter", "Normalization", "Route", "TaskRouter", "Unit"]
 
 Normalization = Literal["softmax", "sum", "none"]
+Unit = Literal["token", "row", "batch"]
+
+
+class InputRouter(abc.ABC):
+    """A router that reads what a linear is given: its gates are known when the engine runs.
+
+    Attributes:
+        unit: what has gates of its own: each token, each row of a batch, or the batch as a whole.
+        site: path of the linear whose input it reads; its gates hold for every linear after it,
+            until it is executed again. None: each linear routes on its own input.
+    """
+
+    unit: Unit
+    site: str | None
+
+    @property
+    @abc.abstractmethod
+    def num_experts(self) -> int:
+        """How many experts the router chooses from."""
+
+    @property
+    @abc.abstractmethod
+    def tensors(self) -> tuple[LazyTensor, ...]:
+        """The router's own tensors."""
+
+    @abc.abstractmethod
+    def gates(self, x: Float64) -> Float64:
+        """Return the gates for an input x [batch, sequence, in], 0 for experts not chosen.
+
+        [batch, sequence, experts] for tokens, [batch, 1, experts] for rows, [1, 1, experts] for
+        the batch.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

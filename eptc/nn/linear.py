@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eptc.errors import CheckpointError, OptionError, TaskError
+from eptc.nn.adapted import AdaptedLinear
 from eptc.nn.config import EptConfig
 from eptc.nn.experts import Experts, Factors, PaperExperts, ReleasedExperts
 from eptc.nn.losses import contrastive_loss
@@ -63,7 +64,7 @@ class TaskContext:
             self.wanted, self.terms = frozenset(), {}
 
 
-class EptLinear(nn.Module):
+class EptLinear(AdaptedLinear):
     """y = W0 x + bias + scale * sum over the task's experts of gate * expert(x).
 
     Args:
@@ -85,10 +86,8 @@ class EptLinear(nn.Module):
         factors: Factors | None = None,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base, path)
         self.config = config
-        self.path = path
         self.context = context
         self.experts = _experts(base, config, path, factors)
         self.router: Router = TaskRouter(
@@ -108,26 +107,6 @@ class EptLinear(nn.Module):
             else 1
             for size in config.kernel_sizes
         )
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.base.out_features
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The base's weight: models read its dtype (T5's feed forward does)."""
-        return cast("nn.Parameter", self.base.weight)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The base's bias."""
-        return cast("nn.Parameter | None", self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out] for x [..., in] under the active task.

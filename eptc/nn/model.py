@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eptc.errors import BaseModelError, CheckpointError, OptionError
 from eptc.nn import losses, native, released
+from eptc.nn.adapted import ReferenceModel
 from eptc.nn.base import base_sha256, is_classifier
 from eptc.nn.config import EptConfig
 from eptc.nn.heads import fill_heads, install_heads
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["EptModel"]
 
 
-class EptModel(nn.Module):
+class EptModel(ReferenceModel):
     """A Hugging Face model with an `EptLinear` in the place of every target linear.
 
     The base's parameters are frozen; the branches' and the heads' are not. An encoder classifier
@@ -56,6 +57,8 @@ class EptModel(nn.Module):
         OptionError: a target names no linear, or an option does not fit the model.
         BaseModelError: the model cannot be adapted.
     """
+
+    layers: dict[str, EptLinear]
 
     def __init__(
         self,
@@ -129,6 +132,19 @@ class EptModel(nn.Module):
     def tasks(self) -> tuple[Task, ...]:
         """The tasks, in the order of their ids."""
         return self.config.tasks
+
+    def plain_name(self, name: str, task_id: int) -> str:
+        """Return the name a parameter of `hf` has in the plain task model; empty where none."""
+        if ".experts." in name or ".router." in name or name.endswith(".task_embedding"):
+            return ""
+        for path in self.layers:
+            if name.startswith(f"{path}.base."):
+                return f"{path}.{name.removeprefix(f'{path}.base.')}"
+        for head in self.heads:
+            if name.startswith(f"{head}.tasks."):
+                number, _, rest = name.removeprefix(f"{head}.tasks.").partition(".")
+                return f"{head}.{rest}" if int(number) == task_id else ""
+        return name
 
     @contextlib.contextmanager
     def task(self, task: str | int) -> Iterator[int]:

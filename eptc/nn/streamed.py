@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eptc.nn.linear import EptLinear
+from eptc.nn.adapted import AdaptedLinear, ReferenceModel
 from eptc.nn.meta_base import MetaBase
 from eptc.nn.model import EptModel
 from eptc.nn.reference import read_stored
@@ -48,7 +48,7 @@ class _NotLoadedError(Exception):
 
 
 class StreamedModel:
-    """An `EptModel` whose base is not in memory; its adapters and heads are.
+    """A reference whose base is not in memory; its adapters and heads are.
 
     Args:
         model: the model on the base.
@@ -58,7 +58,7 @@ class StreamedModel:
         blocks: full names of the blocks of each stack, in order.
     """
 
-    def __init__(self, model: EptModel, base: MetaBase) -> None:
+    def __init__(self, model: ReferenceModel, base: MetaBase) -> None:
         self.model = model
         self.blocks = block_lists(model.hf, model.heads)
         self._base = base
@@ -141,7 +141,7 @@ def _replaced(
             assert isinstance(weight, Tensor)
             if id(weight) in kept:
                 before.append((weight, weight.clone()))
-            folded = isinstance(module, EptLinear)
+            folded = isinstance(module, AdaptedLinear)
             weight.copy_(stored[name](weight + module.dense() if folded else weight))
             if folded:
                 module.__dict__["delta"] = _nothing
@@ -242,7 +242,7 @@ def _units(
     for name, module in hf.named_children():
         full = f"{path}.{name}" if path else name
         owns = any(parameter is not None for parameter in module._parameters.values())
-        if full in names or isinstance(module, EptLinear) or owns:
+        if full in names or isinstance(module, AdaptedLinear) or owns:
             yield full, module
         else:
             yield from _units(module, blocks, full)

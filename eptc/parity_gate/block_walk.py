@@ -12,7 +12,7 @@ import torch
 
 from eptc.errors import ParityError
 from eptc.lower.weights import PACKED
-from eptc.nn import EptModel
+from eptc.nn.adapted import ReferenceModel
 from eptc.nn.streamed import StreamedModel
 from eptc.parity_gate.block_probes import Batch
 from eptc.parity_gate.block_runs import Runner, as_past
@@ -20,7 +20,6 @@ from eptc.parity_gate.compare import FP32, Bound, Comparison, compare, not_run
 from eptc.parity_gate.outputs import Decision, decide
 from eptc.parity_gate.partition import AFTER, BEFORE, Partition
 from eptc.parity_gate.stored import Quantized
-from eptc.parity_gate.weights import plain_name
 
 __all__ = ["STATE", "Outcome", "Walk"]
 
@@ -205,7 +204,7 @@ def _modules(reference: StreamedModel, task_id: int, stored: set[str]) -> dict[s
     layers = reference.model.layers
     own: dict[str, str] = {}
     for full, _ in reference.model.hf.named_parameters(remove_duplicate=False):
-        name = plain_name(full, reference.model, task_id)
+        name = reference.model.plain_name(full, task_id)
         if name.endswith(".weight"):
             path = name.removesuffix(".weight")
             own[name] = path if path in layers else full.removesuffix(".weight")
@@ -219,7 +218,7 @@ def _modules(reference: StreamedModel, task_id: int, stored: set[str]) -> dict[s
     }
 
 
-def _width(model: EptModel, modules: Mapping[str, list[str]], name: str) -> int:
+def _width(model: ReferenceModel, modules: Mapping[str, list[str]], name: str) -> int:
     return int(model.hf.get_submodule(modules[name][0]).out_features)
 
 

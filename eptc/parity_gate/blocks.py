@@ -27,7 +27,7 @@ from eptc.parity_gate.partition import Partition
 from eptc.parity_gate.probes import Example
 from eptc.parity_gate.reference import stream_reference
 from eptc.parity_gate.report import ParityReport
-from eptc.parity_gate.weights import check_stored, plain_name
+from eptc.parity_gate.weights import check_stored
 from eptc.runtime import Manifest
 from eptc.runtime.inputs import prepare
 from eptc.runtime.manifest import bundle_file
@@ -47,9 +47,6 @@ def prove_blocks(
     task: str | int,
     tokenizer: TrainingTokenizer | None,
     *,
-    top_k: int | None,
-    tasks: Sequence[str] | None,
-    allow_pickle: bool = False,
     examples: Sequence[Example] | None = None,
     layers: Mapping[str, float] | None = None,
     progress: Callable[[str], None] = lambda _: None,
@@ -65,9 +62,6 @@ def prove_blocks(
         source: the checkpoint it was made from.
         task: name, alias or id of the engine's task.
         tokenizer: the tokenizer of training.
-        top_k: as the caller gave it (as for `load_reference`).
-        tasks: likewise.
-        allow_pickle: whether `adapter_model.bin` may be read.
         examples: texts to probe with; None for the built-in ones.
         layers: outcome of the layer gate by stage.
         progress: called with what is being done.
@@ -81,7 +75,7 @@ def prove_blocks(
         InputError: the checkpoint or the base cannot be read.
     """
     progress("parity: read the checkpoint")
-    reference = stream_reference(source, top_k=top_k, tasks=tasks, allow_pickle=allow_pickle)
+    reference = stream_reference(source)
     model = reference.model
     task_id = resolve(task, model.tasks)
     check_manifest(manifest, model, task_id)
@@ -125,7 +119,7 @@ class _Parameters(Mapping[str, Float32]):
         self._reference = reference
         self._owners = {}
         for name, _ in reference.model.hf.named_parameters(remove_duplicate=False):
-            if plain := plain_name(name, reference.model, task_id):
+            if plain := reference.model.plain_name(name, task_id):
                 path, _, attribute = name.rpartition(".")
                 self._owners[plain] = (reference.model.hf.get_submodule(path), attribute)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eptc.errors import InputError, InternalError, ParityError
-from eptc.nn import EptModel
+from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.compare import FP32, Bound, Comparison, bound_of, not_run
 from eptc.parity_gate.interface import (
     Tokenizes,
@@ -36,7 +36,7 @@ __all__ = ["make_probes", "prove", "refuse", "with_outcomes"]
 
 def make_probes(
     engine: Tokenizes,
-    reference: EptModel,
+    reference: ReferenceModel,
     task_id: int,
     tokenizer: TrainingTokenizer | None,
     examples: Sequence[Example] | None,
@@ -101,7 +101,7 @@ def _start(engine: Tokenizes) -> int:
 def prove(
     directory: Path,
     engine: Engine,
-    reference: EptModel,
+    reference: ReferenceModel,
     task_id: int,
     tokenizer: TrainingTokenizer | None,
     *,
@@ -149,7 +149,7 @@ def prove(
 
 
 def _outcomes(
-    engine: Engine, reference: EptModel, task: str, probe: Probe, bound: Bound
+    engine: Engine, reference: ReferenceModel, task: str, probe: Probe, bound: Bound
 ) -> list[Comparison | Decision]:
     """Return a probe's outcomes; an engine that cannot run it has failed it."""
     outcomes: list[Comparison | Decision] = []

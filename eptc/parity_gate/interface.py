@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from eptc.errors import ParityError
-from eptc.nn import EptModel
+from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.probes import Example
 from eptc.runtime import Manifest
 from eptc.runtime.manifest import bundle_file
@@ -54,7 +54,7 @@ def position_limit(model: Any) -> int | None:
     return None if limit is None else int(limit)
 
 
-def check_manifest(manifest: Manifest, reference: EptModel, task_id: int) -> None:
+def check_manifest(manifest: Manifest, reference: ReferenceModel, task_id: int) -> None:
     """Compare what the runtime will act on with what the reference knows by itself.
 
     Raises:

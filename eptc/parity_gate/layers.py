@@ -13,7 +13,7 @@ import torch
 from eptc.errors import ParityError
 from eptc.ir import AdaptedModel, Float64
 from eptc.linear_probe import LinearOutput, LinearProbe
-from eptc.nn import EptModel
+from eptc.nn.adapted import ReferenceModel
 from eptc.tensors import unit_roundoff
 
 __all__ = ["LayerGate", "LayerOutputs", "layer_outputs"]
@@ -34,7 +34,7 @@ class LayerOutputs:
 
 
 def layer_outputs(
-    reference: EptModel,
+    reference: ReferenceModel,
     task_id: int,
     loaded: Callable[[torch.nn.Module], AbstractContextManager[Any]] = nullcontext,
 ) -> LayerOutputs:
@@ -50,7 +50,11 @@ def layer_outputs(
     for path, layer in sorted(reference.layers.items()):
         rows = torch.from_numpy(probe.rows(path, layer.in_features))
         with torch.no_grad(), loaded(layer):
-            branch = layer.delta(rows.float(), task_id).double()
+            if layer.routed_experts:
+                gates = torch.tensor(probe.gates(path, layer.routed_experts))
+                branch = layer.mixed(rows.float(), gates).double()
+            else:
+                branch = layer.delta(rows.float(), task_id).double()
             total = rows @ layer.weight.double().T + branch
         wanted[path] = total.numpy(), float(branch.abs().max())
     return LayerOutputs(task_id, wanted)

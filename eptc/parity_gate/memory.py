@@ -19,7 +19,7 @@ _COPIES = 4
 
 def engine_bytes(source: Checkpoint) -> int:
     """Return about how many bytes running a float32 engine as a whole takes: its weights."""
-    return _FLOAT32 * _numbers(source.base.weights.values())
+    return _FLOAT32 * _numbers(source.weights.values())
 
 
 def whole_model_bytes(source: Checkpoint) -> int:
@@ -37,7 +37,7 @@ def whole_model_bytes(source: Checkpoint) -> int:
     Args:
         source: the checkpoint; no tensor is read.
     """
-    base = _numbers(source.base.weights.values())
+    base = _numbers(source.weights.values())
     return _FLOAT32 * (2 * base + _beside(source))
 
 
@@ -54,7 +54,7 @@ def block_bytes(source: Checkpoint) -> int:
     blocks: collections.Counter[str] = collections.Counter()
     stacks = "|".join(map(re.escape, source.base.architecture.stacks))
     block = re.compile(rf"({stacks})\.\d+\.")
-    for name, tensor in source.base.weights.items():
+    for name, tensor in source.weights.items():
         if found := block.match(name):
             blocks[found[0]] += math.prod(tensor.shape)
     most = max(blocks.values(), default=0)
@@ -79,7 +79,7 @@ def verified_by_block(source: Checkpoint, precision: str, limit: int | None) -> 
 def _beside(source: Checkpoint) -> int:
     """Return how many numbers either way takes beside the base: 2 A + 4 L."""
     adapters = _numbers(source.contents.tensors.values())
-    largest = max((math.prod(t.shape) for t in source.base.weights.values()), default=0)
+    largest = max((math.prod(t.shape) for t in source.weights.values()), default=0)
     return 2 * adapters + _COPIES * largest
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from eptc.nn import EptModel
+from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.compare import Bound, Comparison, compare
 from eptc.parity_gate.probes import Ints, Probe
 from eptc.runtime import Engine
@@ -50,7 +50,7 @@ class Decision:
 
 
 def check_outputs(
-    engine: Engine, reference: EptModel, task: str, probe: Probe, bound: Bound
+    engine: Engine, reference: ReferenceModel, task: str, probe: Probe, bound: Bound
 ) -> Iterator[Comparison | Decision]:
     """Yield every comparison and decision of one probe.
 

@@ -11,7 +11,7 @@ import torch
 
 from eptc import text
 from eptc.examples_file import Example
-from eptc.nn import EptModel
+from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.compare import bound_of
 from eptc.runtime import Engine, Manifest
 from eptc.tasks import Task, fill
@@ -25,7 +25,7 @@ _NOISE = {"fp32": 2e-5, "fp16-weights": 2e-3, "bf16-weights": 1.6e-2}
 
 def reference_answers(
     engine: Engine,
-    model: EptModel,
+    model: ReferenceModel,
     task: Task,
     tokenizer: text.TrainingTokenizer,
     examples: Sequence[Example],
@@ -74,7 +74,7 @@ def _label_tokens(
 
 
 def _written_label(
-    model: EptModel, manifest: Manifest, labels: list[list[int]], inputs: Mapping[str, Any]
+    model: ReferenceModel, manifest: Manifest, labels: list[list[int]], inputs: Mapping[str, Any]
 ) -> tuple[int, float]:
     """Let the reference write a label; return which, and its smallest margin on the way.
 

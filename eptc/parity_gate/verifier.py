@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from eptc import checkpoint, text
 from eptc.errors import BundleError, EptcError, InternalError, OptionError, ParityError
-from eptc.nn import EptModel
+from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.blocks import prove_blocks
 from eptc.parity_gate.gate import prove
 from eptc.parity_gate.layers import LayerOutputs, layer_outputs
@@ -42,25 +42,14 @@ class Subject:
     Args:
         source: the checkpoint.
         task: name, alias or id of the task.
-        top_k: as the caller gave it.
-        tasks: likewise, so that a reader that mixes up tasks is found out.
-        allow_pickle: whether `adapter_model.bin` may be read.
         examples: texts to probe with; None for the built-in ones.
         by_block: whether one block of the model at a time is in memory.
     """
 
     source: checkpoint.Checkpoint
     task: str | int
-    top_k: int | None
-    tasks: Sequence[str] | None
-    allow_pickle: bool
     examples: Sequence[Example] | None
     by_block: bool
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The options that reading the checkpoint takes."""
-        return {"top_k": self.top_k, "tasks": self.tasks, "allow_pickle": self.allow_pickle}
 
 
 class Verifier(Protocol):
@@ -94,9 +83,9 @@ class LocalVerifier:
         self._subject = subject
 
     @functools.cached_property
-    def reference(self) -> EptModel:
+    def reference(self) -> ReferenceModel:
         """The unfolded model, in memory as a whole."""
-        return load_reference(self._subject.source, **self._subject.given)
+        return load_reference(self._subject.source)
 
     @functools.cached_property
     def tokenizer(self) -> text.TrainingTokenizer | None:
@@ -108,7 +97,7 @@ class LocalVerifier:
         """Return what the reference's adapted linears give."""
         subject = self._subject
         if subject.by_block:
-            streamed = stream_reference(subject.source, **subject.given)
+            streamed = stream_reference(subject.source)
             task_id = resolve(subject.task, streamed.model.tasks)
             return layer_outputs(streamed.model, task_id, streamed.loaded)
         # The reference finds the task by itself: a reader that mixes up tasks is found out.
@@ -125,7 +114,7 @@ class LocalVerifier:
         if subject.by_block:
             return prove_blocks(
                 directory, load_manifest(directory), subject.source, subject.task,
-                self.tokenizer, **subject.given, **options,
+                self.tokenizer, **options,
             )  # fmt: skip
         try:
             engine = Engine.load(directory, providers=["cpu"])

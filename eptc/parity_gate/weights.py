@@ -13,11 +13,11 @@ import onnx_ir
 
 from eptc.errors import ParityError
 from eptc.lower.weights import PACKED, PART
-from eptc.nn import EptLinear, EptModel
+from eptc.nn.adapted import AdaptedLinear, ReferenceModel
 from eptc.parity_gate.nearest import check_nearest
 from eptc.parity_gate.stored import Decoder, quantized, read
 
-__all__ = ["check_stored", "check_weights", "plain_name"]
+__all__ = ["check_stored", "check_weights"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -26,7 +26,9 @@ Float32 = npt.NDArray[np.float32]
 _ELEMENTS = 2**15
 
 
-def check_weights(directory: Path, files: list[str], reference: EptModel, task_id: int) -> float:
+def check_weights(
+    directory: Path, files: list[str], reference: ReferenceModel, task_id: int
+) -> float:
     """Compare every weight in the engine's files with the reference's parameter of that name.
 
     A weight without adapters must be equal to the bit, rounded once where it is stored in 16
@@ -34,6 +36,8 @@ def check_weights(directory: Path, files: list[str], reference: EptModel, task_i
     element of its branches. Weights may be stored transposed: whether they are used that way
     round is seen in the outputs. A packed weight, its name the names of its parts with `+` between
     them, holds them side by side [in, sum of out]: each part is compared as if it stood alone.
+
+    Beside a routed linear, whose branches are no weight, the base's is there to the bit.
 
     A weight that is stored as integers must be the nearest to the sum of base and experts that
     they can be (`nearest.py`).
@@ -47,7 +51,7 @@ def check_weights(directory: Path, files: list[str], reference: EptModel, task_i
     parameters = {
         plain: parameter.detach().numpy()
         for name, parameter in reference.hf.named_parameters(remove_duplicate=False)
-        if (plain := plain_name(name, reference, task_id))
+        if (plain := reference.plain_name(name, task_id))
     }
     return check_stored(directory, files, parameters, reference.layers, task_id)
 
@@ -56,7 +60,7 @@ def check_stored(
     directory: Path,
     files: list[str],
     parameters: Mapping[str, Float32],
-    layers: Mapping[str, EptLinear],
+    layers: Mapping[str, AdaptedLinear],
     task_id: int,
 ) -> float:
     """Compare as `check_weights` does, with parameters that may be read when they are asked for.
@@ -68,7 +72,9 @@ def check_stored(
         layers: the adapted linears, by their full names; their base need not be in memory.
         task_id: the task, by the reference's own list.
     """
-    adapted = {f"{path}.weight": layer for path, layer in layers.items()}
+    adapted = {
+        f"{path}.weight": layer for path, layer in layers.items() if not layer.routed_experts
+    }
     seen, worst = set(), 0.0
     for name, array in _unpacked(_stored(directory, files), parameters):
         if name in parameters:
@@ -86,7 +92,7 @@ def _check_one(
     name: str,
     found: Array | Decoder,
     parameters: Mapping[str, Float32],
-    adapted: Mapping[str, EptLinear],
+    adapted: Mapping[str, AdaptedLinear],
     task_id: int,
 ) -> float:
     """Return a weight's largest deviation as a fraction of its bound; 0 if it has none."""
@@ -99,20 +105,6 @@ def _check_one(
         return _check_close(name, found, base, delta)
     _check_equal(name, found, base)
     return 0.0
-
-
-def plain_name(name: str, reference: EptModel, task_id: int) -> str:
-    """Return the name a reference's parameter has in the plain task model; empty where none."""
-    if ".experts." in name or ".router." in name or name.endswith(".task_embedding"):
-        return ""
-    for path in reference.layers:
-        if name.startswith(f"{path}.base."):
-            return f"{path}.{name.removeprefix(f'{path}.base.')}"
-    for head in reference.heads:
-        if name.startswith(f"{head}.tasks."):
-            number, _, rest = name.removeprefix(f"{head}.tasks.").partition(".")
-            return f"{head}.{rest}" if int(number) == task_id else ""
-    return name
 
 
 def _stored(directory: Path, files: list[str]) -> Iterator[tuple[str, Array | Decoder]]:

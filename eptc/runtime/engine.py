@@ -157,7 +157,9 @@ class Engine:
             logits = graph.run(checked(feeds, graph.name, graph.spec, None))["logits"]
             return [classified(row, self.task) for row in sound(logits)]
 
-        return in_batches(self._encoded(texts, truncate), batch_size, answer)
+        return in_batches(
+            self._encoded(texts, truncate), batch_size, answer, self.manifest.routing
+        )
 
     def generate(
         self,
@@ -213,7 +215,9 @@ class Engine:
         def answer(rows: list[Any], positions: list[int]) -> list[Generation]:
             return write(self._steps(self._padded(rows), plan.limit), positions, tokenizer, plan)
 
-        return in_batches(self._prompts(texts, truncate, chat), batch_size, answer)
+        return in_batches(
+            self._prompts(texts, truncate, chat), batch_size, answer, self.manifest.routing
+        )
 
     def stream(
         self,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from eptc.errors import BundleError, TaskError
 from eptc.runtime.json_fields import Fields
+from eptc.runtime.routing import STATIC, RoutingSpec
 from eptc.runtime.spec import (
     INTERFACES,
     MANIFEST,
@@ -56,6 +57,7 @@ class Manifest:
         optimized_for: execution provider whose kernels the graphs are fused for (`cpu`, `cuda`);
             `any` where all operators are standard ones.
         parity: summary of the comparison with the reference; `verified` says whether it ran.
+        routing: what the answer to one row depends on.
     """
 
     kind: str
@@ -75,6 +77,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     parity: Mapping[str, Any]
     optimized_for: str = "any"
+    routing: RoutingSpec = STATIC
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -87,6 +90,7 @@ class Manifest:
             "precision": self.precision,
             "optimized_for": self.optimized_for,
             "task": self.task.to_json() if self.task is not None else None,
+            "routing": self.routing.to_json(),
             "num_labels": self.num_labels,
             "vocab_size": self.vocab_size,
             "graphs": {name: graph.to_json() for name, graph in self.graphs.items()},
@@ -140,6 +144,9 @@ class Manifest:
                 for name, record in fields.mapping("files").items()
             },
             parity=fields.mapping("parity"),
+            routing=STATIC
+            if (routing := fields.optional("routing", None)) is None
+            else RoutingSpec.from_json(routing, "routing"),
             schema_version=version,
         )
         fields.finish()

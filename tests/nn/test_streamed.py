@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eptc.errors import BaseModelError, CheckpointError, TaskError
 from eptc.nn import EptConfig, EptModel, load_base, load_reference
+from eptc.nn.adapted import ReferenceModel
 from eptc.nn.shards import Shards
 from eptc.nn.streamed import StreamedModel, Visit, stream_reference
 from eptc.tasks import Task
@@ -122,7 +123,7 @@ def make(
     return write
 
 
-def batches(model: EptModel) -> list[dict[str, Tensor]]:
+def batches(model: ReferenceModel) -> list[dict[str, Tensor]]:
     made = []
     for rows, length in ((2, 7), (1, 1), (3, 4)):
         ids = (torch.arange(rows * length).reshape(rows, length) * 7 + 3) % 40

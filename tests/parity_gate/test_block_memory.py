@@ -82,11 +82,11 @@ def _build(root: Path) -> dict[str, int]:
 
 def _blocks(source: checkpoint.Checkpoint, out: Path) -> bool:
     manifest = load_manifest(out)
-    return prove_blocks(out, manifest, source, "only", None, top_k=None, tasks=None).passed
+    return prove_blocks(out, manifest, source, "only", None).passed
 
 
 def _whole(source: checkpoint.Checkpoint, out: Path) -> bool:
-    reference = load_reference(source, top_k=None, tasks=None)
+    reference = load_reference(source)
     with Engine.load(out, providers=["cpu"], threads=1) as engine:
         return prove(out, engine, reference, 0, None).passed
 

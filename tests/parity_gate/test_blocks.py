@@ -58,9 +58,8 @@ def check(subject: Any) -> Callable[..., ParityReport]:
     def run(of: Any, directory: Path, **more: Any) -> ParityReport:
         found = subject(of) if isinstance(of, str) else of
         source = found.read()
-        options = {"top_k": None, "tasks": None, **found.options, **more}
         tokenizer = text.find_tokenizer(source.path, source.base.path)
-        return prove_blocks(directory, load_manifest(directory), source, 0, tokenizer, **options)
+        return prove_blocks(directory, load_manifest(directory), source, 0, tokenizer, **more)
 
     return run
 
@@ -73,8 +72,7 @@ def test_sound_as_whole_models_are(subject: Any, written: Any, check: Any, name:
     assert summary["mode"] == "block by block"
     assert summary["flips"] == 0
     source = subject(name).read()
-    options = {"top_k": None, "tasks": None, **subject(name).options}
-    reference = load_reference(source, **options)
+    reference = load_reference(source)
     blocks = [
         f"{path}.{i}"
         for path in ("model.layers", "encoder.block", "decoder.block", f"{name}.encoder.layer")

@@ -72,9 +72,8 @@ def prove(subject: Any) -> Callable[..., ParityReport]:
 
     def run(name: str, directory: Path) -> ParityReport:
         source = subject(name).read()
-        options = {"top_k": None, "tasks": None, **subject(name).options}
         tokenizer = text.find_tokenizer(source.path, source.base.path)
-        return prove_blocks(directory, load_manifest(directory), source, 0, tokenizer, **options)
+        return prove_blocks(directory, load_manifest(directory), source, 0, tokenizer)
 
     return run
 
@@ -85,7 +84,7 @@ def check(subject: Any) -> Callable[..., float]:
 
     def run(name: str, directory: Path) -> float:
         found = subject(name)
-        reference = load_reference(found.read(), **{"top_k": None, "tasks": None, **found.options})
+        reference = load_reference(found.read())
         files = [path.name for path in sorted(directory.glob("*.onnx"))]
         return check_weights(directory, files, reference, 0)
 

@@ -23,8 +23,7 @@ from eptc.parity_gate import LocalVerifier, RemoteVerifier, Subject
 def subject(native: Any, **changes: Any) -> Subject:
     source = checkpoint.read(native.ckpt, native.base)
     given: dict[str, Any] = {
-        "source": source, "task": "tone", "top_k": None, "tasks": None, "allow_pickle": False,
-        "examples": None, "by_block": False,
+        "source": source, "task": "tone", "examples": None, "by_block": False,
     }  # fmt: skip
     return Subject(**{**given, **changes})
 
@@ -158,7 +157,7 @@ def test_it_ends_with_the_compiler(small_native: Any, tmp_path: Path) -> None:
         "from eptc import checkpoint\n"
         "from eptc.parity_gate import RemoteVerifier, Subject\n"
         "source = checkpoint.read(*map(__import__('pathlib').Path, sys.argv[1:3]))\n"
-        "given = Subject(source, 'tone', None, None, False, None, False)\n"
+        "given = Subject(source, 'tone', None, False)\n"
         "found = RemoteVerifier(given)\n"
         "print(found._process.pid, flush=True)\n"
         "time.sleep(600)\n"

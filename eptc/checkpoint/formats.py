@@ -1,0 +1,235 @@
+"""Every format of checkpoints by its name: how it is recognised, read, and run in PyTorch."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eptc.checkpoint.base import BaseModel, read_json
+from eptc.checkpoint.contents import Contents, ReadOptions
+from eptc.checkpoint.lora import read_lora
+from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
+from eptc.checkpoint.native import read_native
+from eptc.checkpoint.peft_folder import CONFIG, peft_type, tensor_names
+from eptc.checkpoint.released import read_released
+from eptc.errors import CheckpointError, OptionError
+from eptc.tasks import Task
+
+if TYPE_CHECKING:
+    from eptc.nn.adapted import ReferenceModel
+    from eptc.nn.streamed import StreamedModel
+
+__all__ = ["FORMATS", "Format", "detect", "find_format"]
+
+
+class Format(abc.ABC):
+    """A format of checkpoints.
+
+    `read` and `reference` are two roads from the same files that share no code: the parity gate
+    compares what comes of the one with the other.
+
+    Attributes:
+        name: what `--format` and the manifest call it.
+        describes_tasks: whether its folders describe their tasks, so that nobody else may.
+    """
+
+    name: str
+    describes_tasks = False
+
+    @abc.abstractmethod
+    def matches(self, path: Path) -> bool:
+        """Whether a folder is of this format, as far as a glance tells."""
+
+    @abc.abstractmethod
+    def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+        """Return what a folder holds, no large tensor read; raise InputError where it is wrong."""
+
+    @abc.abstractmethod
+    def reference(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> ReferenceModel:
+        """Return the checkpoint on its base in PyTorch, in eval mode.
+
+        Args:
+            path: the checkpoint's folder.
+            base: the base model's folder.
+            options: as the caller gave them, not as the reader understood them.
+            tasks: what the tasks look like.
+        """
+
+    def stream(
+        self,
+        path: Path,
+        base: Path,
+        options: ReadOptions,  # noqa: ARG002  # the interface
+        tasks: Sequence[Task],  # noqa: ARG002
+    ) -> StreamedModel:
+        """Return the same on a base that stays on disk, for models larger than memory.
+
+        Raises:
+            OptionError: this format has no such reference.
+        """
+        raise OptionError(
+            f"a {self.name} checkpoint is verified as a whole model, which does not fit into "
+            f"memory: {path} on {base}",
+            fix="build it where there is more memory, or give --no-verify, which the manifest "
+            "records",
+        )
+
+    def base_name(self, path: Path) -> str | None:
+        """Return what a checkpoint calls its base, as far as it says."""
+        try:
+            name = read_json(path / CONFIG, CheckpointError).get("base_model_name_or_path")
+        except CheckpointError:
+            return None
+        return name if isinstance(name, str) else None
+
+
+class _Ept(Format):
+    """What native and released folders share: the same PyTorch model."""
+
+    def reference(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> ReferenceModel:
+        from eptc.nn import load_reference
+
+        return load_reference(
+            path, base, top_k=options.top_k, tasks=_described(options, tasks),
+            allow_pickle=options.allow_pickle,
+        )  # fmt: skip
+
+    def stream(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> StreamedModel:
+        from eptc.nn.streamed import stream_reference
+
+        return stream_reference(
+            path, base, top_k=options.top_k, tasks=_described(options, tasks),
+            allow_pickle=options.allow_pickle,
+        )  # fmt: skip
+
+
+def _described(options: ReadOptions, tasks: Sequence[Task]) -> list[str | Task] | None:
+    """Return the tasks in the caller's order, so that a reader that mixes them up is found out."""
+    described = {task.name: task for task in tasks}
+    if options.tasks is None:
+        return None
+    return [described.get(name, name) for name in options.tasks]
+
+
+class Native(_Ept):
+    """eptc's own: `ept_config.json` and `ept_model.safetensors`."""
+
+    name = "native"
+    describes_tasks = True
+
+    def matches(self, path: Path) -> bool:
+        """Whether there is an `ept_config.json`."""
+        return (path / NATIVE_CONFIG).is_file()
+
+    def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+        """Read it (`eptc.checkpoint.native`)."""
+        return read_native(path, base, options)
+
+    def base_name(self, path: Path) -> str | None:
+        """Return what the configuration calls the base."""
+        try:
+            name = read_json(path / NATIVE_CONFIG, CheckpointError)["base"].get("name")
+        except (CheckpointError, KeyError, TypeError, AttributeError):
+            return None
+        return name if isinstance(name, str) else None
+
+
+class Released(_Ept):
+    """The authors' released EPT code: a PEFT LoRA with experts and gates."""
+
+    name = "released"
+
+    def matches(self, path: Path) -> bool:
+        """Whether it is a PEFT LoRA that is not a plain one."""
+        kind = peft_type(path)
+        return kind not in ("TUCKA", "PROMPT_EXPERT", "PROMPT_ROUTING", None) and not _plain(path)
+
+    def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+        """Read it (`eptc.checkpoint.released`)."""
+        return read_released(path, base, options)
+
+
+class Lora(Format):
+    """A stock PEFT LoRA adapter."""
+
+    name = "lora"
+
+    def matches(self, path: Path) -> bool:
+        """Whether it is a PEFT LoRA without experts."""
+        return peft_type(path) == "LORA" and _plain(path)
+
+    def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+        """Read it (`eptc.checkpoint.lora`)."""
+        return read_lora(path, base, options)
+
+    def reference(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> ReferenceModel:
+        """Return it (`eptc.nn.lora`)."""
+        from eptc.nn.lora import load_lora
+
+        return load_lora(path, base, task=tasks[0], allow_pickle=options.allow_pickle)
+
+    def stream(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> StreamedModel:
+        """Return it (`eptc.nn.lora`)."""
+        from eptc.nn.lora import stream_lora
+
+        return stream_lora(path, base, task=tasks[0], allow_pickle=options.allow_pickle)
+
+
+def _plain(path: Path) -> bool:
+    """Whether an adapter has low ranks and no experts."""
+    names = tensor_names(path)
+    return any(".lora_A" in name or ".lora_embedding_A" in name for name in names) and not any(
+        ".lora_expert_kernels." in name or ".lora_gate." in name for name in names
+    )
+
+
+# In the order in which they are asked.
+FORMATS: dict[str, Format] = {entry.name: entry for entry in (Native(), Released(), Lora())}
+
+
+def find_format(name: str) -> Format:
+    """Return a format by its name.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name not in FORMATS:
+        raise OptionError(f"the format is {name!r}", expected=" or ".join(FORMATS))
+    return FORMATS[name]
+
+
+def detect(path: Path) -> Format:
+    """Return which format a checkpoint folder has.
+
+    Raises:
+        CheckpointError: not a folder, of no format, or of several.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"the checkpoint {path} is not a folder")
+    found = [entry for entry in FORMATS.values() if entry.matches(path)]
+    if len(found) > 1:
+        names = [entry.name for entry in found]
+        raise CheckpointError(
+            f"{path} looks like several formats: {', '.join(names)}",
+            fix=f"say which with --format {names[0]}, or remove the other's files",
+        )
+    if found:
+        return found[0]
+    runs = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
+    raise CheckpointError(
+        f"{path} has neither {NATIVE_CONFIG} nor {CONFIG}",
+        expected="a folder of one of the formats " + ", ".join(FORMATS),
+        fix=f"name one of its checkpoints, such as {path / runs[-1]}" if runs else None,
+    )

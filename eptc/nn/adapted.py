@@ -1,0 +1,103 @@
+"""What every reference offers: a Hugging Face model whose linears carry branches."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+from eptc.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["AdaptedLinear", "ReferenceModel"]
+
+
+class AdaptedLinear(nn.Module, abc.ABC):
+    """y = W0 x + bias + delta(x): a linear of the base with branches beside its weight.
+
+    Args:
+        base: the linear that is adapted; it stays as it is.
+        path: the linear's full name in its model.
+    """
+
+    def __init__(self, base: nn.Linear, path: str) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.base.out_features
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base's weight: models read its dtype (T5's feed forward does)."""
+        return cast("nn.Parameter", self.base.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base's bias."""
+        return cast("nn.Parameter | None", self.base.bias)
+
+    @property
+    def routed_experts(self) -> int:
+        """How many experts a router that reads the input chooses from; 0 where none does."""
+        return 0
+
+    @abc.abstractmethod
+    def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:
+        """Return what the branches add [..., out] for x [..., in].
+
+        Args:
+            x: the input.
+            task_id: the task; None: the active one.
+        """
+
+    @abc.abstractmethod
+    def dense(self, task_id: int | None = None) -> Tensor:
+        """Return the matrix [out, in] the branches stand for, where no gate reads the input."""
+
+    def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Return what the branches add [..., out] for x [..., in] under given gates [experts].
+
+        Only where `routed_experts` is not 0.
+        """
+        raise NotImplementedError(f"{self.path} has no gates that read its input")
+
+
+class ReferenceModel(nn.Module, abc.ABC):
+    """A Hugging Face model that gives a system's own answers, in eval mode.
+
+    Attributes:
+        hf: the Hugging Face model; use it inside `with model.task(name):`.
+        layers: the adapted linears, by their full names.
+        heads: per-task modules, by the full name of the module they stand for.
+    """
+
+    hf: PreTrainedModel
+    layers: Mapping[str, AdaptedLinear]
+    heads: Mapping[str, Any]
+
+    @property
+    @abc.abstractmethod
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks, in the order of their ids."""
+
+    @abc.abstractmethod
+    def task(self, task: str | int) -> AbstractContextManager[int]:
+        """Make a task the active one, by name, alias or id; yield its id."""
+
+    @abc.abstractmethod
+    def plain_name(self, name: str, task_id: int) -> str:
+        """Return the name a parameter of `hf` has in the plain task model; empty where none."""
