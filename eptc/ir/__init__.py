@@ -11,6 +11,7 @@ Everything is immutable: a pass returns a new model.
 from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank, Rows
 from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask, Routed
 from eptc.ir.numbers import Float64
+from eptc.ir.prompts import PromptLayout, PromptSite, PromptTuning
 from eptc.ir.routing import InputRouter, Normalization, Route, TaskRouter, Unit
 
 __all__ = [
@@ -27,6 +28,9 @@ __all__ = [
     "LowRank",
     "Normalization",
     "PerTask",
+    "PromptLayout",
+    "PromptSite",
+    "PromptTuning",
     "Route",
     "Routed",
     "Rows",

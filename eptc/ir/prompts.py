@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from eptc.errors import InternalError
 from eptc.tensors import LazyTensor
 
 __all__ = ["Coupling", "PromptLayout", "PromptSite", "PromptTuning"]
@@ -77,11 +76,6 @@ class PromptSite:
     shared: LazyTensor | None
     norm: LazyTensor | None
 
-    @property
-    def tensors(self) -> tuple[LazyTensor, ...]:
-        """The site's own tensors."""
-        return tuple(t for t in (self.experts, self.router, self.shared, self.norm) if t)
-
 
 @dataclasses.dataclass(frozen=True)
 class PromptTuning:
@@ -114,45 +108,30 @@ class PromptTuning:
         return self.sites[0].router.shape[0]
 
     @property
-    def swaps(self) -> bool:
-        """Whether the original code swaps rows and prompts in batches of n rows."""
-        return self.model_type == "t5" and self.input is not None and self.length > 1
-
-    @property
-    def mixes(self) -> bool:
-        """Whether the original code gives each row the experts of all rows."""
-        return self.top_k == 1 and not self.stochastic
+    def couples(self) -> bool:
+        """Whether the original code mixes the rows of a batch."""
+        swaps = self.model_type == "t5" and self.input is not None and self.length > 1
+        return swaps or (self.top_k == 1 and not self.stochastic)
 
     @property
     def reads_padding(self) -> bool:
-        """Whether an answer depends on how far its row is padded."""
+        """Whether an answer depends on how far its row is padded.
+
+        A block's router sums padding too, and a Llama classifier reads its last position.
+        """
         routed = bool(self.blocks) and not (self.stochastic or self.num_experts == 1)
         return routed or self.model_type == "llama"
 
     def layout(self, coupling: Coupling) -> PromptLayout:
         """Return what the model computes; where nothing mixes rows, both modes are the same."""
-        coupled = coupling == "batch" and (self.swaps or self.mixes)
+        coupled = coupling == "batch" and self.couples
         return PromptLayout(
             self.length,
             self.num_experts,
             self.top_k,
             tuple(sorted(self.blocks)),
-            any(site.shared is not None for site in self.sites),
+            self.sites[0].shared is not None,
+            # One expert has the probability 1; added up over rows it depends on their number.
             self.stochastic or (self.num_experts == 1 and not coupled),
             coupled,
         )
-
-    def validate(self) -> None:
-        """Check that sizes go together.
-
-        Raises:
-            InternalError: a site of another size than the first.
-        """
-        shape = (self.num_experts * self.length, self.sites[0].experts.shape[1])
-        for site in self.sites:
-            if site.experts.shape != shape or site.router.shape != (self.num_experts, shape[1]):
-                raise InternalError(f"a prompt site has the experts {site.experts.shape}")
-            if (site.shared is None) is not (self.sites[0].shared is None):
-                raise InternalError("some prompt sites share prompts, others do not")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise InternalError(f"top_k is {self.top_k} of {self.num_experts} experts")

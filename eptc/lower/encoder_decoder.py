@@ -19,9 +19,7 @@ __all__ = ["Encode", "graphs"]
 Encode = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _stock(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> torch.Tensor:
+def _stock(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     mask = padding_mask(attention_mask)
     hidden: torch.Tensor = model.encoder(input_ids=input_ids, attention_mask=mask)[0]
     return hidden

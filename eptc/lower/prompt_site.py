@@ -55,7 +55,7 @@ class PromptSite(torch.nn.Module):
                 values, chosen = p.topk(self.top_k, dim=-1)
                 p = torch.zeros_like(p).scatter(-1, chosen, values)
             mixed = torch.matmul(p, self.experts)
-        prompts = mixed.reshape(len(query), self.length, self.width)
+        prompts = mixed.reshape(query.shape[0], self.length, self.width)
         return prompts if self.shared is None else prompts + self.shared
 
 
@@ -73,7 +73,7 @@ class ConstantPrompts(torch.nn.Module):
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
         """Return the prompts [batch, n, d]."""
-        return self.rows.unsqueeze(0).expand(len(query), -1, -1)
+        return self.rows.unsqueeze(0).expand(query.shape[0], -1, -1)
 
 
 class ConstantPrefix(torch.nn.Module):
@@ -95,7 +95,7 @@ class ConstantPrefix(torch.nn.Module):
         self, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values [batch, groups, n + tokens, d] with the prompts' in front."""
-        shape = (len(keys), -1, -1, -1)
+        shape = (keys.shape[0], -1, -1, -1)
         return (
             torch.cat([self.key.unsqueeze(0).expand(shape), keys], dim=2),
             torch.cat([self.value.unsqueeze(0).expand(shape), values], dim=2),

@@ -18,10 +18,11 @@ class PromptSite(nn.Module):
     weighted by its own v. A `coupled` site does so, another gives each row what it gets alone.
 
     Args:
-        experts: E [experts, n, d].
+        experts: E [experts, n * d].
         router: W [experts, d].
         shared: prompts that every row gets [n, d], or None.
         norm: weight of the RMS norm that the router's input passes [d].
+        length: n.
         top_k: how many experts are mixed.
         stochastic: the mean of all experts instead, whatever the router says.
         coupled: whether rows are mixed as above.
@@ -34,6 +35,7 @@ class PromptSite(nn.Module):
         shared: Tensor | None,
         norm: Tensor,
         *,
+        length: int,
         top_k: int,
         stochastic: bool,
         coupled: bool,
@@ -43,14 +45,10 @@ class PromptSite(nn.Module):
         self.router = nn.Parameter(router, requires_grad=False)
         self.shared = None if shared is None else nn.Parameter(shared, requires_grad=False)
         self.norm = nn.Parameter(norm, requires_grad=False)
+        self.length = length
         self.top_k = top_k
         self.stochastic = stochastic
         self.coupled = coupled
-
-    @property
-    def length(self) -> int:
-        """How many prompts a row gets."""
-        return self.experts.shape[1]
 
     def probabilities(self, query: Tensor) -> Tensor:
         """Return p [batch, experts] of the vectors [batch, d]."""
@@ -67,9 +65,10 @@ class PromptSite(nn.Module):
         return prompts if self.shared is None else prompts + self.shared
 
     def _mixed(self, query: Tensor) -> Tensor:
+        experts = self.experts.reshape(len(self.router), self.length, -1)
         if self.stochastic:
-            return self.experts.mean(0).expand(len(query), -1, -1)
+            return experts.mean(0).expand(len(query), -1, -1)
         values, chosen = self.probabilities(query).topk(self.top_k, dim=-1)
         if self.coupled and self.top_k == 1:
-            return values.unsqueeze(-1) * self.experts[chosen[:, 0]].sum(0)
-        return torch.einsum("bk,bknd->bnd", values, self.experts[chosen])
+            return values.unsqueeze(-1) * experts[chosen[:, 0]].sum(0)
+        return torch.einsum("bk,bknd->bnd", values, experts[chosen])

@@ -27,7 +27,6 @@ _FILES = (
     "adapter_model.safetensors", "adapter_model.bin",
 )  # fmt: skip
 _METHODS = {"PROMPT_EXPERT": "prompt-expert", "PROMPT_ROUTING": "prompt-routing"}
-_SETTINGS = ("num_virtual_tokens", "num_virtual_tokens_full", "topk", "stochastic", "gumbel")
 _BLOCK = re.compile(
     r"(?:encoder\.block|model\.layers)\.(?P<block>\d+)\."
     r"(?P<part>prompt_embedding\.weight|prompt_router\.0\.weight|shared_embedding"
@@ -60,15 +59,25 @@ class StoredMept:
 
     Args:
         settings: both configuration files, the adapter's first.
+        top_k: how many experts are mixed.
         tensors: the task model's own parameters, as far as the file has them.
         blocks: the site before each block, by its number; those without experts left out.
         input: the site of the text; empty where the file has none.
     """
 
     settings: Mapping[str, Any]
+    top_k: int
     tensors: Mapping[str, Tensor]
     blocks: Mapping[int, StoredSite]
     input: StoredSite
+
+    @property
+    def length(self) -> int:
+        """How many prompts an expert has."""
+        for site in (self.input, *self.blocks.values()):
+            if {"experts", "router"} <= site.keys():
+                return len(site["experts"]) // len(site["router"])
+        raise CheckpointError("there are no experts with a router")
 
 
 def is_mept(directory: Path) -> bool:
@@ -79,11 +88,12 @@ def is_mept(directory: Path) -> bool:
     return training.is_file() and read_json(training).get("method") in _METHODS.values()
 
 
-def read(directory: Path, *, allow_pickle: bool) -> StoredMept:
+def read(directory: Path, *, top_k: int | None, allow_pickle: bool) -> StoredMept:
     """Return what a folder holds.
 
     Args:
         directory: `adapter_config.json` or `train_args.json`, and a state dict.
+        top_k: how many experts are mixed, where the files do not say.
         allow_pickle: whether a `.bin` file may be read, weights only.
 
     Raises:
@@ -95,8 +105,9 @@ def read(directory: Path, *, allow_pickle: bool) -> StoredMept:
         if (directory / name).is_file():
             found = read_json(directory / name)
             settings |= {key: value for key, value in found.items() if value is not None}
-    if missing := [key for key in _SETTINGS[:4] if key not in settings]:
-        raise CheckpointError(f"{directory} does not say {missing[0]}")
+    top_k = settings.get("topk", top_k)
+    if top_k is None or "stochastic" not in settings:
+        raise CheckpointError(f"{directory} does not say topk, or whether it is stochastic")
     if settings.get("gumbel"):
         raise CheckpointError(f"{directory} draws random numbers for each answer (gumbel)")
     tensors: dict[str, Tensor] = {}
@@ -114,7 +125,7 @@ def read(directory: Path, *, allow_pickle: bool) -> StoredMept:
         else:
             tensors[plain] = tensor.to(torch.float32)
     adapted = {block: found for block, found in blocks.items() if "experts" in found}
-    return StoredMept(settings, tensors, dict(sorted(adapted.items())), site)
+    return StoredMept(settings, int(top_k), tensors, dict(sorted(adapted.items())), site)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
