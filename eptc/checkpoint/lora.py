@@ -21,6 +21,10 @@ __all__ = ["read_lora"]
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+# What PEFT puts around a module of the model: a copy that is trained, or low ranks.
+_WRAPPER = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")
+# What that copy stands for: no forward pass reads it.
+_ORIGINAL = ".original_module."
 _MERGE = "merge it in PEFT (merge_and_unload) and use the merged model"
 # Options that change what the tensors mean, and what to call them.
 _REFUSED = {
@@ -39,8 +43,8 @@ _REFUSED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-# Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract
-# from its weights what the low ranks start with.
+# Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+# subtract from its weights what the low ranks start with.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -64,6 +68,9 @@ def read_lora(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     modules = sorted({match["module"] for match in matches.values()})
     source = Source(path, tensors)
     others = {name: _plain(path, name) for name in sorted(set(tensors) - set(matches))}
+    for name in [name for name in others if _ORIGINAL in name]:
+        source.take(name, tensors[name].shape)
+        del others[name]
     shapes = {}
     for module in modules:
         pair = [f"{_PREFIX}{module}.lora_{part}.weight" for part in "AB"]
@@ -124,8 +131,7 @@ def _plain(path: Path, name: str) -> str:
             expected=f"{_PREFIX}<linear>.lora_A.weight and .lora_B.weight",
             fix=_MERGE,
         )
-    plain = name.removeprefix(_PREFIX)
-    return plain.replace(".modules_to_save.default", "").replace(".base_layer", "")
+    return _WRAPPER.sub("", name.removeprefix(_PREFIX))
 
 
 @dataclasses.dataclass(frozen=True)

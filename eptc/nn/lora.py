@@ -130,7 +130,9 @@ def _model(
                 pairs.setdefault(plain.removesuffix(f".lora_{part}.weight"), {})[part] = tensor
                 break
         else:
-            others[re.sub(r"\.(modules_to_save\.default|base_layer)(?=\.)", "", plain)] = tensor
+            if ".original_module." not in plain:  # what a trained copy stands for
+                plain = re.sub(r"\.(modules_to_save|base_layer)(?=\.)", "", plain)
+                others[plain.replace(".default.", ".")] = tensor
     replace_parameters(hf_model, others)
     require(base_dir, [name for name in missing if name not in others])
     layers = {}
