@@ -82,7 +82,7 @@ def _constant_rows(prompts: PromptTuning, site: PromptSite) -> Float64:
     """
     experts = read(site.experts)
     rows = experts.reshape(-1, prompts.length, experts.shape[1]).mean(axis=0)
-    return rows if site.shared is None else rows + read(site.shared)
+    return np.asarray(rows if site.shared is None else rows + read(site.shared), np.float64)
 
 
 def _computed(
@@ -155,4 +155,5 @@ class _Rows:
         angles = rotary(torch.zeros(1), torch.arange(self.prompts.length).unsqueeze(0))
         cos, sin = (angle[0].numpy().astype(np.float64) for angle in angles)
         one, two = np.split(keys, 2, axis=-1)
-        return keys * cos + np.concatenate([-two, one], axis=-1) * sin
+        rotated: Float64 = keys * cos + np.concatenate([-two, one], axis=-1) * sin
+        return rotated

@@ -92,8 +92,8 @@ def shortened(
         prompts = prompts.of_blocks(next(iter(stacks.values())).kept)
     made = make(short, prompts=prompts)
     for path, stack in stacks.items():
-        blocks, fewer = (list(m.get_submodule(path).children()) for m in (model, made))
-        wanted = [_description(blocks[number]) for number in stack.kept]
+        whole, fewer = (list(m.get_submodule(path).children()) for m in (model, made))
+        wanted = [_description(whole[number]) for number in stack.kept]
         if [_description(block) for block in fewer] != wanted:
             return None
     return Short(made, stacks)

@@ -73,7 +73,7 @@ def make_probes(
                         feeds.get("token_type_ids"),
                     )
                 )
-    config, limit = reference.hf.config, position_limit(reference.hf)
+    config, limit = reference.hf.config, position_limit(reference)
     if engine.manifest.generation is not None and limit is not None:
         limit = max(1, limit - engine.manifest.generation.max_new_tokens)
     reads_types = any(

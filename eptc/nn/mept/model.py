@@ -34,6 +34,7 @@ class MeptModel(ReferenceModel):
         blocks: the sites before blocks, by their number.
         layers: adapted linears: none.
         heads: modules that each task has its own copy of: none.
+        prompts: positions that prompts take.
     """
 
     def __init__(self, hf: Any, stored: StoredMept, tasks: Sequence[Task], mode: Coupling) -> None:
@@ -41,6 +42,7 @@ class MeptModel(ReferenceModel):
         self.hf = hf
         self.layers = {}
         self.heads = {}
+        self.prompts = stored.length
         self._tasks = tuple(tasks)
         # The original code fails for more than one row where a block has one prompt.
         coupled = mode == "batch" and not (stored.length == 1 and stored.blocks)
