@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from eptc.lower.edit import MICROSOFT, made_by
 from eptc.lower.element_types import element_types
+from eptc.lower.naming import chooses_prompts
 from eptc.lower.weights import PACKED, WeightTensor
 from eptc.tensors import cast, numpy_dtype, unit_roundoff
 
@@ -40,6 +41,7 @@ _MASKING = MOVES | {"Add", "Cast", "Clip", "Max", "Min", "Mul", "Sub", "Where"}
 _ACTIVATIONS = frozenset({"Gelu", "Mul", "Relu", "Sigmoid", "Tanh"})
 # Bytes of a constant that may be read while a graph is rewritten.
 _SMALL = 1024
+_PROMPTS = "prompts: another expert may be chosen"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,9 @@ class _Planner:
     def plan(self) -> HalfPlan:
         # What is special before what is general: the first reason stays.
         self._weights()
+        for node in self.nodes:
+            if chooses_prompts(node.name):
+                self._keep(node, _PROMPTS)
         self._norms()
         self._angles()
         self._t5_outputs()
@@ -187,7 +192,9 @@ class _Planner:
             if self.types.get(value) != ir.DataType.FLOAT:
                 continue
             name = str(value.name)
-            if self._names & {name, *name.split(PACKED)}:
+            if chooses_prompts(name):
+                self.weights[value] = _PROMPTS
+            elif self._names & {name, *name.split(PACKED)}:
                 self.weights[value] = "kept as asked"
                 for node in value.consumers():
                     self._keep(node, f"{name} is kept as asked")

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import ast
 import collections
+import re
 from collections.abc import Iterable
 
 import onnx_ir as ir
 
-__all__ = ["SCOPES", "module_path", "name_by_module"]
+__all__ = ["SCOPES", "chooses_prompts", "module_path", "name_by_module"]
 
 # Metadata of a traced node: the modules it was called in, outermost first.
 SCOPES = "pkg.torch.onnx.name_scopes"
+# A prompt site's module, in the name of a weight or of a node.
+_PROMPTS = re.compile(r"(^|\.)prompts[./]")
 # The task model is an attribute of the traced module.
 _ROOT = "model"
+
+
+def chooses_prompts(name: object) -> bool:
+    """Whether a weight or a node, by its name, belongs to a prompt site.
+
+    Its router chooses between experts: a small error there can choose another.
+    """
+    return _PROMPTS.search(str(name)) is not None
 
 
 def name_by_module(graph: ir.Graph) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from eptc.ir.prompts import PromptLayout
@@ -10,7 +12,7 @@ __all__ = ["ConstantPrefix", "ConstantPrompts", "PromptSite", "Prompts", "swappe
 
 
 class PromptSite(torch.nn.Module):
-    """Prompts [batch, n, d] for a vector a row [batch, d].
+    """Prompts [batch, n, d] that a router mixes for the mean of each row's vectors.
 
     No shape depends on data: what the router leaves out has the weight 0.
 
@@ -32,19 +34,33 @@ class PromptSite(torch.nn.Module):
         self.shared = _parameter(layout.length, width) if layout.shared else None
         self.norm = _parameter(width) if normed else None
 
-    def pooled(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the normed rows [batch, d].
+    def _summed(self, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        """Return the sum of the rows [batch, rows, d], scaled or normed, [batch, d].
 
-        The rows are multiplied by their own scales and added up in one product, so that no
-        normed copy of them is made.
+        They are multiplied by their scales and added up in one product, so that no copy of
+        them is made.
         """
+        if self.norm is None:
+            assert scales is not None
+            return torch.matmul(scales.unsqueeze(1), rows).squeeze(1)
         variance = (rows * rows).mean(-1, keepdim=True)
-        scales = torch.reciprocal(torch.sqrt(variance + self.eps))
-        summed = torch.matmul(scales.transpose(1, 2), rows).squeeze(1)
-        return summed if self.norm is None else summed * self.norm
+        inverse = torch.reciprocal(torch.sqrt(variance + self.eps))
+        return torch.matmul(inverse.transpose(1, 2), rows).squeeze(1) * self.norm
 
-    def forward(self, query: torch.Tensor) -> torch.Tensor:
-        """Return the prompts of the vectors."""
+    def forward(
+        self,
+        count: int | torch.Tensor,
+        *parts: torch.Tensor,
+        scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the prompts.
+
+        Args:
+            count: what the sums are divided by.
+            parts: vectors whose sum the router reads, each [batch, rows, d].
+            scales: of the rows [batch, rows], where they pass no norm.
+        """
+        query = functools.reduce(torch.add, [self._summed(rows, scales) for rows in parts]) / count
         p = torch.softmax(torch.matmul(query, self.router.t()), dim=-1)
         if self.mixes_rows:
             values, chosen = p.topk(1, dim=-1)
@@ -60,20 +76,21 @@ class PromptSite(torch.nn.Module):
 
 
 class ConstantPrompts(torch.nn.Module):
-    """The same prompts for every row; the vectors are not looked at."""
+    """The same prompts for every row; only how many rows there are is looked at."""
 
     def __init__(self, layout: PromptLayout, width: int) -> None:
         super().__init__()
         self.length = layout.length
         self.rows = _parameter(layout.length, width)
 
-    def pooled(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return something [batch, d] that nothing reads."""
-        return rows[:, 0]
-
-    def forward(self, query: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        count: int | torch.Tensor,  # noqa: ARG002  # as of a site
+        *parts: torch.Tensor,
+        scales: torch.Tensor | None = None,  # noqa: ARG002
+    ) -> torch.Tensor:
         """Return the prompts [batch, n, d]."""
-        return self.rows.unsqueeze(0).expand(query.shape[0], -1, -1)
+        return self.rows.unsqueeze(0).expand(parts[0].shape[0], -1, -1)
 
 
 class ConstantPrefix(torch.nn.Module):

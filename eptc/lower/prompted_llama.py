@@ -100,7 +100,7 @@ class _Classifier(torch.nn.Module):
         mask = causal_mask(total, 0, torch.cat([ones, attention_mask], dim=1))
         positions, prompts = _Positions(cos, sin, mask), None
         if hasattr(stack, "prompts"):
-            prompts = stack.prompts(stack.prompts.pooled(rows) / length)
+            prompts = stack.prompts(length, rows)
             if 0 not in layout.layers:
                 rows = torch.cat([prompts, rows], dim=1)
         for number, layer in enumerate(stack.layers):
@@ -134,7 +134,8 @@ def _layer(
     if layer.replaces_prompts:
         rows = rows[:, length:] if layer.finds_prompts else rows
         if not isinstance(layer.prompts, ConstantPrefix):
-            before = _prompts(layer.prompts, rows, length, replaced)
+            read = (rows,) if replaced is None else (replaced, rows)
+            before = layer.prompts(rows.shape[1] + length, *read)
         if layer.drops_prompts:
             start = length
         else:
@@ -158,19 +159,6 @@ def _layer(
     hidden = rows + attention.o_proj(result.reshape(*rows.shape[:2], -1))
     output: torch.Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return output
-
-
-def _prompts(
-    site: PromptSite | ConstantPrompts,
-    tokens: torch.Tensor,
-    length: int,
-    replaced: torch.Tensor | None,
-) -> torch.Tensor:
-    summed = site.pooled(tokens)
-    if replaced is not None:
-        summed = summed + site.pooled(replaced)
-    prompts: torch.Tensor = site(summed / (tokens.shape[1] + length))
-    return prompts
 
 
 def _heads(attention: Any, joined: torch.Tensor) -> torch.Tensor:

@@ -75,9 +75,7 @@ def _first_prompts(
     """Return the prompts [batch, n, d] of the text's mean, padding left out."""
     seen = attention_mask.to(torch.float32)
     count = seen.sum(1, keepdim=True).clamp(min=1.0)
-    prompts: torch.Tensor = encoder.prompts(
-        torch.matmul(seen.unsqueeze(1), text).squeeze(1) / count
-    )
+    prompts: torch.Tensor = encoder.prompts(count, text, scales=seen)
     return swapped(prompts) if layout.coupled and layout.length > 1 else prompts
 
 
@@ -100,7 +98,7 @@ def _prompted_block(
     site, length = block.prompts, block.prompts.length
     tokens = rows[:, length:] if block.finds_prompts else rows
     if not isinstance(site, ConstantPrefix):
-        prompts = site(site.pooled(tokens) / (tokens.shape[1] + length))
+        prompts = site(tokens.shape[1] + length, tokens)
         if not block.drops_prompts:
             stock = type(block).forward
             return (stock(block, torch.cat([prompts, tokens], dim=1), mask, bias)[0],)

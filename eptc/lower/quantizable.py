@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 
+from eptc.lower.naming import chooses_prompts
 from eptc.lower.weights import PACKED, WeightTensor
 
 __all__ = ["Product", "Quantizable", "quantizable", "quantized_inputs"]
@@ -105,6 +106,8 @@ def _named(weight: ir.Value, keep: Collection[str], only: Collection[str] | None
     """Return why the options leave a weight out, or None where they do not."""
     name = str(weight.name)
     parts = name.split(PACKED)
+    if chooses_prompts(name):
+        return "it is of prompts: another expert may be chosen"
     if name in keep or any(part in keep for part in parts):
         return "it is to be kept"
     if only is not None and name not in only and not all(part in only for part in parts):

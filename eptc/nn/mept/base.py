@@ -65,8 +65,6 @@ def task_model(base_dir: Path, tensors: Mapping[str, Tensor], settings: Mapping[
         else:
             state.pop("lm_head.weight", None)
             config.num_labels = len(state.get("score.weight", ()))
-            # Any number: without one it refuses batches, with one it is not looked at.
-            config.pad_token_id = 0
             model = task_class(config)
     _fill(model, state)
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A Llama classifier with prompts: hooks around stock modules."""
+"""A Llama classifier with prompts: a forward of its own, and hooks around stock layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from eptc.nn.mept.site import PromptSite
 
@@ -26,18 +28,18 @@ def prompt_llama(hf: Any, site: PromptSite, blocks: Mapping[int, PromptSite]) ->
         blocks: the sites before layers.
     """
 
-    def before_model(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        kwargs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
-        x = hf.model.embed_tokens(kwargs.pop("input_ids"))
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones(x.shape[:2], dtype=torch.int64) if mask is None else mask
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        x = hf.model.embed_tokens(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = site(site.normed(x, _EPS).mean(1))
-        kwargs["inputs_embeds"] = torch.cat([prompts, x], dim=1)
         ones = mask.new_ones(len(mask), site.length)
-        kwargs["attention_mask"] = torch.cat([ones, mask], dim=1)
-        return (), kwargs
+        hidden = hf.model(
+            inputs_embeds=torch.cat([prompts, x], dim=1),
+            attention_mask=torch.cat([ones, mask], dim=1),
+        ).last_hidden_state
+        return SequenceClassifierOutputWithPast(logits=hf.score(hidden[:, -1]))
 
-    hf.register_forward_pre_hook(before_model, with_kwargs=True)
+    hf.forward = forward
     for number, found in blocks.items():
         layer = hf.model.layers[number]
         layer.register_forward_pre_hook(_before_layer(found, with_prompts=number == 0))
