@@ -115,9 +115,20 @@ def _sizes(
             experts, router = (tensors[site[role]].shape for role in ("experts", "router"))
             if len(experts) == len(router) == 2 and router[0]:
                 return experts[0], router[0]
+    if any("router" in site for site in sites):
+        raise _no_experts(file)
     raise CheckpointError(
         f"{file} has no prompts with a router",
         expected="tensors named prompt_embedding.weight and prompt_router.0.weight",
+        fix=_SAVE,
+    )
+
+
+def _no_experts(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} lacks the experts of the text's prompts, which training froze at random numbers "
+        "on T5: what was trained is not enough",
+        expected="prompt_encoder.embedding.weight (T5) or prompt_embedding.weight (Llama)",
         fix=_SAVE,
     )
 
@@ -171,12 +182,7 @@ def _prompts(
             "t5", settings.length, settings.top_k, settings.stochastic, None, blocks
         )
     if "experts" not in keys.input:
-        raise CheckpointError(
-            f"{file} lacks the experts of the text's prompts"
-            + (", which training froze at random numbers" if t5 else ""),
-            expected="prompt_encoder.embedding.weight" if t5 else "prompt_embedding.weight",
-            fix=_SAVE,
-        )
+        raise _no_experts(file)
     site = take.site(keys.input, "the text", normed=not t5)
     return PromptTuning(
         base.architecture.model_type,
