@@ -199,7 +199,7 @@ def test_precision_without_effect(build: Any, tmp_path: Path) -> None:
 def test_block_by_block(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, precision: Any
 ) -> None:
-    """Under little memory: weights and their use are compared as tightly as float32's."""
+    """Under little memory: weights and their use as tightly as float32's; then as published."""
     monkeypatch.setattr("eptc.parity_gate.memory.verified_by_block", lambda *_: True)
     folder = golden / "ept" / name
     bundle = eptc.export(
@@ -213,6 +213,8 @@ def test_block_by_block(
     details = read(bundle.path / "parity.json")
     assert max(tensor["bound"] for tensor in details["tensors"]) < 1e-3
     assert "weights as they are stored" in parity["reference"]
+    assert parity["as_published"]["tensors"] == len(details["as_published"]["tensors"]) > 0
+    assert details["as_published"]["bound"]["relative"] == bound_of(precision).relative
 
 
 @pytest.mark.parametrize(
