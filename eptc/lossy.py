@@ -15,7 +15,7 @@ from eptc.errors import InternalError
 from eptc.lower.quantizable import quantized_inputs
 from eptc.options import Options
 from eptc.parity_gate import Budget, Example
-from eptc.passes.cast_half import CastHalf
+from eptc.pass_base import LossyPass, QuantizingPass
 from eptc.pipeline import PassRecord, Ranges, Step, lossy_passes, run_graph_passes
 from eptc.precision import SCHEMES
 from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
@@ -29,6 +29,7 @@ __all__ = ["Lowered", "budget_of", "lower_precision"]
 Progress = Callable[[Any], None]
 Graphs = Mapping[str, onnx_ir.Model]
 
+_PLANNED = "the plan stores it as float32"
 _HEAD = "the head that decides is small, and each error in it is an error of the answer"
 
 
@@ -97,15 +98,27 @@ def lower_precision(
         options.precision, options.optimize_for, keep=tuple(kept), ranges=ranges, plan=plan,
         method=options.block_method,
     )  # fmt: skip
-    if isinstance(steps[0], Mapping):
-        for name, step in steps[0].items():
-            if isinstance(step, CastHalf):
-                kept = {**step.plan(graphs[name]), **kept}
+    kept = dict(sorted({**_left(graphs, steps, plan), **kept}.items()))
     records = run_graph_passes(graphs, steps)
     stored = PrecisionPlan(stored_weights(graphs))
     if options.precision != "auto" and set(stored.weights.values()) == {LEVELS[0]}:
         notes = (*notes, f"no weight could be stored in {options.precision}: all are float32")
     return Lowered(records, {**stored.to_json(), "stays_float32": kept, **report}, notes)
+
+
+def _left(graphs: Graphs, steps: Sequence[Step], plan: PrecisionPlan | None) -> dict[str, str]:
+    """Return why what stays in float32 does: no pass takes it, or the plan wants it so."""
+    found = {} if plan is None else dict.fromkeys(plan.of(LEVELS[0]), _PLANNED)
+    for name, model in graphs.items():
+        passes = [step[name] if isinstance(step, Mapping) else step for step in steps]
+        reasons = [
+            (dataclasses.replace(each, only=None) if isinstance(each, QuantizingPass) else each)
+            .plan(model)
+            for each in passes
+            if isinstance(each, LossyPass)
+        ]  # fmt: skip
+        found |= {n: why for n, why in reasons[-1].items() if all(n in r for r in reasons)}
+    return found
 
 
 def _heads(graphs: Graphs, architecture: Architecture) -> list[str]:

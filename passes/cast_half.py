@@ -15,7 +15,7 @@ from eptc.errors import OptionError
 from eptc.lower.edit import constant, insert, module
 from eptc.lower.half import CACHES, HALF, MOVES, HalfPlan, limit, plan_half
 from eptc.lower.weights import Piece, WeightTensor, split
-from eptc.pass_base import Contract, GraphPass
+from eptc.pass_base import LossyPass
 from eptc.tensors import Array, cast
 
 __all__ = ["CastHalf"]
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class CastHalf(GraphPass):
+class CastHalf(LossyPass):
     """Compute in 16-bit floating point what 16 bits are enough for.
 
     Before: y = MatMul(x, W)                    x, W, y float32
@@ -56,7 +56,6 @@ class CastHalf(GraphPass):
     """
 
     name: ClassVar[str] = "cast-half"
-    contract: ClassVar[Contract] = "lossy"
     retypes: ClassVar[bool] = True
     dtype: Literal["float16", "bfloat16"] = "float16"
     ranges: Mapping[str, float] = dataclasses.field(default_factory=dict, repr=False)

@@ -186,6 +186,30 @@ def test_what_stays_float32_is_stored_so(build: Any, tmp_path: Path) -> None:
         assert types[name] == expected, name
 
 
+# A weight that stays float32, and a piece of the reason.
+STAYS = {
+    "int8": ("bert.embeddings.token_type_embeddings.weight", "a table of 2 rows"),
+    "int8-static": ("bert.embeddings.token_type_embeddings.weight", "a table of 2 rows"),
+    "int8-weights": ("bert.embeddings.word_embeddings.weight", "rows of 34 are shorter"),
+    "int4": ("bert.pooler.dense.weight", "Gemm reads it"),
+}
+
+
+@pytest.mark.parametrize("precision", STAYS)
+def test_why_each_weight_stays_float32(build: Any, tmp_path: Path, precision: str) -> None:
+    """Every weight that the file has in float32 has its reason, and no other weight has one."""
+    bundle = build(tmp_path / "out", precision, **BUILT.get(precision, ({},))[0])
+    report = read(bundle.path / "precision.json")
+    graph = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph
+    single = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    weights = {name for name in single if "@" not in name and not name.startswith("constants.")}
+    assert {name for name, level in report["weights"].items() if level == "fp32"} <= weights
+    assert report["stays_float32"].keys() == weights
+    assert report["stays_float32"]["bert.embeddings.LayerNorm.weight"] == "it is no matrix"
+    name, reason = STAYS[precision]
+    assert reason in report["stays_float32"][name]
+
+
 def test_precision_without_effect(build: Any, tmp_path: Path) -> None:
     """Every matrix is narrower than a block: the engine is a float32 one, and that is said."""
     assert PRECISIONS["int8-weights"].size > 51
