@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir
 
 from eptc.architectures import Architecture
-from eptc.calibration import cut_rows, float_values, observe
+from eptc.calibration import Range, cut_rows, float_values, observe, weight_ranges
 from eptc.errors import InternalError
+from eptc.lower.half import limit
 from eptc.lower.quantizable import quantized_inputs
+from eptc.lower.weights import WeightTensor
 from eptc.options import Options
 from eptc.parity_gate import Budget, Example
 from eptc.pass_base import LossyPass, QuantizingPass
@@ -168,8 +170,8 @@ def _observed(
 ) -> tuple[Ranges, tuple[str, ...]]:
     """Run the exact engine on text; return how far its values reach, and what to know of it.
 
-    16 bits overflow whatever a value is used for, so that all are observed, by their extremes;
-    integers need the ranges of what is multiplied alone.
+    16 bits overflow whatever a value is used for, so that all are observed, by their extremes, and
+    weights that overflow are among them; integers need the ranges of what is multiplied alone.
     """
     if exact is None:
         raise InternalError("ranges are observed without an exact engine")
@@ -181,6 +183,8 @@ def _observed(
     method = options.calibration_method if integers else "minmax"
     progress(f"ranges of {sum(map(len, values.values()))} values on {len(texts)} texts")
     found = observe(exact, texts, values, method=method)
+    if not integers:
+        found = {name: {**found[name], **each} for name, each in _large(graphs, options, exact)}
     with Engine.load(exact, providers=["cpu"]) as engine:
         cut = cut_rows(engine, texts)
     notes = f"{cut} of {len(texts)} texts were longer than training's and cut for calibration"
@@ -188,3 +192,20 @@ def _observed(
         name: {value: (range_.low, range_.high) for value, range_ in found[name].items()}
         for name in graphs
     }, (notes,) if cut else ()
+
+
+def _large(
+    graphs: Graphs, options: Options, exact: Path
+) -> Iterator[tuple[str, Mapping[str, Range]]]:
+    """Yield, by graph, the ranges of the weights that 16 bits cannot hold."""
+    most = limit("float16" if options.precision == "fp16" else "bfloat16")
+    names = {
+        name: [
+            n
+            for n, v in model.graph.initializers.items()
+            if isinstance(v.const_value, WeightTensor)
+        ]
+        for name, model in graphs.items()
+    }
+    for name, ranges in weight_ranges(exact, names).items():
+        yield name, {n: range_ for n, range_ in ranges.items() if range_.magnitude > most}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -13,9 +14,11 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
+import safetensors.numpy
 
 import eptc
 from eptc import checkpoint, lower
+from eptc.calibration import twin
 from eptc.errors import OptionError, ParityError
 from eptc.job import Job
 from eptc.lower.blocks import PRECISIONS
@@ -295,6 +298,53 @@ class LooseNorms(GraphPass):
         for norm in norms:
             norm.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", self.epsilon)
         return len(norms)
+
+
+def test_weights_beyond_float16(copy_native: Any, small_rows: Any, tmp_path: Path) -> None:
+    """They stay float32 with what computes with them, and the engine answers as float32 does.
+
+    One is read with a number as far below one as it is above; one, of a position that no text
+    reaches, would make every long text infinite where its rows were added in float16.
+    """
+    path = copy_native.base / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    block = "encoder.layer.0"
+    far = 2.0**18
+    tensors[f"{block}.output.dense.weight"][:, 5] *= far
+    for kind in ("weight", "bias"):
+        tensors[f"{block}.intermediate.dense.{kind}"][5] /= far
+    tensors["embeddings.position_embeddings.weight"][100] = np.linspace(-9e4, 9e4, 34)
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    path = copy_native.ckpt / "ept_config.json"
+    config = json.loads(path.read_text())
+    config["base"]["sha256"] = None
+    path.write_text(json.dumps(config))
+    options = {"base": copy_native.base, "task": "score"}
+    exact = eptc.export(copy_native.ckpt, out=tmp_path / "exact", verify=False, **options)
+    half = eptc.export(
+        copy_native.ckpt, out=tmp_path / "half", precision="fp16", calibration=small_rows.texts,
+        **options,
+    )  # fmt: skip
+    report = read(half.path / "precision.json")
+    large = {
+        f"bert.{block}.output.dense.weight", "bert.embeddings.position_embeddings.weight",
+    }  # fmt: skip
+    for name in large:
+        assert report["weights"][name] == "fp32"
+        assert "beyond 65504" in report["stays_float32"][name]
+    levels = collections.Counter(report["weights"].values())
+    assert levels == {"fp32": 3, "fp16": len(report["weights"]) - 3}  # the head is the third
+    assert f"bert.{block}.output.dense/MatMul" in report["stays_float32"]
+    assert "bert.embeddings.LayerNorm/LayerNormalization" in report["stays_float32"]
+    long = " ".join(["a good film"] * 60)
+    answers = []
+    with twin(half.path) as simulated:
+        for folder in (exact.path, simulated):
+            with eptc.Engine.load(folder, providers=["cpu"]) as engine:
+                answers.append([answer.value for answer in engine.classify(["good", long])])
+    want, got = answers
+    assert got == pytest.approx(want, rel=0, abs=0.01)
+    assert want[0] != pytest.approx(want[1], abs=0.1)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
