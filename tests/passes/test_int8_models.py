@@ -66,6 +66,22 @@ def test_a_chain(kind: str, small: Any, run_ort: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", PASSES)
+def test_zero_stays_zero(kind: str, small: Any, run_ort: Callable[..., Any]) -> None:
+    """The zero point that is taken off is the one that was added.
+
+    One off by a step moves every number by no more than the bound of a product allows.
+    """
+    model = small.model("batch dims")
+    PASSES[kind](small.ranges)(model)
+    z = small.feeds["z"].copy()
+    z[:, :, 1:] -= 5
+    z[:, :, 0] = 0
+    y = run_ort(model, {**small.given(model), "z": z}).outputs["y"]
+    assert (y[:, :, 0] == 0).all()
+    assert y[:, :, 1:].any()
+
+
+@pytest.mark.parametrize("kind", PASSES)
 def test_stays_lazy(kind: str, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small.model("tied")
     monkeypatch.setattr(WeightTensor, "numpy", lambda self: pytest.fail(f"read {self}"))
