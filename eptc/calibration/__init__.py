@@ -1,7 +1,14 @@
 """Calibration: how far an engine's values reach on real text, and what 16 bits make of them."""
 
 from eptc.calibration.examples import FEW, cut_rows, read_calibration
-from eptc.calibration.observe import MAX_BYTES, Method, Range, float_values, observe
+from eptc.calibration.observe import (
+    MAX_BYTES,
+    Method,
+    Range,
+    float_values,
+    observe,
+    weight_ranges,
+)
 from eptc.calibration.simulate import round_values, simulated, twin
 
 __all__ = [
@@ -16,4 +23,5 @@ __all__ = [
     "round_values",
     "simulated",
     "twin",
+    "weight_ranges",
 ]
