@@ -177,7 +177,7 @@ def _blocks(
     precision: Precision, method: Method, keep: tuple[str, ...], only: tuple[str, ...] | None
 ) -> QuantizeWeights:
     blocks = PRECISIONS[precision]
-    return QuantizeWeights(blocks.bits, blocks.size, method, keep, only)
+    return QuantizeWeights(blocks.bits, blocks.size, method, keep=keep, only=only)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,12 @@ def test_plan_keeps_the_budget(found: eptc.Bundle, build: Any, tmp_path: Path) -
     assert record["stopped"] is None
     assert record["groups"] == "single weights"
     assert record["searched_weight_bytes"] < 0.35 * record["searched_weight_bytes_exact"]
+    # The plan's own weights in float32, and those that can be nothing else.
+    stays = plan["stays_float32"]
+    assert stays["bert.pooler.dense.bias"] == "it is no matrix"
+    assert "decides" in stays["classifier.weight"]
+    single = {name for name, level in plan["weights"].items() if level == "fp32"}
+    assert {n for n in stays if n in plan["weights"]} == single
     # What the plan was said to take is what is stored: numbers, scales and zero points.
     choices = [name for name in plan["weights"] if name != "classifier.weight"]
     stored = onnx_ir.load(found.path / "model.onnx").graph.initializers
@@ -115,6 +121,7 @@ def test_plan_passed_back(found: eptc.Bundle, build: Any, tmp_path: Path) -> Non
     assert plan_of(bundle)["weights"] == weights
     stored = onnx_ir.load(bundle.path / "model.onnx").graph.initializers
     assert stored[key].dtype == onnx_ir.DataType.FLOAT
+    assert plan_of(bundle)["stays_float32"][key] == "the plan stores it as float32"
     assert stored[value].dtype == onnx_ir.DataType.UINT8
     assert bundle.manifest.parity["passed"]
 
