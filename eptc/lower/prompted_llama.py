@@ -131,20 +131,20 @@ def _layer(
     Returns:
         Of the rows those that are read: all, the text's, or the last one.
     """
-    tokens = rows[:, length:] if layer.finds_prompts else rows
-    prompts, prefix = rows[:, :length], None
+    prompts: Any = None
+    tokens, prefix = rows, None
+    if layer.finds_prompts:
+        prompts, tokens = rows[:, :length], rows[:, length:]
     if layer.replaces_prompts:
         if isinstance(layer.prompts, ConstantPrefix):
             prefix = layer.prompts
         else:
             read = (tokens,) if replaced is None else (replaced, tokens)
             prompts = layer.prompts(tokens.shape[1] + length, *read)
-    # Rows whose result is read, and where in all positions the first of them is.
-    start: int | None = length
+    start: int | None = length  # Where in all positions the first query is.
     if not layer.drops_prompts:
-        tokens, start = rows, None
-        if layer.replaces_prompts:
-            tokens = torch.cat([prompts, rows[:, length:] if layer.finds_prompts else rows], dim=1)
+        tokens = torch.cat([prompts, tokens], dim=1) if layer.replaces_prompts else rows
+        start = None
     attention, normed = layer.self_attn, layer.input_layernorm(tokens)
     every = normed
     if layer.drops_prompts and prefix is None:

@@ -101,8 +101,10 @@ def _block(
         [batch, n + sequence, d], or [batch, sequence, d] where the next block would replace
         the prompts unseen.
     """
-    tokens = rows[:, length:] if block.finds_prompts else rows
-    prompts, prefix = rows[:, :length], None
+    prompts: Any = None
+    tokens, prefix = rows, None
+    if block.finds_prompts:
+        prompts, tokens = rows[:, :length], rows[:, length:]
     if block.replaces_prompts:
         if isinstance(block.prompts, ConstantPrefix):
             prefix = block.prompts
