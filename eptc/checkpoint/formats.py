@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from eptc.checkpoint.base import BaseModel, read_base, read_json
 from eptc.checkpoint.contents import Contents, ReadOptions
 from eptc.checkpoint.lora import read_lora
-from eptc.checkpoint.mept import prompted_base, read_mept
+from eptc.checkpoint.mept import read_mept
+from eptc.checkpoint.mept_base import prompted_base
 from eptc.checkpoint.mept_files import is_mept
 from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
 from eptc.checkpoint.native import read_native

@@ -9,46 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from eptc.architectures import PROMPTED, canonical_name, setting
+from eptc.architectures import setting
 from eptc.checkpoint.base import BaseModel
 from eptc.checkpoint.contents import Contents, ReadOptions, Source
+from eptc.checkpoint.mept_base import HEAD, SAVE, take_own
 from eptc.checkpoint.mept_files import Keys, MeptSettings, read_settings, read_state_dict
 from eptc.checkpoint.single_task import single_task
-from eptc.errors import BaseModelError, CheckpointError, OptionError
+from eptc.errors import CheckpointError, OptionError
 from eptc.ir import PromptLayout, PromptSite, PromptTuning
 from eptc.ir.prompt_weights import prompt_weights
 from eptc.runtime.routing import RoutingSpec
-from eptc.tensors import ArrayTensor, ComputedTensor, LazyTensor, cast
+from eptc.tensors import ArrayTensor, ComputedTensor, LazyTensor
 
-__all__ = ["prompted_base", "read_mept"]
-
-_HEAD = "score.weight"
-_SAVE = "use the full state dict: torch.save(model.state_dict(), 'pytorch_model.bin')"
-
-
-def prompted_base(base: BaseModel) -> BaseModel:
-    """Return a base as prompts are put before it: a Llama becomes a classifier.
-
-    Raises:
-        BaseModelError: another model type.
-    """
-    found = PROMPTED.get(base.architecture.model_type)
-    if found is None:
-        raise BaseModelError(
-            f"the base {base.path} is a {base.architecture.model_type} model, to which the "
-            "training code adds no prompts",
-            expected=" or ".join(PROMPTED),
-            fix="give the base the prompts were trained on with --base",
-        )
-    if found is base.architecture:
-        return base
-    weights = {name: t for name, t in base.weights.items() if name != base.architecture.head}
-    unused = {*base.unused, *(t.name for n, t in base.weights.items() if n not in weights)}
-    if base.tied_head:
-        unused = set(base.unused)
-    return dataclasses.replace(
-        base, architecture=found, weights=weights, unused=tuple(sorted(unused)), tied_head=False
-    )
+__all__ = ["read_mept"]
 
 
 def read_mept(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
@@ -78,9 +51,9 @@ def read_mept(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     prompts = _prompts(file, base, settings, keys, source, layers)
     coupling, notes = _coupling(path, options, prompts)
     layout = prompts.layout(coupling)
-    own = _own(file, base, settings, keys, source)
+    own = take_own(file, base, settings, keys, source)
     weights = {**base.weights, **own.weights}
-    head = {_HEAD: own.head} if own.head is not None else {}
+    head = {HEAD: own.head} if own.head is not None else {}
     task = single_task(
         dataclasses.replace(options, top_k=None),
         base.config,
@@ -120,7 +93,7 @@ def _sizes(
     raise CheckpointError(
         f"{file} has no prompts with a router",
         expected="tensors named prompt_embedding.weight and prompt_router.0.weight",
-        fix=_SAVE,
+        fix=SAVE,
     )
 
 
@@ -129,7 +102,7 @@ def _no_experts(file: Path) -> CheckpointError:
         f"{file} lacks the experts of the text's prompts, which training froze at random numbers "
         "on T5: what was trained is not enough",
         expected="prompt_encoder.embedding.weight (T5) or prompt_embedding.weight (Llama)",
-        fix=_SAVE,
+        fix=SAVE,
     )
 
 
@@ -209,7 +182,7 @@ class _Take:
         rows = settings.length * settings.experts
         for role in ("experts", "router"):
             if role not in roles:
-                raise CheckpointError(f"{self.file} lacks the {role} of {where}", fix=_SAVE)
+                raise CheckpointError(f"{self.file} lacks the {role} of {where}", fix=SAVE)
         shared = roles.get("shared")
         if (
             settings.shared not in (None, shared is not None)
@@ -289,110 +262,6 @@ def _coupling(
             "more; this engine gives each row of a batch the answer it gets alone",
         )
     return ("per-sample" if options.routing == "per-sample" else "batch"), ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Own:
-    """What the state dict has of the task model itself."""
-
-    head: LazyTensor | None
-    weights: Mapping[str, LazyTensor]
-    settings: Mapping[str, Any]
-    notes: tuple[str, ...]
-    whole: bool
-
-
-def _own(file: Path, base: BaseModel, settings: MeptSettings, keys: Keys, source: Source) -> _Own:
-    """Compare the frozen weights with the base's; return those that are not the base's."""
-    llama = base.architecture.model_type == "llama"
-    head: LazyTensor | None = None
-    sized: dict[str, LazyTensor] = {}
-    embedding = base.architecture.embedding
-    for name, stored in keys.model.items():
-        plain = canonical_name(name, base.config, tied_head=base.tied_head)
-        if llama and plain == _HEAD:
-            head = source.take(stored[0], (None, base.weights[embedding].shape[1]))
-            continue
-        if llama and plain == "lm_head.weight":
-            continue
-        for each in stored:
-            tensor = source.finite[each]
-            if plain is not None and (found := _compared(file, base, plain, tensor)) is not None:
-                sized[plain] = found
-    if llama and head is None:
-        causal = "lm_head.weight" in keys.model
-        raise CheckpointError(
-            f"{file} has no {_HEAD}"
-            + (": it is of a LlamaForCausalLM, whose first tokens such prompts overwrite"
-               if causal else ""),
-            expected="a LlamaForSequenceClassification, the only Llama that prompts work with",
-            fix=_SAVE,
-        )  # fmt: skip
-    names = [n for n in keys.model if canonical_name(n, base.config) == embedding]
-    notes: tuple[str, ...] = ()
-    if not names:
-        sized, notes = _cut(file, base, settings)
-    changed: dict[str, Any] = {"architectures": [base.architecture.task_class]}
-    if embedding in sized:
-        changed["vocab_size"] = sized[embedding].shape[0]
-    if settings.pad_token_id is not None:
-        changed["pad_token_id"] = settings.pad_token_id
-    return _Own(head, sized, changed, notes, bool(names))
-
-
-def _compared(file: Path, base: BaseModel, name: str, tensor: LazyTensor) -> LazyTensor | None:
-    """Return a tensor that stands for the base's in another size; None where it is the base's.
-
-    Raises:
-        CheckpointError: another one.
-    """
-    own = base.weights.get(name)
-    grows = name in (base.architecture.embedding, base.architecture.head)
-    if own is None or own.shape[grows:] != tensor.shape[grows:]:
-        raise CheckpointError(
-            f"{file} has {tensor.name} {list(tensor.shape)}, the base {base.path} has "
-            + ("none" if own is None else str(list(own.shape))),
-            fix="give the base the prompts were trained on with --base",
-        )
-    rows = min(own.shape[0], tensor.shape[0])
-    one, two = (cast(t.numpy()[:rows], "float32") for t in (own, tensor))
-    if not np.array_equal(one, two):
-        raise CheckpointError(
-            f"{tensor.name} in {file} is not what the base {base.path} has, and training froze it",
-            expected="the base's numbers, to the bit",
-            fix="give the base the prompts were trained on with --base",
-        )
-    return tensor if tensor.shape != own.shape else None
-
-
-def _cut(
-    file: Path, base: BaseModel, settings: MeptSettings
-) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-    """Return the embeddings as training resized them, where the file has none."""
-    rows, wanted = base.weights[base.architecture.embedding].shape[0], settings.vocabulary
-    llama = base.architecture.model_type == "llama"
-    if wanted == rows:
-        return {}, ()
-    if wanted is None and not llama:
-        return {}, (
-            f"{file.name} has no embedding, and nothing says how many tokens the tokenizer had: "
-            f"the base's {rows} are used, training may have had fewer",
-        )
-    if wanted is None or wanted > rows:
-        raise CheckpointError(
-            f"{file} has no embedding, and training resized the base's {rows} rows"
-            + (f" to {wanted}: what it added is random, frozen, and read" if wanted else
-               " unless its tokenizer had a padding token, which nothing says"),
-            expected="the embedding as training had it",
-            fix=_SAVE,
-        )  # fmt: skip
-    names = (base.architecture.embedding, base.architecture.head)
-    return {name: _first(base.weights[name], wanted) for name in names if name in base.weights}, ()
-
-
-def _first(tensor: LazyTensor, rows: int) -> LazyTensor:
-    shape = (rows, *tensor.shape[1:])
-    return ComputedTensor(tensor.name, tensor.dtype, shape, lambda: tensor.numpy()[:rows])
 
 
 def _tensors(prompts: PromptTuning) -> tuple[LazyTensor, ...]:

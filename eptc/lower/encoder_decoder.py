@@ -129,18 +129,18 @@ class _Decoder(torch.nn.Module):
         both = EncoderDecoderCache(own, cross)
         for layer in range(config.num_decoder_layers):
             both.is_updated[layer] = True
-        seen = encoder_attention_mask
+        mask = padding_mask(encoder_attention_mask)
         if self.longer_mask:
-            lacking = past[2].shape[2] - seen.shape[1]
-            ones = torch.ones(seen.shape[0], lacking, dtype=torch.int64)
-            seen = torch.cat([ones, seen], dim=1)
+            # Nothing is added to the scores of the keys in front.
+            lacking = past[2].shape[2] - encoder_attention_mask.shape[1]
+            mask = torch.nn.functional.pad(mask, (lacking, 0))
         # The cached keys and values stand for it: only its presence is asked for.
-        hidden = torch.zeros(*seen.shape, config.d_model)
+        hidden = torch.zeros(*encoder_attention_mask.shape, config.d_model)
         output = self.model.decoder(
             input_ids=input_ids,
             attention_mask=causal_mask(input_ids.shape[1], past[0].shape[2]),
             encoder_hidden_states=hidden,
-            encoder_attention_mask=padding_mask(seen),
+            encoder_attention_mask=mask,
             past_key_values=both,
             use_cache=True,
         ).last_hidden_state

@@ -37,7 +37,7 @@ _COMPUTES = frozenset({
 # Operators that any type of input suits, for none of its numbers is read.
 _BLIND = frozenset({"Shape", "Size", "Cast"})
 _NORM = frozenset({"Add", "Div", "Mul", "Pow", "ReduceMean", "Reciprocal", "Sqrt", "Sub"})
-_MASKING = MOVES | {"Add", "Cast", "Clip", "Max", "Min", "Mul", "Sub", "Where"}
+_MASKING = MOVES | {"Add", "Cast", "Clip", "Max", "Min", "Mul", "Pad", "Sub", "Where"}
 _ACTIVATIONS = frozenset({"Gelu", "Mul", "Relu", "Sigmoid", "Tanh"})
 # What makes numbers as large as those it reads.
 _ADDS = frozenset({("", "Add", ""), ("", "Sub", "")})

@@ -30,12 +30,14 @@ def install(model: Any, layout: PromptLayout) -> None:
     if not (layout.constant and 0 in layout.layers):
         # Where layer 0 replaces its prompts, they are still part of what that router reads.
         stack.prompts = _site(layout, config)
+    replaced = 0 in layout.layers  # Whether the next layer replaces its prompts unseen.
     for number, layer in enumerate(stack.layers):
-        last = number == len(stack.layers) - 1
+        layer.keeps_last = number == len(stack.layers) - 1
         layer.replaces_prompts = number in layout.layers
-        layer.finds_prompts = number > 0 and number - 1 not in layout.layers
-        layer.drops_prompts = last or number + 1 in layout.layers
-        layer.keeps_last = last
+        layer.drops_prompts = layer.keeps_last or number + 1 in layout.layers
+        # Whether the rows that arrive have prompts in front.
+        layer.finds_prompts = not replaced
+        replaced = layer.drops_prompts
         if layer.replaces_prompts:
             attention = layer.self_attn
             groups = config.num_key_value_heads
@@ -129,34 +131,36 @@ def _layer(
     Returns:
         Of the rows those that are read: all, the text's, or the last one.
     """
-    before = None
-    start: int | None = None  # Where in all positions the first query is.
+    prompts: Any = None
+    tokens, prefix = rows, None
+    if layer.finds_prompts:
+        prompts, tokens = rows[:, :length], rows[:, length:]
     if layer.replaces_prompts:
-        rows = rows[:, length:] if layer.finds_prompts else rows
-        if not isinstance(layer.prompts, ConstantPrefix):
-            read = (rows,) if replaced is None else (replaced, rows)
-            before = layer.prompts(rows.shape[1] + length, *read)
-        if layer.drops_prompts:
-            start = length
+        if isinstance(layer.prompts, ConstantPrefix):
+            prefix = layer.prompts
         else:
-            assert before is not None
-            rows, before = torch.cat([before, rows], dim=1), None
-    attention, normed = layer.self_attn, layer.input_layernorm(rows)
-    sources = normed
-    if before is not None:
-        sources = torch.cat([layer.input_layernorm(before), normed], dim=1)
-    keys, values = (_heads(attention, f(sources)) for f in (attention.k_proj, attention.v_proj))
-    if layer.replaces_prompts and isinstance(layer.prompts, ConstantPrefix):
-        keys, values = layer.prompts.before(positions.rotated(keys, length), values)
+            read = (tokens,) if replaced is None else (replaced, tokens)
+            prompts = layer.prompts(tokens.shape[1] + length, *read)
+    start: int | None = length  # Where in all positions the first query is.
+    if not layer.drops_prompts:
+        tokens = torch.cat([prompts, tokens], dim=1) if layer.replaces_prompts else rows
+        start = None
+    attention, normed = layer.self_attn, layer.input_layernorm(tokens)
+    every = normed
+    if layer.drops_prompts and prefix is None:
+        every = torch.cat([layer.input_layernorm(prompts), normed], dim=1)
+    keys, values = (_heads(attention, f(every)) for f in (attention.k_proj, attention.v_proj))
+    if prefix is not None:
+        keys, values = prefix.before(positions.rotated(keys, length), values)
     else:
         keys = positions.rotated(keys, None)
     if layer.keeps_last:
-        rows, normed, start = rows[:, -1:], normed[:, -1:], -1
+        tokens, normed, start = tokens[:, -1:], normed[:, -1:], -1
     queries = positions.rotated(_heads(attention, attention.q_proj(normed)), start)
     result, _ = attend(
         attention, queries, keys, values, positions.mask[:, :, start:], scaling=attention.scaling
     )
-    hidden = rows + attention.o_proj(result.reshape(*rows.shape[:2], -1))
+    hidden = tokens + attention.o_proj(result.reshape(*tokens.shape[:2], -1))
     output: torch.Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return output
 

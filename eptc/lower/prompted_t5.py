@@ -25,16 +25,21 @@ def install(model: Any, layout: PromptLayout) -> None:
     encoder, config = model.encoder, model.config
     if 0 not in layout.layers:
         encoder.prompts = _site(layout, config, normed=False)
-    for number in layout.layers:
-        block = encoder.block[number]
+    replaced = 0 in layout.layers  # Whether the next block replaces its prompts unseen.
+    for number, block in enumerate(encoder.block):
+        block.replaces_prompts = number in layout.layers
         block.drops_prompts = number + 1 in layout.layers
-        # Whether the rows that arrive have prompts to be replaced.
-        block.finds_prompts = number > 0 and number - 1 not in layout.layers
-        if layout.constant and block.drops_prompts:
-            block.prompts = ConstantPrefix(layout, config.num_heads, config.d_kv)
-        else:
-            block.prompts = _site(layout, config, normed=True)
-        block.forward = functools.partial(_prompted_block, block)
+        # Whether the rows that arrive have prompts in front.
+        block.finds_prompts = not replaced
+        replaced = block.drops_prompts
+        if block.replaces_prompts:
+            block.prompts = (
+                ConstantPrefix(layout, config.num_heads, config.d_kv)
+                if layout.constant and replaced
+                else _site(layout, config, normed=True)
+            )
+        if block.replaces_prompts or replaced:
+            block.forward = functools.partial(_block, block, layout.length)
     model.prompt_layout = layout
 
 
@@ -79,13 +84,14 @@ def _first_prompts(
     return swapped(prompts) if layout.coupled and layout.length > 1 else prompts
 
 
-def _prompted_block(
-    block: Any, rows: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor
+def _block(
+    block: Any, length: int, rows: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor]:
-    """Compute an encoder block that replaces the prompts.
+    """Compute an encoder block that replaces the prompts, or whose successor does.
 
     Args:
         block: the block.
+        length: n.
         rows: what arrives [batch, n + sequence, d], or [batch, sequence, d] where the block
             before it dropped the prompts.
         mask: what to add to the scores [batch, 1, 1, n + sequence].
@@ -95,22 +101,27 @@ def _prompted_block(
         [batch, n + sequence, d], or [batch, sequence, d] where the next block would replace
         the prompts unseen.
     """
-    site, length = block.prompts, block.prompts.length
-    tokens = rows[:, length:] if block.finds_prompts else rows
-    if not isinstance(site, ConstantPrefix):
-        prompts = site(tokens.shape[1] + length, tokens)
-        if not block.drops_prompts:
-            stock = type(block).forward
-            return (stock(block, torch.cat([prompts, tokens], dim=1), mask, bias)[0],)
+    prompts: Any = None
+    tokens, prefix = rows, None
+    if block.finds_prompts:
+        prompts, tokens = rows[:, :length], rows[:, length:]
+    if block.replaces_prompts:
+        if isinstance(block.prompts, ConstantPrefix):
+            prefix = block.prompts
+        else:
+            prompts = block.prompts(tokens.shape[1] + length, tokens)
+    if not block.drops_prompts:
+        stock = type(block).forward
+        return (stock(block, torch.cat([prompts, tokens], dim=1), mask, bias)[0],)
     layer, attention = block.layer[0], block.layer[0].SelfAttention
     normed = layer.layer_norm(tokens)
-    queries = _heads(attention, attention.q(normed))
-    if isinstance(site, ConstantPrefix):
-        keys, values = (_heads(attention, linear(normed)) for linear in (attention.k, attention.v))
-        keys, values = site.before(keys, values)
-    else:
+    every = normed
+    if prefix is None:
         every = torch.cat([layer.layer_norm(prompts), normed], dim=1)
-        keys, values = (_heads(attention, linear(every)) for linear in (attention.k, attention.v))
+    queries = _heads(attention, attention.q(normed))
+    keys, values = (_heads(attention, linear(every)) for linear in (attention.k, attention.v))
+    if prefix is not None:
+        keys, values = prefix.before(keys, values)
     result, _ = attend(
         attention, queries, keys, values, mask, scaling=1.0, position_bias=bias[:, :, length:]
     )

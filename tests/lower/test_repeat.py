@@ -11,6 +11,7 @@ import torch
 from transformers import BertConfig, DebertaV2Config, LlamaConfig, T5Config
 
 from eptc.architectures import architecture
+from eptc.ir import PromptLayout
 from eptc.lower import repeat as module
 from eptc.lower import trace
 from eptc.lower.graph_spec import GraphSpec, Port
@@ -43,6 +44,29 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+def _prompts(*layers: int, constant: bool = False) -> PromptLayout:
+    return PromptLayout(2, 3, 1, layers, shared=True, constant=constant, coupled=not constant)
+
+
+# A configuration, its prompts, and which blocks of its first stack are traced.
+PROMPTED: dict[str, tuple[Any, PromptLayout, tuple[int, ...]]] = {
+    "t5": (
+        T5Config(**_T5, num_layers=6, num_decoder_layers=4),
+        _prompts(0, 1, 2, 3, 4, 5),
+        (0, 1, 2, 5),
+    ),
+    "llama": (
+        # Adapted, the last adapted one, others, and the last, of which one position is read.
+        LlamaConfig(**{**_ENCODER, "num_hidden_layers": 9}, num_labels=3),
+        _prompts(0, 1, 2, 3, 4),
+        (0, 1, 2, 4, 5, 6, 8),
+    ),
+    "llama-constant": (
+        LlamaConfig(**_ENCODER, num_labels=3), _prompts(1, 2, 3, 4, constant=True), (0, 1, 2, 4),
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_growing_gives_what_tracing_all_blocks_gives(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -60,6 +84,28 @@ def test_growing_gives_what_tracing_all_blocks_gives(
     monkeypatch.setattr(module, "shortened", lambda *_: None)
     whole = trace(CONFIGS[name])
     assert traced == [3]
+    assert {key: str(model.graph) for key, model in grown.items()} == {
+        key: str(model.graph) for key, model in whole.items()
+    }
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_runs_of_alike_blocks_grow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts make blocks differ: each run of alike ones is repeated in its place."""
+    config, prompts, kept = PROMPTED[name]
+    traced: list[tuple[int, ...]] = []
+
+    def noted(*arguments: Any) -> Any:
+        short = shortened(*arguments)
+        assert short is not None
+        traced.append(next(iter(short.stacks.values())).kept)
+        return short
+
+    monkeypatch.setattr(module, "shortened", noted)
+    grown = trace(config, prompts=prompts)
+    monkeypatch.setattr(module, "shortened", lambda *_: None)
+    whole = trace(config, prompts=prompts)
+    assert traced == [kept]
     assert {key: str(model.graph) for key, model in grown.items()} == {
         key: str(model.graph) for key, model in whole.items()
     }
