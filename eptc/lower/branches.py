@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -47,7 +48,7 @@ def routed_by(graph: ir.Graph) -> dict[str, list[str]]:
 def insert_branches(
     model: ir.Model,
     adapters: Mapping[str, Adapter],
-    weights: Mapping[str, LazyTensor],
+    weights: Mapping[str, LazyTensor] = MappingProxyType({}),
     dtype: str | None = "float32",
 ) -> int:
     """Insert every branch that is left beside its linear, in place.
@@ -60,7 +61,7 @@ def insert_branches(
     Args:
         model: a bound graph, as it was traced: its transposes are not folded yet.
         adapters: by the path of their linear; those without branches are done.
-        weights: the model's, by parameter name.
+        weights: the model's, by parameter name; those under constant routes must be there.
         dtype: type of weights that branches are folded into; None: the weight's own.
 
     Returns:
