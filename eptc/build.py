@@ -14,7 +14,7 @@ import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
 from eptc.checkpoint import Routing
-from eptc.describe import OPSET, describe, write_texts
+from eptc.describe import describe, write_texts
 from eptc.errors import InputError
 from eptc.freezing import freeze, routes_on_input
 from eptc.ir import AdaptedModel
@@ -27,7 +27,6 @@ from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import FILE as PLAN
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
-from eptc.skeletons import skeleton
 from eptc.tasks import Task
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ def export(
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
         checked = pool.submit(source.check_base)
         with clock.stage("trace"):
-            skeleton(job.config, opset=OPSET, tied_head=source.base.tied_head)
+            job.skeleton()
         with clock.stage("hash and check the base model"):
             checked.result()
         layers: dict[str, float] = {}

@@ -11,6 +11,7 @@ Everything is immutable: a pass returns a new model.
 from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank, Rows
 from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask, Routed
 from eptc.ir.numbers import Float64
+from eptc.ir.prompts import PromptLayout, PromptSite, PromptTuning
 from eptc.ir.routing import InputRouter, Normalization, Route, TaskRouter, Unit
 from eptc.ir.token_router import TokenRouter
 from eptc.ir.tucker import CentroidRouter, Tucker
@@ -30,6 +31,9 @@ __all__ = [
     "LowRank",
     "Normalization",
     "PerTask",
+    "PromptLayout",
+    "PromptSite",
+    "PromptTuning",
     "Route",
     "Routed",
     "Rows",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["causal_mask", "hidden", "padding_mask", "traced_attention"]
+__all__ = ["attend", "causal_mask", "hidden", "padding_mask", "traced_attention"]
 
 _NAME = "eptc-traced"
 _MASKED = torch.finfo(torch.float32).min
@@ -17,8 +17,8 @@ _MASKED = torch.finfo(torch.float32).min
 
 @contextlib.contextmanager
 def traced_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Let the modules of `model` attend with this file's `_attend` while it is traced."""
-    ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
+    """Let the modules of `model` attend with `attend` while it is traced."""
+    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
     try:
         for module in model.modules():
             config: Any = getattr(module, "config", None)
@@ -64,7 +64,7 @@ def causal_mask(
     return hidden(allowed)
 
 
-def _attend(
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from eptc.lower.edit import MICROSOFT, made_by
 from eptc.lower.element_types import element_types
-from eptc.lower.weights import PACKED, WeightTensor, routes
+from eptc.lower.naming import CHOICE, chooses_experts
+from eptc.lower.weights import PACKED, WeightTensor
 from eptc.tensors import cast, numpy_dtype, unit_roundoff
 
 __all__ = ["CACHES", "HALF", "MOVES", "HalfPlan", "limit", "plan_half"]
@@ -185,18 +186,17 @@ class _Planner:
 
     def _routers(self) -> None:
         for node in self.nodes:
-            if routes(node.name):
-                self._keep(node, "a router: its choice can turn on the last bit")
-        for value in self.graph.initializers.values():
-            if self.types.get(value) == ir.DataType.FLOAT and routes(value.name):
-                self.weights.setdefault(value, "a router's")
+            if chooses_experts(node.name):
+                self._keep(node, CHOICE)
 
     def _weights(self) -> None:
         for value in self.graph.initializers.values():
             if self.types.get(value) != ir.DataType.FLOAT:
                 continue
             name = str(value.name)
-            if self._names & {name, *name.split(PACKED)}:
+            if chooses_experts(name):
+                self.weights[value] = CHOICE
+            elif self._names & {name, *name.split(PACKED)}:
                 self.weights[value] = "kept as asked"
                 for node in value.consumers():
                     self._keep(node, f"{name} is kept as asked")

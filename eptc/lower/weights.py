@@ -20,7 +20,6 @@ __all__ = [
     "bound",
     "derive",
     "join",
-    "routes",
     "split",
 ]
 
@@ -28,14 +27,6 @@ __all__ = [
 PACKED = "+"
 # Before what a part of a weight is, in its name: `encoder.wi.weight@scale`.
 PART = "@"
-
-
-def routes(name: str | None) -> bool:
-    """Whether a node `<linear>/router/...` or an initializer `<linear>.router...` is a router's.
-
-    Routers stay float32: which expert is chosen can turn on the last bit.
-    """
-    return name is not None and ("/router/" in name or ".router." in name)
 
 
 class WeightTensor(ir.LazyTensor):

@@ -106,11 +106,13 @@ class ReferenceModel(nn.Module, abc.ABC):
         hf: the Hugging Face model; use it inside `with model.task(name):`.
         layers: the adapted linears, by their full names.
         heads: per-task modules, by the full name of the module they stand for.
+        prompts: positions that prompts before the text take.
     """
 
     hf: PreTrainedModel
     layers: Mapping[str, AdaptedLinear]
     heads: Mapping[str, Any]
+    prompts: int = 0
 
     @property
     @abc.abstractmethod

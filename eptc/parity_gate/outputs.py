@@ -112,7 +112,9 @@ def _encoder_decoder(
     encoded = engine.run(probe.feeds(), "encoder")
     states = model.get_encoder()(**inputs)
     hidden = states.last_hidden_state.numpy()
-    valid = probe.attention_mask.astype(bool)
+    # Prompts before the text are never padding.
+    ones = np.ones((len(hidden), hidden.shape[1] - probe.shape[1]), np.int64)
+    valid = np.concatenate([ones, probe.attention_mask], axis=1).astype(bool)
     yield _compare(
         f"encoder state, {probe.name}", encoded["last_hidden_state"], hidden, bound, undecided,
         valid,
