@@ -16,7 +16,7 @@ from eptc.lower.token_router import lower_token_router
 from eptc.lower.tucker import join_mixing, lower_centroids, lower_tucker
 from eptc.tensors import LazyTensor
 
-__all__ = ["insert_branches", "routed_by"]
+__all__ = ["insert_branches", "merged_gates", "routed_by"]
 
 # Inserts a router before the linear whose input it reads. Returns its gates, 0 for experts not
 # chosen: [batch, sequence, experts] for tokens, [batch, 1, experts] for rows, [1, 1, experts]
@@ -33,6 +33,8 @@ BRANCHES: dict[type[Delta], LowerBranches] = {Kronecker: mix_kronecker, Tucker: 
 
 # In the metadata of a value of gates: the linears it routes, while the graph is in memory.
 _ROUTED = "eptc.routed"
+# In the metadata of a graph: the constant gates of the linears that have them in their weight.
+_MERGED = "eptc.merged"
 
 
 def routed_by(graph: ir.Graph) -> dict[str, list[str]]:
@@ -43,6 +45,12 @@ def routed_by(graph: ir.Graph) -> dict[str, list[str]]:
             for path in value.meta.get(_ROUTED, ()):
                 found.setdefault(path, []).append(str(value.name))
     return found
+
+
+def merged_gates(graph: ir.Graph) -> dict[str, Gates]:
+    """Return the gates of the linears whose every execution has constant ones, by their path."""
+    found: dict[str, Gates] = graph.meta.get(_MERGED, {})
+    return dict(found)
 
 
 def insert_branches(
@@ -99,5 +107,5 @@ def insert_branches(
         add_to(call, BRANCHES[type(adapter.branches[0].delta)](adapter, route, call))
     for value in made:
         join_mixing(value)
-    merge(fixed, found, left, weights, dtype)
+    model.graph.meta[_MERGED] = merge(fixed, found, left, weights, dtype)
     return len(found)
