@@ -216,6 +216,25 @@ def test_two_builds_are_equal(write_tucka: Any, tmp_path: Path) -> None:
     assert one == two
 
 
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2", "llama"])
+def test_frozen(write_tucka: Any, small_native: Any, kind: str, tmp_path: Path) -> None:
+    """Gates replaced by their mean over text, and folded: no branch is left."""
+    folders = write_tucka(kind)
+    for file in small_native.base.glob("tokenizer*"):
+        (folders.base / file.name).write_bytes(file.read_bytes())
+    rows = tmp_path / "rows.jsonl"
+    texts = ("good film", "the bad film was long", "very quiet and not dull", "short")
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    eptc.export(
+        folders.ckpt, base=folders.base, out=folders.out, routing="frozen", calibration=rows
+    )
+    manifest = json.loads((folders.out / "manifest.json").read_text())
+    assert manifest["routing"]["mode"] == "frozen"
+    graph = onnx.load(folders.out / "model.onnx", load_external_data=False)
+    names = [tensor.name for tensor in graph.graph.initializer]
+    assert not any(".branch." in name or ".router." in name for name in names)
+
+
 def test_inspect(write_tucka: Any, cli: Any) -> None:
     folders = write_tucka()
     shown = cli("inspect", folders.ckpt, "--base", folders.base)

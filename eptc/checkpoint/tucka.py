@@ -86,7 +86,6 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     consume_all(source)
     task = single_task(options, base.config, head_rows(base, replaced.head))
     _refuse_scoring(base, task)
-    mode: RoutingMode = "per-sample" if router.unit == "row" else "batch"
     return Contents(
         format="tucka",
         variant="tucka",
@@ -97,7 +96,7 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
         config=read_json(path / CONFIG, CheckpointError),
         weights=replaced.weights,
         settings=replaced.settings,
-        routing=RoutingSpec(mode, _reads_padding(base, str(router.site))),
+        routing=_routing(options, router, base),
         details={
             "tucka": {**dataclasses.asdict(settings), "router": router.site, "inert": inert},
         },
@@ -222,6 +221,14 @@ def _adapter(
 def _plain(name: str) -> str:
     """Return what the name of a saved parameter is in the Hugging Face model."""
     return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def _routing(options: ReadOptions, router: CentroidRouter, base: BaseModel) -> RoutingSpec:
+    """Return what the answer to one row depends on."""
+    if options.routing == "frozen":
+        return RoutingSpec("frozen")
+    mode: RoutingMode = "per-sample" if router.unit == "row" else "batch"
+    return RoutingSpec(mode, _reads_padding(base, str(router.site)))
 
 
 def _reads_padding(base: BaseModel, site: str) -> bool:

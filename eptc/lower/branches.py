@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -15,7 +16,7 @@ from eptc.lower.token_router import lower_token_router
 from eptc.lower.tucker import join_mixing, lower_centroids, lower_tucker
 from eptc.tensors import LazyTensor
 
-__all__ = ["insert_branches", "routed_by"]
+__all__ = ["insert_branches", "merged_gates", "routed_by"]
 
 # Inserts a router before the linear whose input it reads. Returns its gates, 0 for experts not
 # chosen: [batch, sequence, experts] for tokens, [batch, 1, experts] for rows, [1, 1, experts]
@@ -32,6 +33,8 @@ BRANCHES: dict[type[Delta], LowerBranches] = {Kronecker: mix_kronecker, Tucker: 
 
 # In the metadata of a value of gates: the linears it routes, while the graph is in memory.
 _ROUTED = "eptc.routed"
+# In the metadata of a graph: the constant gates of the linears that have them in their weight.
+_MERGED = "eptc.merged"
 
 
 def routed_by(graph: ir.Graph) -> dict[str, list[str]]:
@@ -44,10 +47,16 @@ def routed_by(graph: ir.Graph) -> dict[str, list[str]]:
     return found
 
 
+def merged_gates(graph: ir.Graph) -> dict[str, Gates]:
+    """Return the gates of the linears whose every execution has constant ones, by their path."""
+    found: dict[str, Gates] = graph.meta.get(_MERGED, {})
+    return dict(found)
+
+
 def insert_branches(
     model: ir.Model,
     adapters: Mapping[str, Adapter],
-    weights: Mapping[str, LazyTensor],
+    weights: Mapping[str, LazyTensor] = MappingProxyType({}),
     dtype: str | None = "float32",
 ) -> int:
     """Insert every branch that is left beside its linear, in place.
@@ -60,7 +69,7 @@ def insert_branches(
     Args:
         model: a bound graph, as it was traced: its transposes are not folded yet.
         adapters: by the path of their linear; those without branches are done.
-        weights: the model's, by parameter name.
+        weights: the model's, by parameter name; those under constant routes must be there.
         dtype: type of weights that branches are folded into; None: the weight's own.
 
     Returns:
@@ -98,5 +107,5 @@ def insert_branches(
         add_to(call, BRANCHES[type(adapter.branches[0].delta)](adapter, route, call))
     for value in made:
         join_mixing(value)
-    merge(fixed, found, left, weights, dtype)
+    model.graph.meta[_MERGED] = merge(fixed, found, left, weights, dtype)
     return len(found)

@@ -40,7 +40,7 @@ def merge(
     adapters: Mapping[str, Adapter],
     weights: Mapping[str, LazyTensor],
     dtype: str | None,
-) -> None:
+) -> dict[str, Gates]:
     """Give executions under constant gates a weight with the branches in it, in place.
 
     Where every execution of a linear is under the same gates its weight itself is replaced, else
@@ -53,7 +53,11 @@ def merge(
         adapters: by the path of their linear.
         weights: the base's by parameter name.
         dtype: type of the merged weights; None: that of the base's.
+
+    Returns:
+        The gates of the linears whose own weight was replaced, by path.
     """
+    whole: dict[str, Gates] = {}
     executions = collections.Counter(call.path for call in found)
     alike = collections.Counter((call.path, gates) for call, gates in fixed)
     for call, gates in fixed:
@@ -62,10 +66,12 @@ def merge(
         tensor = folded(base, _constant(adapter, gates), dtype or base.dtype)
         if alike[call.path, gates] == executions[call.path]:
             call.weight.const_value = bound(tensor, call.weight.name)
+            whole[call.path] = gates
             continue
         number = sorted({g for c, g in fixed if c.path == call.path}).index(gates)
         name = f"{call.path}.merged{f'.{number}' if number else ''}.weight"
         set_weight(call, _initializer(call, name, tensor))
+    return whole
 
 
 def _initializer(call: Call, name: str, tensor: LazyTensor) -> ir.Value:

@@ -193,7 +193,7 @@ def _decoder_only(
     ways = {"at once": [sequence.shape[1]]}
     # Where a route is chosen anew at each step, answers depend on how a sequence is cut: both
     # sides are then run in the same steps. Else the reference is run once.
-    stepwise = engine.manifest.routing.mode in ("batch", "per-sample")
+    stepwise = _coupled(engine, model)
     if probe.synthetic:
         ways["in pieces"] = [half, sequence.shape[1] - half]
     if probe.synthetic or stepwise:
@@ -209,6 +209,17 @@ def _decoder_only(
         noise = 2 * comparison.bound
     # The last of the ways is the one the engine wrote in.
     yield from _choices(engine, probe, rows, want[:, prompt - 1 : -1], noise, undecided)
+
+
+def _coupled(engine: Engine, model: Any) -> bool:
+    """Whether the tokens of a step change one another's answers.
+
+    An engine whose routers are to be frozen is compared before they are.
+    """
+    mode = engine.manifest.routing.mode
+    if mode == "frozen":
+        return any(getattr(module, "routed_experts", 0) for module in model.modules())
+    return mode in ("batch", "per-sample")
 
 
 @dataclasses.dataclass(frozen=True)
