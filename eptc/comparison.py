@@ -92,7 +92,7 @@ def compare_precisions(
     *,
     out: str | Path,
     data: str | Path | None = None,
-    optimize_for: OptimizeFor = "cpu",
+    optimize_for: OptimizeFor | None = None,
     calibration: str | Path | None = None,
     max_drop: float | None = None,
     max_flips: float | None = None,
@@ -133,9 +133,10 @@ def compare_precisions(
     out = Path(out)
     labelled: dict[str, Any] = {"data": data, "max_drop": max_drop, "max_flips": max_flips}
     # What is wrong with all of them is said now, not in every row.
-    job = Job.read(
-        ckpt, Options(precision="int8-weights", optimize_for="cpu", **labelled, **options)
-    )
+    target = {"target": options.get("target", "onnx")}
+    Options(optimize_for=optimize_for, **target).check()
+    lossy = {"precision": "int8-weights", "optimize_for": "cpu", "target": "onnx"}
+    job = Job.read(ckpt, Options(**{**labelled, **options, **lossy}))
     read_examples(Path(data), job.task, labelled=True)
     if calibration is not None:
         read_calibration(Path(calibration), job.task)

@@ -94,7 +94,7 @@ def lower_precision(
     elif SCHEMES[options.precision].calibrated:
         ranges, notes = _observed(graphs, options, exact, kept, texts, progress)
     steps = lossy_passes(
-        options.precision, options.optimize_for, keep=tuple(kept), ranges=ranges, plan=plan,
+        options.precision, options.provider, keep=tuple(kept), ranges=ranges, plan=plan,
         method=options.block_method,
     )  # fmt: skip
     if isinstance(steps[0], Mapping):
@@ -129,7 +129,7 @@ def _planned(
 
     def passes(plan: PrecisionPlan) -> list[Step]:
         return lossy_passes(
-            "auto", options.optimize_for, keep=tuple(kept), plan=plan, method=options.block_method
+            "auto", options.provider, keep=tuple(kept), plan=plan, method=options.block_method
         )
 
     if plan is not None:

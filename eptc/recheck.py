@@ -79,7 +79,7 @@ def parity(
     if task is None:
         raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
     recorded = manifest.checkpoint
-    kind = checkpoint.find_format(format or recorded["format"])
+    kind = _format(folder, recorded) if format is None else checkpoint.find_format(format)
     specs = None
     if not kind.describes_tasks:
         specs = {t["name"]: Task.from_json(t) for t in recorded["tasks"]}
@@ -131,6 +131,25 @@ def parity(
             fix="build with a precision that loses less" if lossy else "build the bundle again",
         )
     return report
+
+
+def _format(folder: Path, recorded: Mapping[str, Any]) -> checkpoint.Format:
+    """Return the format of the checkpoint that a bundle was made from.
+
+    Raises:
+        BundleError: a package reads it that is not installed.
+    """
+    try:
+        return checkpoint.find_format(recorded["format"])
+    except OptionError as error:
+        if (origin := recorded.get("origin")) is None:
+            raise
+        package, _, version = origin.rpartition(" ")
+        raise BundleError(
+            f"{folder} was made from a checkpoint of the format {recorded['format']!r}, which the "
+            f"package {package} reads, and it is not installed",
+            fix=f"install {package} ({version} made the bundle)",
+        ) from error
 
 
 def _routing(manifest: Manifest) -> checkpoint.Routing:
