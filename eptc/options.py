@@ -106,7 +106,7 @@ class Options:
                 expected="it with --precision " + ", ".join(IN_BLOCKS),
             )
         self._check_budget()
-        assert self.added is not None  # found, and refused, before anything is read
+        _ = self.added  # found, or refused, before anything is read
         if self.precision == "auto":
             self._check_search()
         elif self.precision_plan is not None:

@@ -76,13 +76,12 @@ class Aim:
     plugin: Plugin | None = None
 
     def add(self, directory: Path, manifest: Manifest) -> Manifest:
-        """Let the target write beside a finished bundle; return the manifest of both.
+        """Let an installed target write beside a finished bundle; return the manifest of both.
 
         Raises:
             PluginError: the target fails, or does what it may not.
         """
-        if self.plugin is None:
-            return manifest
+        assert self.plugin is not None
         written = Path(tempfile.mkdtemp(dir=directory))
         before = _state(directory)
         with self.plugin.blamed("it fails"):

@@ -71,7 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     transformers.logging.disable_progress_bar()
     model.save_pretrained(root / "base")
     rng = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, (out, columns) in LINEARS.items():
         a, b = (rng.standard_normal(s).astype(np.float32) for s in ((3, columns), (out, 3)))
         arrays |= {f"{name}/A": a, f"{name}/B": b}
@@ -200,7 +200,8 @@ def test_checkpoints_are_inspected(eptc: Any, made: Made) -> None:
     done = eptc("inspect", made.ckpt, "--base", made.base, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["format"], report["adapted_linears"], report["scale"]) == ("npz", 2, SCALE)
+    assert (report["format"], report["origin"]) == ("npz", "eptc-npz 0.1.0")
+    assert (report["adapted_linears"], report["scale"]) == (2, SCALE)
     done = eptc("inspect", made.ckpt)
     assert "the model that the checkpoint calls 'narrow-t5'" in done.stderr
     done = eptc("inspect", made.ckpt, "--base", made.base, installed=False)
@@ -216,9 +217,7 @@ def test_doctor_lists_them(eptc: Any) -> None:
     assert report["targets"]["onnx"] == "ready"
 
 
-def test_a_reader_that_is_wrong_is_found_out(
-    packages: Path, eptc: Any, made: Made, tmp_path: Path
-) -> None:
+def test_a_reader_that_is_wrong_is_found_out(packages: Path, made: Made, tmp_path: Path) -> None:
     """The example's reference shares no code with its reader, so the gate sees the difference."""
     site = tmp_path / "site"
     shutil.copytree(packages, site)
