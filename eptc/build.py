@@ -81,7 +81,7 @@ def export(
     data: str | Path | None = None,
     max_drop: float | None = None,
     max_flips: float | None = None,
-    search_evaluations: int = 100,
+    search_evaluations: int | None = None,
     search_minutes: float | None = None,
     optimize_for: OptimizeFor | None = None,
     max_memory: int | None = None,
@@ -124,7 +124,7 @@ def export(
         max_flips: share of the rows of `data` whose label may change where the exact engine is
             sure. Where neither is given but `data` is, 0.01; for a regression, a point may be
             lost.
-        search_evaluations: engines that a search for `auto` may try.
+        search_evaluations: engines that a search for `auto` may try; None: 100.
         search_minutes: wall time after which it takes the best plan so far; None: no limit.
         optimize_for: the execution provider whose kernels the graphs are fused for, `cpu` or
             `cuda`; `any`: standard operators only; None: what the target is for, else `cpu`.

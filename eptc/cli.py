@@ -223,7 +223,7 @@ def main() -> None:
     help="keep: store matrices in the base's own 16-bit type. fp16, bf16: compute in 16 bits. "
     "int8: integers. int8-static: integers with ranges from --calibration. int8-weights, int4: "
     "weights alone. auto: for each weight what --max-drop or --max-flips allows. all: build and "
-    "compare them.",
+    "compare them, auto where there is a budget.",
 )
 @click.option(
     "--precision-plan",
@@ -270,8 +270,7 @@ def main() -> None:
 @click.option(
     "--search-evaluations",
     type=int,
-    default=100,
-    show_default=True,
+    show_default="100",
     help="Engines that auto may try.",
 )
 @click.option(

@@ -47,7 +47,7 @@ class Options:
     data: str | Path | None = None
     max_drop: float | None = None
     max_flips: float | None = None
-    search_evaluations: int = 100
+    search_evaluations: int | None = None
     search_minutes: float | None = None
     optimize_for: OptimizeFor | None = None
     max_memory: int | None = None
@@ -107,13 +107,12 @@ class Options:
             )
         self._check_budget()
         _ = self.added  # found, or refused, before anything is read
-        if self.precision == "auto":
-            self._check_search()
-        elif self.precision_plan is not None:
+        if self.precision != "auto" and self.precision_plan is not None:
             raise OptionError(
                 f"--precision-plan was given together with --precision {self.precision}",
                 expected="--precision auto, which builds the plan as it is",
             )
+        self._check_search()
 
     def _check_calibration(self) -> None:
         if self.calibration is not None and not SCHEMES[self.precision].calibrated:
@@ -164,13 +163,25 @@ class Options:
                 )
 
     def _check_search(self) -> None:
-        if self.precision_plan is None and self.max_drop is None and self.max_flips is None:
+        searches = self.precision == "auto" and self.precision_plan is None
+        for name, value in (
+            ("--search-evaluations", self.search_evaluations),
+            ("--search-minutes", self.search_minutes),
+        ):
+            if value is not None and not searches:
+                given = "a plan" if self.precision_plan else f"--precision {self.precision}"
+                raise OptionError(
+                    f"{name} was given, and nothing is searched for {given}",
+                    expected="it with --precision auto and a budget, without --precision-plan",
+                    fix="leave it out",
+                )
+        if searches and self.max_drop is None and self.max_flips is None:
             raise OptionError(
                 "--precision auto has no budget to keep",
                 expected="--max-drop POINTS or --max-flips SHARE, with --data FILE; or a plan, "
                 "--precision-plan FILE",
             )
-        if self.search_evaluations < _FEWEST:
+        if self.search_evaluations is not None and self.search_evaluations < _FEWEST:
             raise OptionError(
                 f"--search-evaluations is {self.search_evaluations}",
                 expected=f"{_FEWEST} or more: two levels, and a few plans",

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from eptc.comparison import Comparison
+    from eptc.comparison_report import Comparison
 
 __all__ = ["print_bench", "print_comparison", "print_inspection"]
 
@@ -39,7 +39,7 @@ def print_bench(report: Mapping[str, Any]) -> None:
 
 def print_comparison(comparison: Comparison) -> None:
     """Print what `--precision all` made, one precision a line."""
-    from eptc.comparison import table
+    from eptc.comparison_report import notes, table
 
     console = _console()
     heads, lines = table(comparison)
@@ -47,9 +47,8 @@ def print_comparison(comparison: Comparison) -> None:
     for line in lines:
         found.add_row(*line)
     console.print(found)
-    for row in comparison.rows:
-        if row.refused is not None:
-            console.print(f"no {row.precision}: {row.refused}", soft_wrap=True)
+    for note in notes(comparison):
+        console.print(note, soft_wrap=True)
 
 
 def print_inspection(report: Mapping[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+import resource
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +23,7 @@ from eptc.errors import OptionError, ParityError
 from eptc.job import Job
 from eptc.lower.blocks import PRECISIONS
 from eptc.lower.int8 import integers
+from eptc.parity_gate import reference_answers
 from eptc.parity_gate.compare import bound_of
 from eptc.parity_gate.stored import quantized
 from eptc.pass_base import Contract, GraphPass
@@ -117,7 +121,8 @@ def test_checked_again(
     build: Any, small_native: Any, small_rows: Any, tmp_path: Path, precision: str
 ) -> None:
     """A published engine is judged as it was when it was built, 16 bits by their twin."""
-    bundle = build(tmp_path / "out", precision, **BUILT[precision][0])
+    given = {} if precision != "int4" else {"data": small_rows.values, "max_drop": 10.0}
+    bundle = build(tmp_path / "out", precision, **given, **BUILT[precision][0])
     report = eptc.parity(
         bundle.path, reference=small_native.ckpt, base=small_native.base, data=small_rows.values
     )
@@ -129,6 +134,56 @@ def test_checked_again(
     assert {path.name for path in bundle.path.iterdir()} == {
         *bundle.manifest.files, "manifest.json",
     }  # fmt: skip
+
+
+def test_values_have_a_budget_of_their_own(
+    build: Any, small_native: Any, small_rows: Any, tmp_path: Path
+) -> None:
+    """Where nothing is said a point may be lost: int4 loses more."""
+    bundle = build(tmp_path / "out", "int4")
+    with pytest.raises(ParityError, match=r"the pearson drops by .* allowed are 1"):
+        eptc.parity(
+            bundle.path, reference=small_native.ckpt, base=small_native.base,
+            data=small_rows.values,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("why", ["full", "gone"])
+def test_no_room_for_the_simulation(
+    build: Any, small_native: Any, cli: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, why: str,
+) -> None:  # fmt: skip
+    """A copy of a 16-bit engine needs room: where there is none, that is no bug of eptc."""
+    bundle = build(tmp_path / "out", "fp16")
+    place = tmp_path / "place"
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    arguments = (
+        "parity", bundle.path, "--reference", small_native.ckpt, "--base", small_native.base,
+    )  # fmt: skip
+    if why == "gone":
+        result = cli(*arguments)
+    else:
+        place.mkdir()
+        with files_of_at_most(2**10):
+            result = cli(*arguments)
+        assert list(place.iterdir()) == []
+    assert result.code == 2, result
+    for words in ("is an engine in fp16", "cannot be written", "MB free", "TMPDIR"):
+        assert words in result.stderr
+    assert ("File too large" if why == "full" else "No such file") in result.stderr
+    place.mkdir(exist_ok=True)
+    assert cli(*arguments).code == 0
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse to write files past a size, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 0), ("int8", 1)])
@@ -146,8 +201,10 @@ def test_flips_found_again(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flips = 0
 
-    def answers(*_: Any) -> Any:
-        return [0] * flips + [1] * (100 - flips), [True] * 100
+    def answers(*arguments: Any) -> Any:
+        want = reference_answers(*arguments)
+        want.scores[:flips] *= -1
+        return dataclasses.replace(want, chosen=want.scores.argmax(axis=1))
 
     with eptc.Engine.load(out, providers=["cpu"]) as engine:
         assert {answer.label for answer in engine.classify(rows)} == {"good"}
