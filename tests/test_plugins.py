@@ -466,6 +466,7 @@ class It(Target):
     name = "phone"
     def add(self, directory, manifest, out): (out / "notes.txt").write_text(manifest.target)
 """
+ANYWHERE = TARGET + '    optimize_for = "any"\n'
 ADD = '(out / "notes.txt").write_text(manifest.target)'
 MISDEEDS = {
     "raises": (ADD + "; 1 / 0", "it fails: ZeroDivisionError"),
@@ -502,8 +503,7 @@ def test_a_target_that_goes_wrong(
 
 
 def test_a_target(package: Package, copy_native: Any, tmp_path: Path, cli: Any) -> None:
-    code = TARGET.replace('"phone"\n', '"phone"\n    optimize_for = "any"\n')
-    package("eptc.targets", "phone", code)
+    package("eptc.targets", "phone", ANYWHERE)
     built = _export(copy_native, tmp_path / "out", target="phone")
     assert (built.manifest.target, built.manifest.optimized_for) == ("phone", "any")
     assert (built.path / "notes.txt").read_text() == "onnx"
@@ -517,3 +517,29 @@ def test_a_target(package: Package, copy_native: Any, tmp_path: Path, cli: Any) 
                tmp_path / "out2", "--target", "phone", "--precision", "int4")  # fmt: skip
     assert done.code == 2
     assert "--precision int4 does not run where --optimize-for any" in done.stderr
+
+
+def test_every_precision_for_a_target(
+    package: Package, small_native: Any, small_rows: Any, tmp_path: Path
+) -> None:
+    """What does not run where the target is for is a row that says so; the others have it all."""
+    pytest.importorskip("matplotlib")
+    package(
+        "eptc.targets", "phone", TARGET.replace('"phone"\n', '"phone"\n    optimize_for="any"\n')
+    )
+    package("eptc.passes", "tidy-up", PASS, dist="even")
+    options = {"base": small_native.base, "task": "score", "data": small_rows.values}
+    found = eptc.compare_precisions(
+        small_native.ckpt, out=tmp_path / "out", precisions=["int4", "int8"], target="phone",
+        passes=["tidy-up"], **options,
+    )  # fmt: skip
+    rows = {row.precision: row.refused for row in found.rows}
+    assert "does not run where --optimize-for any" in str(rows.pop("int4"))
+    assert rows == {"fp32": None, "int8": None}
+    for precision in rows:
+        manifest = json.loads((found.path / precision / "manifest.json").read_text())
+        assert manifest["target"] == "phone"
+        assert "notes.txt" in manifest["files"]
+        assert manifest["tools"]["even"] == "1.2"
+    with pytest.raises(OptionError, match="the target is 'watch'"):
+        eptc.compare_precisions(small_native.ckpt, out=tmp_path / "o", target="watch", **options)
