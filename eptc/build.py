@@ -14,8 +14,9 @@ import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
 from eptc.checkpoint import Routing
-from eptc.describe import OPSET, describe, write_texts
+from eptc.describe import describe, write_texts
 from eptc.errors import InputError
+from eptc.freezing import freeze, routes_on_input
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
 from eptc.lower.blocks import Method
@@ -23,14 +24,14 @@ from eptc.options import CalibrationMethod, Options
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.pipeline import PassRecord, run_adapter_passes, run_graph_passes
 from eptc.planning import WRITERS, Plan
-from eptc.precision import SCHEMES, OptimizeFor, Precision
+from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import FILE as PLAN
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
-from eptc.skeletons import skeleton
 from eptc.tasks import Task
 
 if TYPE_CHECKING:
+    from eptc.judge import Judge
     from eptc.parity_gate import Verifier
 
 __all__ = ["Bundle", "Event", "Options", "Written", "export", "plan", "precise_routes"]
@@ -179,23 +180,39 @@ def export(
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
         checked = pool.submit(source.check_base)
         with clock.stage("trace"):
-            skeleton(job.config, opset=OPSET, tied_head=source.base.tied_head)
+            job.skeleton()
         with clock.stage("hash and check the base model"):
             checked.result()
         layers: dict[str, float] = {}
         with clock.stage("specialise and fold"):
-            model, records = _rewrite(job, verifier, layers, progress)
+            model, adapter_records = _rewrite(job, verifier, layers, progress)
         with clock.stage("graph passes"):
-            graphs = job.bound(model)
+            graphs, records = job.bound(model), [*adapter_records]
             records += _told(run_graph_passes(graphs, job.graph_passes(), job.origins), progress)
 
         draft = stack.enter_context(bundle.draft(out, force=force))
         writer = _Writer(job, model, clock, progress)
-        judge = None
-        if verify or data is not None:
-            from eptc.judge import Judge
-
-            judge = Judge(job, model, verifier, layers, clock, progress)
+        judge = _judge(job, model, verifier, layers, clock, progress)
+        routed, frozen_notes = None, tuple[str, ...]()
+        if routing == "frozen" and routes_on_input(model):
+            routed = draft.path / "routed"
+            routed.mkdir()
+            manifest = writer.write(graphs, routed, records, "fp32")
+            if judge is not None:
+                judge.prove_exact(routed, manifest)
+            with clock.stage("freeze the routers"):
+                frozen = freeze(
+                    model, graphs, routed, examples.texts, dtype=job.dtype, progress=progress
+                )
+            model, frozen_notes = frozen.model, frozen.notes
+            records = [*adapter_records, *frozen.records]
+            with clock.stage("graph passes"):
+                graphs = job.bound(model)
+                records += _told(
+                    run_graph_passes(graphs, job.graph_passes(), job.origins), progress
+                )
+            writer = _Writer(job, model, clock, progress)
+            judge = _judge(job, model, verifier, layers, clock, progress)
         exact = None
         if job.needs_exact:
             exact = draft.path / "exact"
@@ -218,19 +235,26 @@ def export(
         manifest = writer.write(graphs, draft.path, records, job.plan.stored)
         if judge is not None:
             if job.scheme.lossy:
-                judge.prove_lossy(draft.path, exact, examples.data)
+                judge.prove_lossy(draft.path, routed or exact, examples.data)
             else:
                 judge.prove_exact(draft.path, manifest)
+                if routed is not None and examples.data is not None:
+                    judge.score(
+                        draft.path, routed, examples.data, "frozen routes",
+                        "keep the routes with --routing exact, or give a larger budget "
+                        "(--max-drop, --max-flips)",
+                    )  # fmt: skip
             manifest = judge.signed(draft.path, manifest)
-        if exact is not None:
-            shutil.rmtree(exact)
+        for folder in (exact, routed):
+            if folder is not None:
+                shutil.rmtree(folder)
         if options.aim.plugin is not None:
             with clock.stage(f"target {options.target}"):
                 manifest = options.aim.add(draft.path, manifest)
         draft.publish()
     notes = (
         *source.contents.notes, *precise_routes(source, job.task_id), *examples.notes,
-        *lowered_notes,
+        *frozen_notes, *lowered_notes,
     )  # fmt: skip
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
 
@@ -246,6 +270,22 @@ def plan(ckpt: str | Path, **options: Any) -> Plan:
         InputError: something about the input.
     """
     return Job.read(ckpt, Options(**options)).plan
+
+
+def _judge(
+    job: Job,
+    model: AdaptedModel,
+    verifier: Verifier | None,
+    layers: Mapping[str, float],
+    clock: Clock,
+    progress: Progress,
+) -> Judge | None:
+    """Return who compares what is written; None where nothing is to be compared."""
+    if verifier is None and job.options.data is None:
+        return None
+    from eptc.judge import Judge
+
+    return Judge(job, model, verifier, layers, clock, progress)
 
 
 def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ...]:
@@ -282,7 +322,7 @@ class _Examples:
 
     @classmethod
     def read(cls, options: Options, task: Task) -> _Examples:
-        if not (options.probe or options.data or SCHEMES[options.precision].calibrated):
+        if not (options.probe or options.data or options.calibrated):
             return cls()
         from eptc.calibration import read_calibration
         from eptc.parity_gate import builtin_examples, read_examples

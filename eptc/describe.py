@@ -67,7 +67,13 @@ def describe(
         generation=None
         if kind == "encoder-classifier"
         else _generation(source, task, {**settings, **generation}, specs, tokenizer),
-        tokenizer=tokenizer.spec(settings, task, kind=kind, token_types="token_type_ids" in inputs)
+        tokenizer=tokenizer.spec(
+            settings,
+            task,
+            kind=kind,
+            token_types="token_type_ids" in inputs,
+            taken=0 if source.contents.prompts is None else source.contents.prompts.length,
+        )
         if tokenizer is not None
         else None,
         passes=tuple(record.to_json() for record in records),

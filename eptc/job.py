@@ -23,7 +23,7 @@ from eptc.planning import Plan, make_plan
 from eptc.plugins import Plugin
 from eptc.precision import SCHEMES, Scheme
 from eptc.precision_plan import PrecisionPlan
-from eptc.skeletons import skeleton
+from eptc.skeletons import Skeleton, skeleton
 from eptc.tasks import Task, resolve
 
 __all__ = ["Clock", "Event", "Job", "Progress", "Written"]
@@ -114,13 +114,20 @@ class Job:
         whole = self.plan.verification == "whole model"
         return self.scheme.lossy and (whole or self.options.runs_exact)
 
+    def skeleton(self) -> Skeleton:
+        """Return the task model without numbers, traced where no build has done so before."""
+        source = self.source
+        return skeleton(
+            self.config, opset=OPSET, tied_head=source.base.tied_head,
+            prompts=source.contents.prompts,
+        )  # fmt: skip
+
     def bound(self, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
         """Return the graphs with a model's weights, none of them read."""
-        found = skeleton(self.config, opset=OPSET, tied_head=self.source.base.tied_head)
-        graphs = found.copy_graphs()
+        graphs = self.skeleton().copy_graphs()
         lower.bind(graphs, model.weights)
         for graph in graphs.values():
-            lower.insert_branches(graph, model.adapters)
+            lower.insert_branches(graph, model.adapters, model.weights, self.dtype)
         return graphs
 
     def graph_passes(self) -> list[GraphPass]:

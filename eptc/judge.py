@@ -108,6 +108,28 @@ class Judge:
                 budget.check(self._scores, options.precision)
                 self._scores["budget"] = dataclasses.asdict(budget)
 
+    def score(
+        self, directory: Path, exact: Path, data: Sequence[Example], what: str, fix: str
+    ) -> None:
+        """Compare an engine's answers to labelled data with the exact engine's.
+
+        Args:
+            directory: the engine's bundle.
+            exact: that of the engine that does what the checkpoint's own code does.
+            data: labelled examples.
+            what: what makes the difference, for the message.
+            fix: what else could be done about it.
+
+        Raises:
+            ParityError: more is lost than the budget allows.
+        """
+        with self._clock.stage("score"):
+            self._scores = _scores(exact, directory, data)
+            budget = budget_of(self._job.options, self._job.task)
+            if reason := budget.exceeded(self._scores):
+                raise ParityError(f"{what}: {reason}", fix=fix)
+            self._scores["budget"] = dataclasses.asdict(budget)
+
     def signed(self, directory: Path, manifest: Manifest) -> Manifest:
         """Write down what was compared; return the manifest with its summary."""
         last = self._lossy or self._exact

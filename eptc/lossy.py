@@ -31,6 +31,8 @@ Graphs = Mapping[str, onnx_ir.Model]
 
 _HEAD = "the head that decides is small, and each error in it is an error of the answer"
 
+_BRANCH = "routers and experts are small, and an error in a route chooses other experts"
+
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
@@ -86,6 +88,7 @@ def lower_precision(
         ParityError: no plan keeps the budget.
     """
     kept = dict.fromkeys(_heads(graphs, architecture), _HEAD)
+    kept |= dict.fromkeys(_branches(graphs), _BRANCH)
     ranges = None
     report: Mapping[str, Any] = {}
     notes: tuple[str, ...] = ()
@@ -114,6 +117,12 @@ def _heads(graphs: Graphs, architecture: Architecture) -> list[str]:
         return []
     names = {name for graph in graphs.values() for name in stored_weights({"": graph})}
     return sorted(name for name in names if not name.startswith(f"{architecture.prefix}."))
+
+
+def _branches(graphs: Graphs) -> list[str]:
+    """Return the weights of routers and experts beside linears."""
+    names = {name for graph in graphs.values() for name in graph.graph.initializers}
+    return sorted(name for name in names if ".branch." in name)
 
 
 def _planned(

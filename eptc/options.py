@@ -77,6 +77,11 @@ class Options:
         """Whether the float32 engine is run on text before the precision is lowered."""
         return SCHEMES[self.precision].calibrated or self.data is not None
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether what is built depends on text that the float32 engine is run on."""
+        return SCHEMES[self.precision].calibrated or self.routing == "frozen"
+
     def check(self) -> None:
         """Raise OptionError for a value that no build can have, or two that contradict."""
         for name, value, known in (
@@ -115,11 +120,12 @@ class Options:
         self._check_search()
 
     def _check_calibration(self) -> None:
-        if self.calibration is not None and not SCHEMES[self.precision].calibrated:
+        if self.calibration is not None and not self.calibrated:
             raise OptionError(
                 f"--calibration was given, and --precision {self.precision} needs none",
                 expected="it with "
-                + " or ".join(f"--precision {n}" for n, s in SCHEMES.items() if s.calibrated),
+                + " or ".join(f"--precision {n}" for n, s in SCHEMES.items() if s.calibrated)
+                + " or --routing frozen",
                 fix="leave it out",
             )
         if self.calibration_method != "minmax" and self.precision != "int8-static":
@@ -137,7 +143,7 @@ class Options:
             )
 
     def _check_budget(self) -> None:
-        lossy = SCHEMES[self.precision].lossy
+        lossy = SCHEMES[self.precision].lossy or self.routing == "frozen"
         if self.data is not None and not lossy:
             raise OptionError(
                 f"--data was given, and --precision {self.precision} changes no answer",

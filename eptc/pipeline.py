@@ -20,6 +20,7 @@ from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
+from eptc.passes.freeze_router import FreezeRouter
 from eptc.passes.fuse_attention import FuseAttention
 from eptc.passes.fuse_rotary import FuseRotary
 from eptc.passes.gather_early import GatherEarly
@@ -39,6 +40,7 @@ __all__ = [
     "Ranges",
     "Step",
     "adapter_passes",
+    "freezing_passes",
     "graph_passes",
     "lossy_passes",
     "run_adapter_passes",
@@ -61,6 +63,25 @@ def adapter_passes(
         DropDeadExperts(),  # before folding: N - top_k of N experts are never computed
         *added,  # before folding: afterwards there is nothing to rewrite
         FoldPyramid(dtype),  # last: afterwards the model is a plain Hugging Face model
+    ]
+
+
+def freezing_passes(
+    gates: Mapping[str, Sequence[float]],
+    spread: Mapping[str, Sequence[float]],
+    dtype: str | None = "float32",
+) -> list[AdapterPass]:
+    """Return the passes that fold what `adapter_passes` left, lossy, in order.
+
+    Args:
+        gates: mean gates by linear (`FreezeRouter`).
+        spread: their standard deviations.
+        dtype: type of the folded weights; None: each base weight's own.
+    """
+    return [
+        FreezeRouter(gates, spread),
+        DropDeadExperts(),  # experts that no token chose
+        FoldPyramid(dtype),
     ]
 
 

@@ -124,7 +124,7 @@ def parity(
     scores = compare_answers(
         task, want, got, right_answers(task, examples), precision=manifest.precision
     )
-    lossy = bound_of(manifest.precision) != FP32
+    lossy = bound_of(manifest.precision) != FP32 or manifest.routing.mode == "frozen"
     budget = _allowed(manifest, task) if lossy else Budget(max_flips=0.0)
     if reason := budget.exceeded(scores):
         raise ParityError(

@@ -106,6 +106,12 @@ def _checkpoint(console: Console, report: Mapping[str, Any]) -> None:
                   soft_wrap=True)  # fmt: skip
     if report["kernel_sizes"]:
         console.print(f"experts {report['kernel_sizes']}, top-k {report['top_k']}")
+    if tucka := report.get("tucka"):
+        console.print(
+            f"{tucka['k']} groups of {tucka['t']} experts, rank {tucka['r']}, alpha "
+            f"{tucka['alpha']:g}; the router reads the input of {tucka['router']}",
+            soft_wrap=True,
+        )
     for note in report["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"adapters {report['adapter_bytes']:,} bytes, heads {report['head_bytes']:,}; "

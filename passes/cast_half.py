@@ -37,8 +37,9 @@ class CastHalf(GraphPass):
 
     * values that reach beyond the largest number of float16, by `ranges` and `safety`, and the
       nodes that make or read them;
-    * norms that are written out, softmax, masks (cut to what 16 bits hold where an attention
-      kernel reads them), angles of positions, T5's `wo`, the product that makes the logits;
+    * routers, norms that are written out, softmax, masks (cut to what 16 bits hold where an
+      attention kernel reads them), angles of positions, T5's `wo`, the product that makes the
+      logits;
     * whatever has no 16-bit kernel in ONNX Runtime's CUDA provider, and what `keep` names.
 
     Scores inside one attention kernel are no value of the graph, so `ranges` cannot cover them.

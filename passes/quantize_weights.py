@@ -12,6 +12,7 @@ import onnx_ir as ir
 from eptc.errors import OptionError
 from eptc.lower.blocks import Blocks, Method
 from eptc.lower.edit import MICROSOFT, constant, drop, insert, replace
+from eptc.lower.naming import CHOICE, chooses_experts
 from eptc.lower.weights import PACKED, Piece, WeightTensor, split
 from eptc.pass_base import Contract, GraphPass
 from eptc.tensors import Array
@@ -111,6 +112,8 @@ class QuantizeWeights(GraphPass):
     def _kept(self, weight: ir.Value) -> str | None:
         """Return why a weight is not to be quantised; None where it is."""
         names = {str(weight.name), *str(weight.name).split(PACKED)}
+        if chooses_experts(weight.name):
+            return CHOICE
         if not names.isdisjoint(self.keep):
             return "it is to be kept"
         if self.only is not None and names.isdisjoint(self.only):

@@ -9,13 +9,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eptc.checkpoint.base import BaseModel, read_json
+from eptc.checkpoint.base import BaseModel, read_base, read_json
 from eptc.checkpoint.contents import Contents, ReadOptions
 from eptc.checkpoint.lora import read_lora
+from eptc.checkpoint.mept import prompted_base, read_mept
+from eptc.checkpoint.mept_files import is_mept
 from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
 from eptc.checkpoint.native import read_native
 from eptc.checkpoint.peft_folder import CONFIG, peft_type, tensor_names
 from eptc.checkpoint.released import read_released
+from eptc.checkpoint.tucka import holds_unmerged, read_tucka
 from eptc.errors import CheckpointError, OptionError
 from eptc.plugins import Plugin
 from eptc.tasks import Task
@@ -46,6 +49,10 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def matches(self, path: Path) -> bool:
         """Whether a folder is of this format, as far as a glance tells."""
+
+    def read_base(self, path: Path) -> BaseModel:
+        """Return the base model's folder; raise BaseModelError where it cannot be used."""
+        return read_base(path)
 
     @abc.abstractmethod
     def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
@@ -196,6 +203,61 @@ class Lora(Format):
         return stream_lora(path, base, task=tasks[0], allow_pickle=options.allow_pickle)
 
 
+class Tucka(Format):
+    """The TuckA authors' code: a PEFT adapter of a type of its own."""
+
+    name = "tucka"
+
+    def matches(self, path: Path) -> bool:
+        """Whether it is a TuckA adapter, or a model that it was never merged into."""
+        return peft_type(path) == "TUCKA" or holds_unmerged(path)
+
+    def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+        """Read it (`eptc.checkpoint.tucka`)."""
+        return read_tucka(path, base, options)
+
+    def reference(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> ReferenceModel:
+        """Return it (`eptc.nn.tucka`)."""
+        from eptc.nn.tucka import TuckaModel
+
+        return TuckaModel.load(
+            path, base, task=tasks[0], allow_pickle=options.allow_pickle,
+            routing="per-sample" if options.routing == "per-sample" else "batch",
+        )  # fmt: skip
+
+
+class Mept(Format):
+    """Prompts before the text, mixed by routers: MEPT, and SMoP."""
+
+    name = "mept"
+
+    def matches(self, path: Path) -> bool:
+        """Whether its settings name one of the two methods."""
+        return is_mept(path)
+
+    def read_base(self, path: Path) -> BaseModel:
+        """Return the base: a T5, or a Llama as a classifier."""
+        return prompted_base(read_base(path))
+
+    def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+        """Read it (`eptc.checkpoint.mept`)."""
+        return read_mept(path, base, options)
+
+    def reference(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> ReferenceModel:
+        """Return it (`eptc.nn.mept`)."""
+        from eptc.nn.mept import MeptModel
+
+        return MeptModel.load(
+            path, base, tasks=tasks, top_k=options.top_k,
+            mode="per-sample" if options.routing == "per-sample" else "batch",
+            allow_pickle=options.allow_pickle,
+        )  # fmt: skip
+
+
 def _plain(path: Path) -> bool:
     """Whether an adapter has low ranks and no experts."""
     names = tensor_names(path)
@@ -205,7 +267,9 @@ def _plain(path: Path) -> bool:
 
 
 # In the order in which they are asked.
-FORMATS: dict[str, Format] = {entry.name: entry for entry in (Native(), Released(), Lora())}
+FORMATS: dict[str, Format] = {
+    entry.name: entry for entry in (Native(), Released(), Lora(), Tucka(), Mept())
+}
 
 
 def find_format(name: str) -> Format:

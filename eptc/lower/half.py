@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from eptc.lower.edit import MICROSOFT, made_by
 from eptc.lower.element_types import element_types
+from eptc.lower.naming import CHOICE, chooses_experts
 from eptc.lower.weights import PACKED, WeightTensor
 from eptc.tensors import cast, numpy_dtype, unit_roundoff
 
@@ -121,6 +122,7 @@ class _Planner:
     def plan(self) -> HalfPlan:
         # What is special before what is general: the first reason stays.
         self._weights()
+        self._routers()
         self._norms()
         self._angles()
         self._t5_outputs()
@@ -182,12 +184,19 @@ class _Planner:
                 if any(reader.graph is not self.graph for reader in value.consumers()):
                     self._keep(node, "a graph inside a node reads it")
 
+    def _routers(self) -> None:
+        for node in self.nodes:
+            if chooses_experts(node.name):
+                self._keep(node, CHOICE)
+
     def _weights(self) -> None:
         for value in self.graph.initializers.values():
             if self.types.get(value) != ir.DataType.FLOAT:
                 continue
             name = str(value.name)
-            if self._names & {name, *name.split(PACKED)}:
+            if chooses_experts(name):
+                self.weights[value] = CHOICE
+            elif self._names & {name, *name.split(PACKED)}:
                 self.weights[value] = "kept as asked"
                 for node in value.consumers():
                     self._keep(node, f"{name} is kept as asked")

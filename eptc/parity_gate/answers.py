@@ -44,10 +44,12 @@ class Answers:
         chosen: a label's index, or a regression's value, for each row.
         scores: log probabilities of the labels, their mean taken off [rows, labels]; the values
             of a regression [rows, 1].
+        undecided: rows in which a choice of experts was within rounding of another.
     """
 
     chosen: Sequence[Any]
     scores: Float64
+    undecided: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +91,12 @@ class Budget:
 
 
 def answers(engine: Engine, examples: Sequence[Example]) -> Answers:
-    """Ask an engine about examples of its task, cut as in training where they are too long."""
-    found = engine.classify(list(examples), truncate=True)
+    """Ask an engine about examples of its task, cut as in training where they are too long.
+
+    Where the rows of a batch change one another's answers each example is asked alone.
+    """
+    size = 1 if engine.manifest.routing.mode == "batch" else 32
+    found = engine.classify(list(examples), truncate=True, batch_size=size)
     task = engine.task
     if task is not None and task.kind == "regression":
         values = np.array([answer.value for answer in found], np.float64)
@@ -123,21 +129,24 @@ def sure(want: Answers, error: float, precision: str) -> npt.NDArray[np.bool_]:
 
     It is where it leads by more than twice the error of the scores; and wherever it leads by half
     of what is usual for it, however large the error is: an engine that is wrong everywhere makes
-    no row unsure. Nowhere is it by what rounding may move.
+    no row unsure. Nowhere is it by what rounding may move, nor where a choice of experts was
+    within rounding of another.
 
     Args:
         want: the reference's answers to a task with labels.
         error: of the engine's scores: root mean square over all rows and labels.
         precision: the engine's.
     """
+    decided = np.array([row not in want.undecided for row in range(len(want.scores))], bool)
     if want.scores.shape[1] < 2:
-        return np.ones(len(want.scores), bool)
+        return decided
     best = np.sort(want.scores, axis=1)[:, ::-1]
     margin = best[:, 0] - best[:, 1]
     rounding = _ROUNDING.get(precision, _FLOAT32) * np.maximum(1, np.abs(best).max(axis=1))
     found: npt.NDArray[np.bool_] = margin > np.maximum(
         rounding, min(2 * error, float(np.median(margin)) / 2)
     )
+    found &= decided
     return found
 
 

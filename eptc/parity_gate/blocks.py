@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eptc.checkpoint import Checkpoint
+from eptc.nn.frozen import freeze
 from eptc.nn.streamed import StreamedModel
 from eptc.parity_gate.block_probes import few, make_batch
 from eptc.parity_gate.block_runs import Runner
@@ -25,7 +26,7 @@ from eptc.parity_gate.interface import check_manifest
 from eptc.parity_gate.outputs import Decision
 from eptc.parity_gate.partition import Partition
 from eptc.parity_gate.probes import Example
-from eptc.parity_gate.reference import stream_reference
+from eptc.parity_gate.reference import frozen_gates, stream_reference
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.weights import check_stored
 from eptc.runtime import Manifest
@@ -77,6 +78,7 @@ def prove_blocks(
     progress("parity: read the checkpoint")
     reference = stream_reference(source)
     model = reference.model
+    freeze(model, frozen_gates(manifest))
     task_id = resolve(task, model.tasks)
     check_manifest(manifest, model, task_id)
     runners = {

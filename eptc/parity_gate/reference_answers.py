@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,23 +39,28 @@ def reference_answers(
     """
     chosen: list[Any] = []
     scores: list[torch.Tensor] = []
+    close: set[int] = set()
     spec = manifest.tokenizer
     limit = {"truncation": True, "max_length": spec.max_length} if spec and spec.max_length else {}
     labels = _label_tokens(manifest, task, tokenizer)
+    regression = task.kind == "regression"
     with torch.no_grad(), model.task(task.name):
-        for example in examples:
+        for row, example in enumerate(examples):
             inputs = tokenizer.tokenizer(*fill(task, example), return_tensors="pt", **limit)
-            if manifest.generation is None:
-                logits = model.hf(**inputs).logits[0].double()
-                regression = task.kind == "regression"
-                chosen.append(float(logits[0]) if regression else int(logits.argmax()))
-                scores.append(logits[:1] if regression else logits.log_softmax(-1))
-                continue
-            inputs.pop("token_type_ids", None)
-            chosen.append(_written_label(model, manifest, labels, inputs))
-            scores.append(_likelihoods(model, manifest, labels, inputs).log_softmax(-1))
+            with model.undecided() as undecided:
+                if manifest.generation is None:
+                    logits = model.hf(**inputs).logits[0].double()
+                    chosen.append(float(logits[0]) if regression else int(logits.argmax()))
+                    scores.append(logits[:1] if regression else logits.log_softmax(-1))
+                else:
+                    inputs.pop("token_type_ids", None)
+                    chosen.append(_written_label(model, manifest, labels, inputs))
+                    scores.append(_likelihoods(model, manifest, labels, inputs).log_softmax(-1))
+            if undecided.rows:
+                close.add(row)
     found = np.stack([row.numpy() for row in scores])
-    return Answers(chosen, found) if task.kind == "regression" else from_logs(chosen, found)
+    answers = Answers(chosen, found) if regression else from_logs(chosen, found)
+    return dataclasses.replace(answers, undecided=frozenset(close))
 
 
 def _label_tokens(

@@ -46,12 +46,18 @@ class ParityReport:
         return max(self.tensors, key=lambda c: (c.error / c.bound) if c.bound else c.error)
 
     @property
+    def left_out(self) -> int:
+        """Rows of outputs, over all tensors, that were not compared (`Comparison.left_out`)."""
+        return sum(c.left_out for c in self.tensors)
+
+    @property
     def passed(self) -> bool:
         """Whether every tensor is within its bound and no sure decision flipped.
 
         A report without a single tensor compared nothing, and has not passed.
         """
-        agree = bool(self.tensors) and all(c.passed for c in self.tensors)
+        some = any(c.compared for c in self.tensors)
+        agree = some and all(c.passed for c in self.tensors)
         return agree and not any(d.flipped for d in self.decisions)
 
     def summary(self) -> dict[str, Any]:
@@ -67,6 +73,7 @@ class ParityReport:
             "decisions": len(self.decisions),
             "flips": sum(d.flipped for d in self.decisions),
             "ties": sum(not d.agrees and not d.flipped for d in self.decisions),
+            "rows_left_out": self.left_out,
             "synthetic_probes": sum(bool(probe["synthetic"]) for probe in self.probes),
             "text_probes": sum(not probe["synthetic"] for probe in self.probes),
         }
@@ -86,6 +93,7 @@ class ParityReport:
                     "shape": list(c.shape),
                     "error": _digits(c.error),
                     "bound": _digits(c.bound),
+                    "rows_left_out": c.left_out,
                     "worst": list(c.worst),
                     "cosine": _digits(c.cosine, 6),
                     "passed": c.passed,

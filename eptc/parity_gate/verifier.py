@@ -21,11 +21,12 @@ from typing import Any, Protocol
 from eptc import checkpoint, text
 from eptc.errors import BundleError, EptcError, InternalError, OptionError, ParityError
 from eptc.nn.adapted import ReferenceModel
+from eptc.nn.frozen import frozen
 from eptc.parity_gate.blocks import prove_blocks
 from eptc.parity_gate.gate import prove
 from eptc.parity_gate.layers import LayerOutputs, layer_outputs
 from eptc.parity_gate.probes import Example
-from eptc.parity_gate.reference import load_reference, stream_reference
+from eptc.parity_gate.reference import frozen_gates, load_reference, stream_reference
 from eptc.parity_gate.report import ParityReport
 from eptc.runtime import Engine, load_manifest
 from eptc.tasks import resolve
@@ -128,8 +129,13 @@ class LocalVerifier:
         except BundleError as error:
             raise ParityError(f"the engine that was written does not load: {error}") from error
         task_id = resolve(subject.task, self.reference.tasks)
-        with engine:
-            return prove(directory, engine, self.reference, task_id, self.tokenizer, **options)
+        gates = frozen_gates(engine.manifest)
+        with engine, frozen(self.reference, gates):
+            report = prove(directory, engine, self.reference, task_id, self.tokenizer, **options)
+        if gates:
+            said = f"{report.reference}, its gates replaced by the same means"
+            report = dataclasses.replace(report, reference=said)
+        return report
 
     def close(self) -> None:
         """Free the reference."""

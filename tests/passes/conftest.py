@@ -21,7 +21,9 @@ from eptc.ir import (
     CellScaledLowRank,
     Kronecker,
     PerTask,
+    Routed,
     TaskRouter,
+    TokenRouter,
 )
 from eptc.lower.weights import bound
 from eptc.lower.write import write
@@ -79,6 +81,21 @@ def model() -> AdaptedModel:
             Task("second", "generation"),
         ),
     )
+
+
+@pytest.fixture
+def routed(model: AdaptedModel) -> AdaptedModel:
+    """The same, the paper's linear routed by its input and the task."""
+    rng = np.random.default_rng(1)
+    before = model.adapters["b"]
+    router = TokenRouter(
+        tensor(rng, "W", len(SIZES), 9), tensor(rng, "e", 2, 9), None, 2, 1.0, "sum"
+    )
+    branches = tuple(
+        dataclasses.replace(branch, gate=Routed(router, e))
+        for e, branch in enumerate(before.branches)
+    )
+    return model.replace(adapters={**model.adapters, "b": Adapter("b", branches)})
 
 
 @dataclasses.dataclass(frozen=True)
