@@ -52,7 +52,7 @@ def compare_precisions(
     out: str | Path,
     data: str | Path | None = None,
     precisions: Collection[Precision] | None = None,
-    optimize_for: OptimizeFor = "cpu",
+    optimize_for: OptimizeFor | None = None,
     progress: Callable[[Any], None] = lambda _: None,
     **options: Any,
 ) -> Comparison:
@@ -88,7 +88,7 @@ def compare_precisions(
             fix="pip install 'ept-compiler[plot]'",
         )
     out, options = Path(out), {**options, "data": data}
-    _check(ckpt, options)
+    _check(ckpt, optimize_for, options)
     with bundle.draft(out, force=False) as draft:
         built: dict[Precision, Bundle] = {}
         refused: dict[Precision, str] = {}
@@ -126,8 +126,10 @@ def _taken(precision: Precision, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check(ckpt: str | Path, options: Mapping[str, Any]) -> None:
+def _check(ckpt: str | Path, optimize_for: OptimizeFor | None, options: Mapping[str, Any]) -> None:
     """Raise InputError for what is wrong with all of it: now, not in every row."""
+    Options(target=options.get("target", "onnx"), optimize_for=optimize_for).check()
+    options = {**options, "target": "onnx"}  # which precisions run there, their rows say
     job = Job.read(ckpt, Options(precision="int8-weights", **_taken("int8-weights", options)))
     read_examples(Path(options["data"]), job.task, labelled=True)
     if options.get("calibration") is not None:

@@ -17,8 +17,10 @@ from eptc.errors import TaskError
 from eptc.fitting import check_fit, task_config
 from eptc.ir import AdaptedModel
 from eptc.options import Options
-from eptc.pipeline import PassRecord, graph_passes
+from eptc.pass_base import AdapterPass, GraphPass
+from eptc.pipeline import PassRecord, adapter_passes, graph_passes
 from eptc.planning import Plan, make_plan
+from eptc.plugins import Plugin
 from eptc.precision import SCHEMES, Scheme
 from eptc.precision_plan import PrecisionPlan
 from eptc.skeletons import Skeleton, skeleton
@@ -128,9 +130,27 @@ class Job:
             lower.insert_branches(graph, model.adapters, model.weights, self.dtype)
         return graphs
 
-    def graph_passes(self) -> list[Any]:
+    def graph_passes(self) -> list[GraphPass]:
         """Return the passes over the graphs."""
-        return graph_passes(self.options.optimize_for, self.options.precision)
+        added = [a.step for a in self.options.added if isinstance(a.step, GraphPass)]
+        return graph_passes(self.options.provider, self.options.precision, added)
+
+    def adapter_passes(self) -> list[AdapterPass]:
+        """Return the passes over the adapters."""
+        added = [a.step for a in self.options.added if isinstance(a.step, AdapterPass)]
+        return adapter_passes(self.task_id, self.dtype, added)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where passes come from that are not eptc's own, by name."""
+        return {added.step.name: added.origin for added in self.options.added}
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        """What the build uses of other packages."""
+        found = [self.source.format.plugin, self.options.aim.plugin]
+        found += [added.plugin for added in self.options.added]
+        return [plugin for plugin in found if plugin is not None]
 
 
 def _named(task: str | int | None, source: checkpoint.Checkpoint) -> str | int:

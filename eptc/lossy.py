@@ -100,7 +100,7 @@ def lower_precision(
     elif SCHEMES[options.precision].calibrated:
         ranges, notes = _observed(graphs, options, exact, kept, texts, progress)
     steps = lossy_passes(
-        options.precision, options.optimize_for, keep=tuple(kept), ranges=ranges, plan=plan,
+        options.precision, options.provider, keep=tuple(kept), ranges=ranges, plan=plan,
         method=options.block_method,
     )  # fmt: skip
     kept = dict(sorted({**_left(graphs, steps, plan), **kept}.items()))
@@ -153,7 +153,7 @@ def _planned(
 
     def passes(plan: PrecisionPlan) -> list[Step]:
         return lossy_passes(
-            "auto", options.optimize_for, keep=tuple(kept), plan=plan, method=options.block_method
+            "auto", options.provider, keep=tuple(kept), plan=plan, method=options.block_method
         )
 
     if plan is not None:

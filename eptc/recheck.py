@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def parity(
     if task is None:
         raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
     recorded = manifest.checkpoint
-    kind = checkpoint.find_format(format or recorded["format"])
+    kind = _format(folder, recorded) if format is None else checkpoint.find_format(format)
     specs = None
     if not kind.describes_tasks:
         specs = {t["name"]: Task.from_json(t) for t in recorded["tasks"]}
@@ -158,6 +158,25 @@ def _simulated(folder: Path, manifest: Manifest, stack: contextlib.ExitStack) ->
             + (f": {error.filename}" if error.filename else ""),
             expected=f"{size / 1e6:.0f} MB free where temporary files are kept",
             fix="free some space, or name another folder with the environment variable TMPDIR",
+        ) from error
+
+
+def _format(folder: Path, recorded: Mapping[str, Any]) -> checkpoint.Format:
+    """Return the format of the checkpoint that a bundle was made from.
+
+    Raises:
+        BundleError: a package reads it that is not installed.
+    """
+    try:
+        return checkpoint.find_format(recorded["format"])
+    except OptionError as error:
+        if (origin := recorded.get("origin")) is None:
+            raise
+        package, _, version = origin.rpartition(" ")
+        raise BundleError(
+            f"{folder} was made from a checkpoint of the format {recorded['format']!r}, which the "
+            f"package {package} reads, and it is not installed",
+            fix=f"install {package} ({version} made the bundle)",
         ) from error
 
 

@@ -103,7 +103,7 @@ def read(
         task_spec: a JSON file that describes tasks by prompt and labels.
         specs: such descriptions by name, where there is no file.
         allow_pickle: whether a `.bin` file may be read, weights only.
-        format: a name of `FORMATS`; None: what the folder looks like.
+        format: a name of `FORMATS`, or of an installed format; None: what the folder looks like.
         routing: what is to become of routes that depend on the input.
 
     Raises:

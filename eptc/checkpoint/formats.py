@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from eptc.checkpoint.peft_folder import CONFIG, peft_type, tensor_names
 from eptc.checkpoint.released import read_released
 from eptc.checkpoint.tucka import holds_unmerged, read_tucka
 from eptc.errors import CheckpointError, OptionError
+from eptc.plugins import Plugin
 from eptc.tasks import Task
 
 if TYPE_CHECKING:
@@ -37,10 +40,12 @@ class Format(abc.ABC):
     Attributes:
         name: what `--format` and the manifest call it.
         describes_tasks: whether its folders describe their tasks, so that nobody else may.
+        plugin: the entry point it comes from; None: eptc's own.
     """
 
     name: str
     describes_tasks = False
+    plugin: Plugin | None = None
 
     @abc.abstractmethod
     def matches(self, path: Path) -> bool:
@@ -85,6 +90,10 @@ class Format(abc.ABC):
             fix="build it where there is more memory, or give --no-verify, which the manifest "
             "records",
         )
+
+    def blamed(self, what: str) -> AbstractContextManager[None]:  # noqa: ARG002  # the interface
+        """Say whose an unexpected error is, where the format is not eptc's own."""
+        return contextlib.nullcontext()
 
     def base_name(self, path: Path) -> str | None:
         """Return what a checkpoint calls its base, as far as it says."""
@@ -265,18 +274,26 @@ FORMATS: dict[str, Format] = {
 
 
 def find_format(name: str) -> Format:
-    """Return a format by its name.
+    """Return a format by its name: one of eptc's own, else an installed one.
 
     Raises:
         OptionError: there is none of that name.
+        PluginError: the package that has it cannot be used.
     """
-    if name not in FORMATS:
-        raise OptionError(f"the format is {name!r}", expected=" or ".join(FORMATS))
-    return FORMATS[name]
+    if name in FORMATS:
+        return FORMATS[name]
+    from eptc.checkpoint.installed import find_installed, installed_names
+
+    found = find_installed(name)
+    if found is None:
+        raise OptionError(
+            f"the format is {name!r}", expected=" or ".join([*FORMATS, *installed_names()])
+        )
+    return found
 
 
 def detect(path: Path) -> Format:
-    """Return which format a checkpoint folder has.
+    """Return which format a checkpoint folder has; installed ones are asked last.
 
     Raises:
         CheckpointError: not a folder, of no format, or of several.
@@ -284,6 +301,11 @@ def detect(path: Path) -> Format:
     if not path.is_dir():
         raise CheckpointError(f"the checkpoint {path} is not a folder")
     found = [entry for entry in FORMATS.values() if entry.matches(path)]
+    unusable: list[str] = []
+    if not found:
+        from eptc.checkpoint.installed import matching
+
+        found, unusable = matching(path)
     if len(found) > 1:
         names = [entry.name for entry in found]
         raise CheckpointError(
@@ -292,9 +314,11 @@ def detect(path: Path) -> Format:
         )
     if found:
         return found[0]
+    from eptc.checkpoint.installed import installed_names
+
     runs = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
     raise CheckpointError(
-        f"{path} has neither {NATIVE_CONFIG} nor {CONFIG}",
-        expected="a folder of one of the formats " + ", ".join(FORMATS),
+        "\n".join([f"{path} has neither {NATIVE_CONFIG} nor {CONFIG}", *unusable]),
+        expected="a folder of one of the formats " + ", ".join([*FORMATS, *installed_names()]),
         fix=f"name one of its checkpoints, such as {path / runs[-1]}" if runs else None,
     )
