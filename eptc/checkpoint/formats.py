@@ -165,9 +165,8 @@ class Released(_Ept):
     name = "released"
 
     def matches(self, path: Path) -> bool:
-        """Whether it is a PEFT LoRA that is not a plain one."""
-        kind = peft_type(path)
-        return kind not in ("TUCKA", "PROMPT_EXPERT", "PROMPT_ROUTING", None) and not _plain(path)
+        """Whether it is a PEFT LoRA that is not a plain one, or does not say what it is."""
+        return peft_type(path) in ("LORA", "") and not _plain(path)
 
     def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
         """Read it (`eptc.checkpoint.released`)."""
@@ -316,9 +315,15 @@ def detect(path: Path) -> Format:
         return found[0]
     from eptc.checkpoint.installed import installed_names
 
-    runs = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
+    inside = [c.parent for depth in ("*", "*/*") for c in path.glob(f"{depth}/{CONFIG}")]
+    kind = peft_type(path)
+    what = (
+        f"{path} has neither {NATIVE_CONFIG} nor {CONFIG}"
+        if kind is None
+        else f"{path / CONFIG} has the peft_type {kind!r}, which no format reads"
+    )
     raise CheckpointError(
-        "\n".join([f"{path} has neither {NATIVE_CONFIG} nor {CONFIG}", *unusable]),
+        "\n".join([what, *unusable]),
         expected="a folder of one of the formats " + ", ".join([*FORMATS, *installed_names()]),
-        fix=f"name one of its checkpoints, such as {path / runs[-1]}" if runs else None,
+        fix=f"name one of its checkpoints, such as {max(inside)}" if inside else None,
     )
