@@ -16,7 +16,7 @@ from eptc.errors import OptionError
 from eptc.examples_file import Example
 from eptc.ir import AdaptedModel
 from eptc.linear_probe import LinearProbe
-from eptc.lower import routed_by
+from eptc.lower import merged_gates, routed_by
 from eptc.pipeline import PassRecord, freezing_passes, run_adapter_passes
 from eptc.runtime import Engine
 
@@ -73,14 +73,18 @@ def freeze(
     progress(f"gates of {sum(map(len, gates.values()))} linears on {len(texts)} texts")
     found = observe_gates(exact, texts, gates)
     routed = [path for path, a in model.adapters.items() if a.input_router is not None]
-    if unseen := sorted(set(routed) - set(found)):
+    # Linears whose gates no input changes have no others to be replaced by.
+    known = {p: g for graph in graphs.values() for p, g in merged_gates(graph.graph).items()}
+    if unseen := sorted(set(routed) - set(found) - set(known)):
         raise OptionError(
             f"no text went through {unseen[0]}, so that its gates have no mean",
             fix="give text that makes the engine write an answer, with --calibration",
         )
     passes = freezing_passes(
-        {path: list(seen.mean) for path, seen in found.items()},
-        {path: list(seen.spread) for path, seen in found.items()},
+        {path: list(gates) for path, gates in known.items()}
+        | {path: list(seen.mean) for path, seen in found.items()},
+        {path: [0.0] * len(gates) for path, gates in known.items()}
+        | {path: list(seen.spread) for path, seen in found.items()},
         dtype,
     )
     frozen, first = run_adapter_passes(

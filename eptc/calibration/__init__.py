@@ -2,7 +2,14 @@
 
 from eptc.calibration.examples import FEW, cut_rows, read_calibration
 from eptc.calibration.gates import GateStatistics, observe_gates
-from eptc.calibration.observe import MAX_BYTES, Method, Range, float_values, observe
+from eptc.calibration.observe import (
+    MAX_BYTES,
+    Method,
+    Range,
+    float_values,
+    observe,
+    weight_ranges,
+)
 from eptc.calibration.simulate import round_values, simulated, twin
 
 __all__ = [
@@ -19,4 +26,5 @@ __all__ = [
     "round_values",
     "simulated",
     "twin",
+    "weight_ranges",
 ]

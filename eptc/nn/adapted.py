@@ -73,6 +73,11 @@ class AdaptedLinear(nn.Module, abc.ABC):
         """How many experts a router that reads the input chooses from; 0 where none does."""
         return 0
 
+    @property
+    def folds(self) -> bool:
+        """Whether an engine can have the branches in its weight: no gate reads the input."""
+        return not self.routed_experts
+
     @abc.abstractmethod
     def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:
         """Return what the branches add [..., out] for x [..., in].
@@ -101,11 +106,13 @@ class ReferenceModel(nn.Module, abc.ABC):
         hf: the Hugging Face model; use it inside `with model.task(name):`.
         layers: the adapted linears, by their full names.
         heads: per-task modules, by the full name of the module they stand for.
+        prompts: positions that prompts before the text take.
     """
 
     hf: PreTrainedModel
     layers: Mapping[str, AdaptedLinear]
     heads: Mapping[str, Any]
+    prompts: int = 0
 
     @property
     @abc.abstractmethod

@@ -112,7 +112,9 @@ def _encoder_decoder(
     encoded = engine.run(probe.feeds(), "encoder")
     states = model.get_encoder()(**inputs)
     hidden = states.last_hidden_state.numpy()
-    valid = probe.attention_mask.astype(bool)
+    # Prompts before the text are never padding.
+    ones = np.ones((len(hidden), hidden.shape[1] - probe.shape[1]), np.int64)
+    valid = np.concatenate([ones, probe.attention_mask], axis=1).astype(bool)
     yield _compare(
         f"encoder state, {probe.name}", encoded["last_hidden_state"], hidden, bound, undecided,
         valid,
@@ -183,46 +185,81 @@ def _decoder_only(
 ) -> Iterator[Comparison | Decision]:
     rows, written = _written(engine, probe)
     sequence = np.concatenate([probe.input_ids, written], axis=1)
-    prompt = probe.shape[1]
     mask = np.concatenate([probe.attention_mask, np.ones_like(written)], axis=1)
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    output = model(
-        input_ids=torch.from_numpy(sequence),
-        attention_mask=torch.from_numpy(mask),
-        position_ids=torch.from_numpy(positions),
-    )
-    want, valid = output.logits.numpy(), mask.astype(bool)
+    fed = _Fed(sequence, mask, positions)
+    prompt, valid = probe.shape[1], mask.astype(bool)
+    half = (prompt + 1) // 2
+    ways = {"at once": [sequence.shape[1]]}
+    # Where a route is chosen anew at each step, answers depend on how a sequence is cut: both
+    # sides are then run in the same steps. Else the reference is run once.
+    stepwise = _coupled(engine, model)
+    if probe.synthetic:
+        ways["in pieces"] = [half, sequence.shape[1] - half]
+    if probe.synthetic or stepwise:
+        ways["with cache"] = [prompt] + [1] * written.shape[1]
+    want, noise = fed.through(model, ways["at once"]), 0.0
+    for way, steps in ways.items():
+        if stepwise:
+            want = fed.through(model, steps)
+        got = fed.into(engine, steps)
+        what = f"logits {way}, {probe.name}"
+        comparison = _compare(what, got, want, bound, undecided, valid)
+        yield comparison
+        noise = 2 * comparison.bound
+    # The last of the ways is the one the engine wrote in.
+    yield from _choices(engine, probe, rows, want[:, prompt - 1 : -1], noise, undecided)
 
-    def continued(steps: list[int]) -> Float32:
-        cache = _empty_cache(engine, "model", len(sequence), set())
-        logits, start = [], 0
+
+def _coupled(engine: Engine, model: Any) -> bool:
+    """Whether the tokens of a step change one another's answers.
+
+    An engine whose routers are to be frozen is compared before they are.
+    """
+    mode = engine.manifest.routing.mode
+    if mode == "frozen":
+        return any(getattr(module, "routed_experts", 0) for module in model.modules())
+    return mode in ("batch", "per-sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fed:
+    """What a decoder is fed, in steps: ids, mask and positions [batch, length]."""
+
+    ids: Ints
+    mask: Ints
+    positions: Ints
+
+    def _pieces(self, steps: list[int]) -> Iterator[dict[str, Ints]]:
+        start = 0
         for length in steps:
             end = start + length
-            feeds = {
-                "input_ids": sequence[:, start:end],
-                "attention_mask": mask[:, :end],
-                "position_ids": positions[:, start:end],
-                **cache,
+            yield {
+                "input_ids": self.ids[:, start:end],
+                "attention_mask": self.mask[:, :end],
+                "position_ids": self.positions[:, start:end],
             }
-            outputs = engine.run(feeds)
+            start = end
+
+    def into(self, engine: Engine, steps: list[int]) -> Float32:
+        """Return the engine's logits, its cache handed from step to step."""
+        cache = _empty_cache(engine, "model", len(self.ids), set())
+        logits = []
+        for piece in self._pieces(steps):
+            outputs = engine.run({**piece, **cache})
             logits.append(outputs["logits"])
             cache |= _past(outputs)
-            start = end
         return np.concatenate(logits, axis=1)
 
-    comparison = _compare(
-        f"logits at once, {probe.name}", continued([sequence.shape[1]]), want, bound, undecided,
-        valid,
-    )  # fmt: skip
-    yield comparison
-    if probe.synthetic:
-        half = (prompt + 1) // 2
-        pieces = continued([half, sequence.shape[1] - half])
-        yield _compare(f"logits in pieces, {probe.name}", pieces, want, bound, undecided, valid)
-        stepwise = continued([prompt] + [1] * written.shape[1])
-        yield _compare(f"logits with cache, {probe.name}", stepwise, want, bound, undecided, valid)
-    choices = want[:, prompt - 1 : -1]
-    yield from _choices(engine, probe, rows, choices, 2 * comparison.bound, undecided)
+    def through(self, model: Any, steps: list[int]) -> Float32:
+        """Return the reference's logits, its own cache handed from step to step."""
+        cache, logits = None, []
+        for piece in self._pieces(steps):
+            inputs = {name: torch.from_numpy(array) for name, array in piece.items()}
+            output = model(**inputs, past_key_values=cache, use_cache=len(steps) > 1)
+            logits.append(output.logits.numpy())
+            cache = output.past_key_values
+        return np.concatenate(logits, axis=1)
 
 
 def _empty_cache(engine: Engine, graph: str, batch: int, given: set[str]) -> dict[str, Any]:

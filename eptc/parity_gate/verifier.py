@@ -97,17 +97,24 @@ class LocalVerifier:
     def layers(self) -> LayerOutputs:
         """Return what the reference's adapted linears give."""
         subject = self._subject
-        if subject.by_block:
-            streamed = stream_reference(subject.source)
-            task_id = resolve(subject.task, streamed.model.tasks)
-            return layer_outputs(streamed.model, task_id, streamed.loaded)
-        # The reference finds the task by itself: a reader that mixes up tasks is found out.
-        return layer_outputs(self.reference, resolve(subject.task, self.reference.tasks))
+        with subject.source.format.blamed("its reference fails"):
+            if subject.by_block:
+                streamed = stream_reference(subject.source)
+                task_id = resolve(subject.task, streamed.model.tasks)
+                return layer_outputs(streamed.model, task_id, streamed.loaded)
+            # The reference finds the task by itself: a reader that mixes up tasks is found out.
+            return layer_outputs(self.reference, resolve(subject.task, self.reference.tasks))
 
     def prove(
         self, directory: Path, layers: Mapping[str, float], progress: Progress
     ) -> ParityReport:
         """Compare the bundle in a folder with the reference."""
+        with self._subject.source.format.blamed("its reference cannot be compared with"):
+            return self._prove(directory, layers, progress)
+
+    def _prove(
+        self, directory: Path, layers: Mapping[str, float], progress: Progress
+    ) -> ParityReport:
         subject = self._subject
         options: dict[str, Any] = {
             "examples": subject.examples, "layers": layers, "progress": progress,
@@ -148,7 +155,12 @@ class RemoteVerifier:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self._connection = Connection(ours.detach())
-        self._send(subject)
+        try:
+            with subject.source.format.blamed("what it read cannot be pickled"):
+                self._send(subject)
+        except EptcError:
+            self.close()
+            raise
         self._layers: LayerOutputs | None = None
 
     def layers(self) -> LayerOutputs:

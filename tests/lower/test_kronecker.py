@@ -183,7 +183,7 @@ def check(expert: Expert, folder: Path, axes: str = "batch,sequence") -> None:
     """For several shapes of one dynamic graph: x W^T plus what the experts add."""
     weight = tokens(expert.in_features, expert.out_features)
     model = graph_of({"l.weight": weight}, axes)
-    assert insert_branches(model, {"l": expert.adapter("l")}) == 1
+    assert insert_branches(model, {"l": expert.adapter("l")}, {}) == 1
     shapes = [(1, 1), (2, 5), (3, 1)] if "," in axes else [(1,), (4,)]
     for shape in shapes:
         x = tokens(expert.in_features, *shape)
@@ -237,7 +237,7 @@ def test_no_dense_matrix_is_stored() -> None:
     """What is beside a linear grows with its sides, not with their product."""
     expert = make((2, 2, 4, 4, 8, 8, 16, 16), (768, 768), rank=8)
     model = graph_of({"l.weight": np.zeros((768, 768), np.float32)})
-    insert_branches(model, {"l": expert.adapter("l")})
+    insert_branches(model, {"l": expert.adapter("l")}, {})
     sizes = {
         name: math.prod(value.shape.numpy())
         for name, value in model.graph.initializers.items()
@@ -257,7 +257,7 @@ def test_linears_share_what_they_read_of_one_input(tmp_path: Path) -> None:
     second = make((2, 3, 24, 24), (20, 13), like=shared, seed=5)
     weights = {"q.weight": tokens(13, 30), "k.weight": tokens(13, 20)}
     model = graph_of(weights)
-    insert_branches(model, {"q": shared.adapter("q"), "k": second.adapter("k")})
+    insert_branches(model, {"q": shared.adapter("q"), "k": second.adapter("k")}, {})
     downs = [
         node for node in model.graph
         if any(v is not None and ".branch.down" in str(v.name) for v in node.inputs)
@@ -277,7 +277,7 @@ def test_linears_with_factors_of_their_own_share_nothing(tmp_path: Path) -> None
     )
     weights = {"l.weight": tokens(13, 30), "k.weight": tokens(13, 20)}
     model = graph_of(weights)
-    insert_branches(model, {"l": first.adapter("l"), "k": second.adapter("k")})
+    insert_branches(model, {"l": first.adapter("l"), "k": second.adapter("k")}, {})
     x = tokens(13, 2, 5)
     got = run(model, x, tmp_path / "out")
     for expert, weight, found in zip((first, second), weights.values(), got, strict=True):
@@ -287,7 +287,7 @@ def test_linears_with_factors_of_their_own_share_nothing(tmp_path: Path) -> None
 
 def test_standard_operators_alone() -> None:
     model = graph_of({"l.weight": np.zeros((29, 13), np.float32)})
-    insert_branches(model, {"l": make((2, 3, 24)).adapter("l")})
+    insert_branches(model, {"l": make((2, 3, 24)).adapter("l")}, {})
     assert {node.domain for node in model.graph} == {""}
     assert "NonZero" not in {node.op_type for node in model.graph}
 
@@ -307,7 +307,7 @@ def test_experts_of_two_subspaces_are_refused() -> None:
     )
     model = graph_of({"l.weight": np.zeros((29, 13), np.float32)})
     with pytest.raises(InternalError, match="no A and B in common"):
-        insert_branches(model, {"l": mixed})
+        insert_branches(model, {"l": mixed}, {})
 
 
 def test_a_router_of_no_task_is_refused() -> None:
@@ -322,7 +322,7 @@ def test_a_router_of_no_task_is_refused() -> None:
     )
     model = graph_of({"l.weight": np.zeros((29, 13), np.float32)})
     with pytest.raises(InternalError, match="no router that reads tokens alone"):
-        insert_branches(model, {"l": dataclasses.replace(adapter, branches=branches)})
+        insert_branches(model, {"l": dataclasses.replace(adapter, branches=branches)}, {})
 
 
 def test_the_router_of_the_ir() -> None:
