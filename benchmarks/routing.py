@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the models that were asked for; write a JSON file for each."""
     options = _parser().parse_args(arguments)
     for model in options.models.split(","):
-        place = options.folder / f"routing-{model}{'-shared' if options.shared else ''}"
+        layers = f"-{options.layers}-layers" if options.layers is not None else ""
+        place = options.folder / f"routing-{model}{layers}{'-shared' if options.shared else ''}"
         found = measure(model, place, options)
         out: Path = options.results / "routing"
         out.mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__)
     parser.add_argument("--models", default="minilm,t5-base", help="comma separated")
     parser.add_argument("--shared", action="store_true", help="one A and B for all linears")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="layers of each stack, where the weights are random anyway: "
+        "exporting the module takes half an hour at T5-base's 12",
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=machine.threads_available())
     parser.add_argument("--seed", type=int, default=0)
@@ -70,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(model: str, place: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return what was measured on one model, as JSON values."""
-    folders = _written(model, place, shared=options.shared)
+    folders = _written(model, place, shared=options.shared, layers=options.layers)
     cases = []
     for graph in sorted(path.stem for path in folders[BASE].glob("*.onnx")):
         sessions = {
@@ -91,6 +98,7 @@ def measure(model: str, place: Path, options: argparse.Namespace) -> dict[str, A
         gc.collect()
     return {
         "model": model,
+        "layers": options.layers,
         "shared": options.shared,
         "cases": cases,
         "conditions": {
@@ -100,14 +108,18 @@ def measure(model: str, place: Path, options: argparse.Namespace) -> dict[str, A
     }  # fmt: skip
 
 
-def _written(model: str, place: Path, *, shared: bool) -> dict[str, Path]:
+def _written(model: str, place: Path, *, shared: bool, layers: int | None) -> dict[str, Path]:
     """Write what is measured, unless it is there."""
     folders = {BASE: place / "plain", ENGINE: place / "engine", EXPORTED: place / "exported"}
     if (place / "made").is_file():
         return folders
     shutil.rmtree(place, ignore_errors=True)
     files = Files(place)
-    make(dataclasses.replace(MODELS[model], timed=False), files)
+    chosen = MODELS[model]
+    if layers is not None:
+        fewer = {n: layers for n in chosen.config if n.startswith("num_") and "layers" in n}
+        chosen = dataclasses.replace(chosen, config={**chosen.config, **fewer})
+    make(dataclasses.replace(chosen, timed=False), files)
     shutil.rmtree(files.checkpoint)
     targets = MODELS[model].targets or TARGETS
     write_checkpoint(files.base, files.checkpoint, targets, shared=shared)

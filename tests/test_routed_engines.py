@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,9 @@ import eptc
 from eptc import recheck
 from eptc.errors import OptionError, ParityError
 from eptc.nn import EptConfig, EptModel, GateConfig, load_base, load_reference
-from eptc.runtime import Engine
 from eptc.tasks import Task
 
 WORDS = ("a", "and", "bad", "dull", "film", "good", "long", "not", "the", "very", "was")
-
-
-def logits(engine: Engine, ids: Any, mask: Any) -> Any:
-    return engine.run({"input_ids": ids, "attention_mask": mask})["logits"]
 
 
 def test_every_task_has_its_own_routes(small_routed: Any, tmp_path: Path) -> None:
@@ -205,9 +199,6 @@ def test_the_same_bytes_twice(small_routed: Any, tmp_path: Path) -> None:
         _export(small_routed, tmp_path / name, verify=False)
     for path in sorted((tmp_path / "one").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-
-
-Corrupt = Callable[[dict[str, torch.Tensor]], None]
 
 
 @pytest.mark.parametrize("part", ["router.weight", "task_embedding", "kernels.1", "kernels.3"])
