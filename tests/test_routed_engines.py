@@ -14,9 +14,10 @@ import torch
 import transformers
 
 import eptc
-from eptc import recheck
+from eptc import checkpoint, recheck
 from eptc.errors import OptionError, ParityError
 from eptc.nn import EptConfig, EptModel, GateConfig, load_base, load_reference
+from eptc.parity_gate.reference import stream_reference
 from eptc.tasks import Task
 
 WORDS = ("a", "and", "bad", "dull", "film", "good", "long", "not", "the", "very", "was")
@@ -220,3 +221,10 @@ def test_a_reader_that_is_wrong_is_found_out(
     monkeypatch.setattr(Source, "take", swapped)
     with pytest.raises(ParityError):
         _export(small_routed, tmp_path / "out")
+
+
+def test_larger_than_memory_is_refused(small_routed: Any) -> None:
+    """A choice within rounding is seen over a whole model, not in one block of it."""
+    source = checkpoint.read(small_routed.ckpt, small_routed.base)
+    with pytest.raises(OptionError, match="verified as a whole model"):
+        stream_reference(source)
