@@ -53,6 +53,17 @@ class Checkpoint:
         return {**self.base.weights, **self.contents.weights}
 
     @property
+    def routed_tensors(self) -> list[LazyTensor]:
+        """What routers that read the input, and their experts, are made of: about what stays."""
+        base = {id(tensor) for tensor in self.weights.values()}
+        found: dict[int, LazyTensor] = {}
+        for adapter in self.contents.adapters.values():
+            if (router := adapter.input_router) is not None:
+                deltas = [tensor for b in adapter.branches for tensor in b.delta.tensors]
+                found |= {id(tensor): tensor for tensor in (*router.tensors, *deltas)}
+        return [tensor for key, tensor in found.items() if key not in base]
+
+    @property
     def model(self) -> AdaptedModel:
         """The checkpoint in the adapter IR, all tasks still in it."""
         return AdaptedModel(

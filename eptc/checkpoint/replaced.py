@@ -41,8 +41,10 @@ def take_replaced(source: Source, base: BaseModel, names: Mapping[str, str]) -> 
         names: of each tensor on disk, what it is called in the Hugging Face model.
 
     Raises:
-        CheckpointError: one that the base does not have, of another shape, or given twice.
+        CheckpointError: one that the base does not have, of another shape, or given twice; an
+            embedding without the head that is tied to it, or the other way round.
     """
+    _refuse_half_tied(source, base, names)
     head: dict[str, LazyTensor] = {}
     weights: dict[str, LazyTensor] = {}
     settings: dict[str, Any] = {}
@@ -75,6 +77,24 @@ def take_replaced(source: Source, base: BaseModel, names: Mapping[str, str]) -> 
         if plain == embedding and found.shape[0] != own.shape[0]:
             settings["vocab_size"] = found.shape[0]
     return Replaced(head, weights, settings)
+
+
+def _refuse_half_tied(source: Source, base: BaseModel, names: Mapping[str, str]) -> None:
+    """Refuse one of two parameters that are one in the base: PEFT trains a copy that is not."""
+    arch = base.architecture
+    if not base.tied_head or not arch.head:
+        return
+    plain = {name: canonical_name(name, base.config, tied_head=False) for name in names.values()}
+    given = {what for what in (arch.embedding, arch.head) if what in plain.values()}
+    if len(given) == 1:
+        (one,) = given
+        (other,) = {arch.embedding, arch.head} - given
+        raise CheckpointError(
+            f"{source.path} has {one} of its own, which is one parameter with {other} in the base "
+            f"{base.path}: whether {other} is still the base's, the adapter does not say",
+            expected="both or neither",
+            fix="merge the adapter in PEFT (merge_and_unload), untie the model, and use that",
+        )
 
 
 def _same(one: LazyTensor, other: LazyTensor) -> bool:
