@@ -69,6 +69,9 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     tensors = read_tensors(path, options.allow_pickle)
     source = Source(path, tensors)
     modules = _modules(path, tensors)
+    for parts in modules.values():
+        for part, name in parts.items():
+            settings.check(path, part, tensors[name])
     inert = _take_inert(source, modules, settings)
     routed = {name: parts for name, parts in modules.items() if name not in inert}
     columns = {name: tensors[parts["u"]].shape[0] for name, parts in routed.items()}
@@ -151,10 +154,7 @@ def _take_inert(
 def _take(
     source: Source, name: str, part: str, settings: TuckaSettings, columns: int | None
 ) -> LazyTensor:
-    shape: list[int | None] = list(settings.shapes(0 if columns is None else columns)[part])
-    if part == "u" and columns is None:
-        shape[0] = None
-    return source.take(name, tuple(shape))
+    return source.take(name, settings.shapes(columns)[part])
 
 
 def _router(

@@ -13,7 +13,8 @@ import safetensors.numpy
 import torch
 
 from eptc import checkpoint
-from eptc.errors import EptcError, OptionError
+from eptc.errors import CheckpointError, EptcError, OptionError
+from eptc.nn.tucka import TuckaModel
 from eptc.tasks import Task
 
 SITE = "bert.encoder.layer.0.attention.self.query"
@@ -138,13 +139,18 @@ HALF_EMPTY = np.r_[np.ones((4, 24)), np.zeros((2, 24))]
 REFUSED: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
     "balancing": (lambda _, config: config.update(use_alb=True), "use_alb"),
     "other type": (lambda _, config: config.update(peft_type="LORA"), "peft_type|plain LoRA"),
-    "no groups": (lambda _, config: config.update(k=0), "k, t, p and alpha"),
+    "no groups": (lambda _, config: config.update(k=0), "k = 0"),
+    "half a rank": (lambda _, config: config.update(r=4.5), "r = 4.5"),
     "words for numbers": (lambda _, config: config.update(r="x"), "sound r, k, t, p"),
     "no router": (drop(f"{PREFIX}ec"), "0 routers"),
     "two routers": (other_router, "2 routers"),
     "not run, infinite": (swap(f"{PREFIX}ec", np.full((6, 24), np.inf)), "before the first"),
     "not run, zeros": (swap(f"{PREFIX}ec", HALF_EMPTY), "before the first"),
-    "wrong number of groups": (lambda _, config: config.update(k=2), "has the shape"),
+    "wrong number of groups": (lambda _, config: config.update(k=2), "says k = 2, and"),
+    "groups for experts": (lambda _, config: config.update(k=6, t=1), "says k = 6|says t = 1"),
+    "wrong number of slices": (lambda _, config: config.update(p=3), "says p = 3, and"),
+    "wrong rank": (lambda _, config: config.update(r=8), "says r = 8, and"),
+    "wrong number of axes": (swap(f"{PREFIX}u", np.ones(24)), "2 axes, and .*tucka_u"),
     "lost part": (drop(f"{PREFIX}c"), "lacks .*tucka_c"),
     "zeros": (swap(f"{PREFIX}c", np.zeros((2, 2))), "all zeros"),
     "not a number": (swap(f"{PREFIX}g", np.full((3, 2, 4, 4), np.nan)), "nan"),
@@ -162,6 +168,17 @@ def test_refused(write_tucka: Write, name: str) -> None:
     edit(folders, change)
     with pytest.raises(EptcError, match=message):
         read(folders, format="tucka")
+
+
+@pytest.mark.parametrize("key", ["r", "k", "t", "p", "alpha"])
+def test_what_changes_the_answers_is_not_guessed(write_tucka: Write, key: str) -> None:
+    """Where a key is missing the authors' code takes one of its own, whatever was trained."""
+    folders = write_tucka()
+    edit(folders, lambda _, config: config.pop(key))
+    with pytest.raises(CheckpointError, match=f"has no {key}\n.*\nto fix: add {key} to it"):
+        read(folders)
+    with pytest.raises(CheckpointError, match="r, k, t, p or alpha"):
+        TuckaModel.load(folders.ckpt, folders.base, task=Task("default", "generation"))
 
 
 def test_an_adapter_in_the_head_adds_nothing(write_tucka: Write) -> None:
