@@ -17,7 +17,7 @@ import numpy as np
 from eptc.checkpoint.base import BaseModel, read_json
 from eptc.checkpoint.contents import Contents, ReadOptions, Source, check_fit, consume_all
 from eptc.checkpoint.peft_folder import CONFIG, read_tensors
-from eptc.checkpoint.replaced import head_rows, take_replaced
+from eptc.checkpoint.replaced import head_rows, refuse_partial, take_replaced
 from eptc.checkpoint.single_task import single_task
 from eptc.checkpoint.tucka_factors import TuckaSettings, core, unit
 from eptc.errors import CheckpointError, TaskError
@@ -86,6 +86,7 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     }
     names = {name: _plain(name) for name in source.left}
     replaced = take_replaced(source, base, names)
+    refuse_partial(source, base, replaced.head)
     consume_all(source)
     task = single_task(options, base.config, head_rows(base, replaced.head))
     _refuse_scoring(base, task)

@@ -78,12 +78,16 @@ class TuckaSettings:
                 expected="sound r, k, t, p and alpha: positive whole numbers and a finite one",
                 fix="use the adapter_config.json that the training run saved",
             )
-        return cls(*sizes, float(alpha))
+        r, k, t, p = sizes
+        return cls(r, k, t, p, float(alpha))
 
     def shapes(self, columns: int | None) -> dict[str, tuple[int | None, ...]]:
         """Return the shape of each part of a linear with `columns` inputs, None for any."""
-        sizes = {None: columns, **self._sizes()}
-        return {part: tuple(sizes[axis] for axis in axes) for part, axes in _AXES.items()}
+        sizes = self._sizes()
+        return {
+            part: tuple(columns if axis is None else sizes[axis] for axis in axes)
+            for part, axes in _AXES.items()
+        }
 
     def check(self, path: Path, part: str, tensor: LazyTensor) -> None:
         """Check that a part of an adapter has the sizes the configuration says.

@@ -135,6 +135,7 @@ def wider(tensors: Tensors, _: dict[str, Any]) -> None:
     tensors[f"{PREFIX}u"] = np.ones((25, 4), np.float32)
 
 
+HEAD = "base_model.model.classifier."
 HALF_EMPTY = np.r_[np.ones((4, 24)), np.zeros((2, 24))]
 REFUSED: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
     "balancing": (lambda _, config: config.update(use_alb=True), "use_alb"),
@@ -157,6 +158,8 @@ REFUSED: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
     "another base": (wider, "does not fit"),
     "unknown part": (swap(f"{PREFIX}x", [1.0]), "no part of an adapter"),
     "unknown parameter": (swap("base_model.model.bert.x", [1.0]), "no parameter bert.x"),
+    "head without bias": (drop(f"{HEAD}bias"), "lacks classifier.bias"),
+    "head without weight": (drop(f"{HEAD}weight"), "lacks classifier.weight"),
     "adapter in the head": (in_the_head, "part of the saved head"),
 }
 
@@ -201,6 +204,20 @@ def test_a_lost_head_is_reported(write_tucka: Write) -> None:
     edit(folders, drop("base_model.model.classifier.weight"))
     edit(folders, drop("base_model.model.classifier.bias"))
     assert "no classification head" in read(folders).contents.notes[0]
+
+
+def test_a_part_of_a_head_is_refused_where_the_base_has_none(write_tucka: Write) -> None:
+    folders = write_tucka()
+    (path,) = folders.base.glob("*.safetensors")
+    weights = safetensors.numpy.load_file(path)
+    bare = {name: weight for name, weight in weights.items() if "classifier" not in name}
+    safetensors.numpy.save_file(bare, path, metadata={"format": "pt"})
+    assert set(read(folders).contents.heads["default"]) == {
+        "classifier.weight", "classifier.bias",
+    }  # fmt: skip
+    edit(folders, drop(f"{HEAD}bias"))
+    with pytest.raises(CheckpointError, match=r"lacks classifier\.bias"):
+        read(folders)
 
 
 def test_a_pickle_is_read_only_if_allowed(write_tucka: Write) -> None:
