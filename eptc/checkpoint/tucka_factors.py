@@ -15,7 +15,7 @@ from eptc.errors import CheckpointError
 from eptc.ir import Float64
 from eptc.tensors import LazyTensor
 
-__all__ = ["TuckaSettings", "core", "unit"]
+__all__ = ["TuckaSettings", "core", "norm_fits", "unit"]
 
 _SIZES = ("r", "k", "t", "p")
 # What each part's axes are; None is the number of inputs.
@@ -129,6 +129,16 @@ def core(g: LazyTensor, c: LazyTensor, group: int, slot: int) -> Float64:
     for weight, matrix in zip(mixing, slices, strict=True):
         total += weight * matrix
     return total
+
+
+def norm_fits(array: np.ndarray[Any, Any]) -> bool:
+    """Whether the sum of an array's squares is a normal number of float32.
+
+    Training divided by norms in float32: by one that overflowed, or vanished, it cannot have.
+    """
+    limits = np.finfo(np.float32)
+    total = np.square(array.astype(np.float64)).sum()
+    return bool(limits.tiny <= total <= limits.max)
 
 
 def _normalised(array: np.ndarray[Any, Any]) -> Float64:

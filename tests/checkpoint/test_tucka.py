@@ -136,6 +136,9 @@ def wider(tensors: Tensors, _: dict[str, Any]) -> None:
 
 
 HEAD = "base_model.model.classifier."
+DRAWN = np.random.default_rng(0).standard_normal((6, 24))
+SMALL_GROUP = np.repeat([[1.0], [1e-24], [1.0]], 2, axis=0)
+ZERO_GROUP = np.stack([np.ones((2, 4, 4)), np.zeros((2, 4, 4)), np.ones((2, 4, 4))])
 HALF_EMPTY = np.r_[np.ones((4, 24)), np.zeros((2, 24))]
 REFUSED: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
     "balancing": (lambda _, config: config.update(use_alb=True), "use_alb"),
@@ -152,8 +155,15 @@ REFUSED: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
     "wrong number of slices": (lambda _, config: config.update(p=3), "says p = 3, and"),
     "wrong rank": (lambda _, config: config.update(r=8), "says r = 8, and"),
     "wrong number of axes": (swap(f"{PREFIX}u", np.ones(24)), "2 axes, and .*tucka_u"),
+    "not run, denormal": (swap(f"{PREFIX}ec", DRAWN * 1e-42), "before the first"),
+    "not run, tiny group": (swap(f"{PREFIX}ec", DRAWN * SMALL_GROUP), "before the first"),
+    "not run, huge": (swap(f"{PREFIX}ec", DRAWN * 1e37), "before the first"),
+    "not run, all the same": (swap(f"{PREFIX}ec", np.ones((6, 24))), "same centroid for all 6"),
     "lost part": (drop(f"{PREFIX}c"), "lacks .*tucka_c"),
     "zeros": (swap(f"{PREFIX}c", np.zeros((2, 2))), "all zeros"),
+    "a group of zeros": (swap(f"{PREFIX}g", ZERO_GROUP), "tucka_g .* a norm that is 0"),
+    "denormal": (swap(f"{PREFIX}u", np.full((24, 4), 1e-42)), "tucka_u .* a norm that is 0"),
+    "overflow": (swap(f"{PREFIX}u", np.full((24, 4), 3e38)), "tucka_u .* infinite"),
     "not a number": (swap(f"{PREFIX}g", np.full((3, 2, 4, 4), np.nan)), "nan"),
     "another base": (wider, "does not fit"),
     "unknown part": (swap(f"{PREFIX}x", [1.0]), "no part of an adapter"),
