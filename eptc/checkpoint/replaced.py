@@ -12,7 +12,7 @@ from eptc.checkpoint.contents import Source
 from eptc.errors import CheckpointError
 from eptc.tensors import LazyTensor
 
-__all__ = ["Replaced", "head_rows", "take_replaced"]
+__all__ = ["Replaced", "head_rows", "refuse_partial", "take_replaced"]
 
 _HEADS = ("classifier", "score")
 
@@ -94,6 +94,31 @@ def _refuse_half_tied(source: Source, base: BaseModel, names: Mapping[str, str])
             f"{base.path}: whether {other} is still the base's, the adapter does not say",
             expected="both or neither",
             fix="merge the adapter in PEFT (merge_and_unload), untie the model, and use that",
+        )
+
+
+def refuse_partial(source: Source, base: BaseModel, head: Mapping[str, LazyTensor]) -> None:
+    """Refuse a head of which a part is there: the rest would be the base's, which was not trained.
+
+    Args:
+        source: the adapter's tensors, for the message.
+        base: the base model.
+        head: what the adapter has of a classification head.
+
+    Raises:
+        CheckpointError: the base's head has more parameters, or a weight has no bias.
+    """
+    if not head:
+        return
+    whole = {name for name in base.weights if name.split(".")[0] in _HEADS}
+    # A base without a head does not say what one is made of; each linear of one has a bias.
+    whole |= {name.removesuffix(".weight") + ".bias" for name in head if name.endswith(".weight")}
+    if lost := sorted(whole - head.keys()):
+        raise CheckpointError(
+            f"{source.path} holds a part of the classification head: it has "
+            f"{', '.join(sorted(head))} and lacks {', '.join(lost)}",
+            expected="the whole head, as it was trained, or nothing of it",
+            fix="use the file the training run saved",
         )
 
 
