@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,28 @@ def test_frozen_routes_beyond_the_budget(small_routed: Any, data: Data, tmp_path
     with pytest.raises(ParityError, match="frozen routes: the pearson drops by"):
         _export(small_routed, tmp_path / "out", routing="frozen", data=data.file, max_drop=0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_engine_on_other_data(small_routed: Any, data: Data, tmp_path: Path) -> None:
+    """What loses is the routes, not the precision, and that is what the message says."""
+    _export(small_routed, tmp_path / "out", routing="frozen", calibration=data.file)
+    with pytest.raises(ParityError, match="pearson drops by") as raised:
+        recheck.parity(
+            tmp_path / "out", reference=small_routed.ckpt, base=small_routed.base, data=data.file
+        )
+    assert "--routing exact" in str(raised.value.fix)
+    assert "--max-drop" in str(raised.value.fix)
+    assert "precision" not in str(raised.value.fix)
+
+
+def test_gates_are_seen_on_text(small_routed: Any, tmp_path: Path) -> None:
+    """Without a tokenizer there is none: refused before anything is built."""
+    shutil.copytree(small_routed.base, tmp_path / "base")
+    for file in (tmp_path / "base").glob("tokenizer*"):
+        file.unlink()
+    for ask in (eptc.plan, functools.partial(eptc.export, out=tmp_path / "out")):
+        with pytest.raises(OptionError, match="has a tokenizer"):
+            ask(small_routed.ckpt, base=tmp_path / "base", task="score", routing="frozen")
 
 
 def test_frozen_and_in_fewer_bits(small_routed: Any, data: Data, tmp_path: Path) -> None:
