@@ -76,7 +76,9 @@ class Judge:
                 raise ParityError(
                     error.found, expected=error.expected, fix=_advice(self._job, step)
                 ) from error
-            if not report.passed:
+            if report.agrees:
+                refuse(report, "")  # too little compared is no step's fault
+            else:
                 refuse(report, _advice(self._job, _first_off(*subject)))
         self._exact = report
 
@@ -196,7 +198,7 @@ def _first_off(
 
 def _passes(verifier: Verifier, directory: Path, layers: Mapping[str, float]) -> bool:
     try:
-        return verifier.prove(directory, layers, lambda _: None).passed
+        return verifier.prove(directory, layers, lambda _: None).agrees
     except ParityError:
         return False
 
