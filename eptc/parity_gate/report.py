@@ -60,6 +60,7 @@ class ParityReport:
         mode: `whole model`, or `block by block` where each block was given the reference's state.
         published: block by block, of an engine that rounds activations, its blocks as they are
             published; in `tensors` they compute with activations in float32.
+        constant_gates: whether the reference's gates were replaced by the engine's own constants.
     """
 
     probes: tuple[Mapping[str, Any], ...]
@@ -73,6 +74,7 @@ class ParityReport:
     reference: str = "unfolded PyTorch model, float32"
     mode: str = "whole model"
     published: AsPublished | None = None
+    constant_gates: bool = False
 
     def extended(
         self,
@@ -167,6 +169,7 @@ class ParityReport:
             "synthetic_probes": sum(bool(probe["synthetic"]) for probe in self.probes),
             "text_probes": sum(not probe["synthetic"] for probe in self.probes),
             **published,
+            **({"constant_gates": True} if self.constant_gates else {}),
         }
 
     def to_json(self) -> dict[str, Any]:
