@@ -321,3 +321,10 @@ def test_damaged_files_are_named(make: Any) -> None:
         safetensors.torch.save_file({n: t for n, t in changed.items() if t is not None}, path)
         with pytest.raises(CheckpointError, match=words):
             checkpoint.read(made.ckpt, made.base)
+
+
+@pytest.mark.parametrize("routing", ["frozen", "batch", "per-sample"])
+def test_nothing_to_route(make: Callable[..., Made], routing: Any) -> None:
+    made = make()
+    with pytest.raises(OptionError, match=f"--routing {routing} .*no route reads the input"):
+        checkpoint.read(made.ckpt, made.base, routing=routing)

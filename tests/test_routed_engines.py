@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ import eptc
 from eptc import checkpoint, recheck
 from eptc.errors import OptionError, ParityError
 from eptc.nn import EptConfig, EptModel, GateConfig, load_base, load_reference
+from eptc.parity_gate import builtin_examples
 from eptc.parity_gate.reference import stream_reference
+from eptc.runtime import Engine, load_manifest
 from eptc.tasks import Task
 
 WORDS = ("a", "and", "bad", "dull", "film", "good", "long", "not", "the", "very", "was")
@@ -146,6 +150,7 @@ def test_frozen_routes(small_routed: Any, data: Data, tmp_path: Path) -> None:
     assert record["options"]["gates"].keys() == record["options"]["spread"].keys()
     assert all(sum(g) == pytest.approx(1, abs=1e-4) for g in record["options"]["gates"].values())
     assert any("standard deviation" in note for note in built.warnings)
+    assert any("held-out" in note for note in built.warnings)  # the same file twice
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()]
     static = _export(small_routed, tmp_path / "exact", verify=False)
     assert "TopK" in str((tmp_path / "exact" / "model.onnx").read_bytes())
@@ -160,10 +165,92 @@ def test_frozen_routes(small_routed: Any, data: Data, tmp_path: Path) -> None:
     assert report.scores["drop"] == pytest.approx(manifest.parity["scores"]["drop"], abs=1e-3)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_what_freezing_changes_is_said_without_labels(
+    small_routed: Any, data: Data, tmp_path: Path, cli: Any, verify: bool, calibrated: bool
+) -> None:
+    """Under its own constant gates nothing flips; beside the routes that it replaced, much may."""
+    place = ("--base", small_routed.base, "--task", "tone", "-o", tmp_path / "out")
+    said = cli(
+        "export", small_routed.ckpt, *place, "--routing", "frozen",
+        *(("--calibration", _unlabelled(tmp_path, data.texts)) if calibrated else ()),
+        *(() if verify else ("--no-verify",)),
+    )  # fmt: skip
+    assert said.code == 0, said.stderr
+    exact = eptc.export(
+        small_routed.ckpt, base=small_routed.base, task="tone", out=tmp_path / "exact",
+        verify=False,
+    )  # fmt: skip
+    task = exact.manifest.task
+    assert task is not None
+    texts = data.texts if calibrated else [e["text"] for e in builtin_examples(task)]
+    chosen = []
+    for folder in ("exact", "out"):
+        with Engine.load(tmp_path / folder, providers=["cpu"]) as engine:
+            chosen.append([answer.index for answer in engine.classify(texts, truncate=True)])
+    flips = sum(a != b for a, b in zip(*chosen, strict=True))
+    called = "the calibration text" if calibrated else "the built-in sentences"
+    parity = load_manifest(tmp_path / "out").parity
+    assert parity["frozen"].items() >= {"text": called, "rows": len(texts), "flips": flips}.items()
+    assert parity["frozen"]["error"] > 0
+    assert 0 < parity["frozen"]["cosine"] < 1
+    if calibrated:
+        assert flips > 0
+    line = f"beside the model that routes: {flips} of {len(texts)} answers change on {called}"
+    for shown in (said.stdout, said.stderr, cli("inspect", tmp_path / "out").stdout):
+        assert line in shown
+    assert "no measure on held-out data" in said.stderr
+    assert ("nor is it the task's own text" in said.stderr) is not calibrated
+    if verify:
+        assert "parity passed under the same constant gates" in said.stdout
+        written = json.loads((tmp_path / "out" / "parity.json").read_text())
+        assert written["frozen"] == parity["frozen"]
+
+
+def _unlabelled(folder: Path, texts: list[str]) -> Path:
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_held_out_data_are_a_measure(small_routed: Any, data: Data, tmp_path: Path) -> None:
+    others = [f"{text} film" for text in data.texts if not text.endswith("film")]
+    built = _export(
+        small_routed, tmp_path / "out", routing="frozen", data=data.file, max_drop=90,
+        calibration=_unlabelled(tmp_path, [o for o in others if o not in data.texts]),
+    )  # fmt: skip
+    assert not any("held-out" in note for note in built.warnings)
+    assert built.manifest.parity["frozen"]["flips"] is None  # of a regression
+    assert built.manifest.parity["frozen"]["error"] > 0
+
+
 def test_frozen_routes_beyond_the_budget(small_routed: Any, data: Data, tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="frozen routes: the pearson drops by"):
         _export(small_routed, tmp_path / "out", routing="frozen", data=data.file, max_drop=0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_engine_on_other_data(small_routed: Any, data: Data, tmp_path: Path) -> None:
+    """What loses is the routes, not the precision, and that is what the message says."""
+    _export(small_routed, tmp_path / "out", routing="frozen", calibration=data.file)
+    with pytest.raises(ParityError, match="pearson drops by") as raised:
+        recheck.parity(
+            tmp_path / "out", reference=small_routed.ckpt, base=small_routed.base, data=data.file
+        )
+    assert "--routing exact" in str(raised.value.fix)
+    assert "--max-drop" in str(raised.value.fix)
+    assert "precision" not in str(raised.value.fix)
+
+
+def test_gates_are_seen_on_text(small_routed: Any, tmp_path: Path) -> None:
+    """Without a tokenizer there is none: refused before anything is built."""
+    shutil.copytree(small_routed.base, tmp_path / "base")
+    for file in (tmp_path / "base").glob("tokenizer*"):
+        file.unlink()
+    for ask in (eptc.plan, functools.partial(eptc.export, out=tmp_path / "out")):
+        with pytest.raises(OptionError, match="has a tokenizer"):
+            ask(small_routed.ckpt, base=tmp_path / "base", task="score", routing="frozen")
 
 
 def test_frozen_and_in_fewer_bits(small_routed: Any, data: Data, tmp_path: Path) -> None:

@@ -230,6 +230,11 @@ def test_frozen(write_tucka: Any, small_native: Any, kind: str, tmp_path: Path) 
     )
     manifest = json.loads((folders.out / "manifest.json").read_text())
     assert manifest["routing"]["mode"] == "frozen"
+    frozen = manifest["parity"]["frozen"]
+    assert frozen["rows"] == 4
+    assert 0 <= frozen["flips"] <= 4
+    # What a decoder writes has no scores.
+    assert (frozen["error"] is None) is (kind == "llama")
     graph = onnx.load(folders.out / "model.onnx", load_external_data=False)
     names = [tensor.name for tensor in graph.graph.initializer]
     assert not any(".branch." in name or ".router." in name for name in names)

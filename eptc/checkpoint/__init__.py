@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eptc.checkpoint.base import BaseModel
-from eptc.checkpoint.contents import Contents, ReadOptions, Routing
+from eptc.checkpoint.contents import Contents, ReadOptions, Routing, check_routing
 from eptc.checkpoint.formats import FORMATS, Format, detect, find_format
 from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
 from eptc.errors import CheckpointError, OptionError, TaskError
@@ -140,7 +140,12 @@ def read(
     described = read_task_spec(task_spec) if task_spec is not None else specs or {}
     options = ReadOptions(top_k, names, described, allow_pickle, routing)
     model = kind.read_base(base)
-    return Checkpoint(path, model, kind.read(path, model, options), kind, options)
+    contents = kind.read(path, model, options)
+    if contents.routing.mode == "static":
+        check_routing(
+            routing, ("exact",), f"{path}, in whose {kind.name} format no route reads the input"
+        )
+    return Checkpoint(path, model, contents, kind, options)
 
 
 def read_task_spec(path: Path) -> dict[str, Task]:

@@ -11,11 +11,11 @@ import numpy as np
 
 from eptc.architectures import setting
 from eptc.checkpoint.base import BaseModel
-from eptc.checkpoint.contents import Contents, ReadOptions, Source
+from eptc.checkpoint.contents import Contents, ReadOptions, Source, check_routing
 from eptc.checkpoint.mept_base import HEAD, SAVE, take_own
 from eptc.checkpoint.mept_files import Keys, MeptSettings, read_settings, read_state_dict
 from eptc.checkpoint.single_task import single_task
-from eptc.errors import CheckpointError, OptionError
+from eptc.errors import CheckpointError
 from eptc.ir import PromptLayout, PromptSite, PromptTuning
 from eptc.ir.prompt_weights import prompt_weights
 from eptc.runtime.routing import RoutingSpec
@@ -239,23 +239,20 @@ def _coupling(
     path: Path, options: ReadOptions, prompts: PromptTuning
 ) -> tuple[Any, tuple[str, ...]]:
     """Return how rows are mixed, and what to say of it."""
-    if options.routing == "frozen":
-        raise OptionError(
-            f"--routing frozen was given for {path}, whose prompts are no weights that could be "
-            "folded",
-            expected="exact, batch or per-sample",
-        )
     single = prompts.length == 1 and bool(prompts.blocks)
-    if options.routing == "batch" and (single or not prompts.couples):
-        raise OptionError(
-            f"--routing batch was given for {path}, "
-            + (
-                "whose training code fails for more than one row (num_virtual_tokens is 1)"
-                if single
-                else "whose rows do not depend on one another"
-            ),
-            expected="exact or per-sample",
+    if options.routing == "frozen":
+        check_routing(
+            options.routing,
+            ("exact", "batch", "per-sample"),
+            f"{path}, whose prompts are no weights that could be folded",
         )
+    if single or not prompts.couples:
+        why = (
+            "whose training code fails for more than one row (num_virtual_tokens is 1)"
+            if single
+            else "whose rows do not depend on one another"
+        )
+        check_routing(options.routing, ("exact", "per-sample"), f"{path}, {why}")
     if single and options.routing == "exact":
         return "per-sample", (
             "num_virtual_tokens is 1: the training code answers one row at a time, and fails for "
