@@ -160,9 +160,9 @@ def _notes(
 ) -> tuple[str, ...]:
     """Return what the files do not say and where it was taken from; `taken` from the tensors."""
     notes = [
-        f"{path} has no {name}: what it would say is taken from {other} and the tensors"
+        f"there is no {name}: what it would say is taken from {other} and the tensors"
         if (path / other).is_file()
-        else f"{path} has no {name}"
+        else f"there is no {name}"
         for name, other in ((TRAINING, CONFIG), (CONFIG, TRAINING))
         if not (path / name).is_file()
     ]

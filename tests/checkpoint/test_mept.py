@@ -285,7 +285,9 @@ def test_a_file_that_is_missing_is_noted(
     (folders.ckpt / gone).unlink()
     found = read(folders).contents
     assert found.prompts == wanted.prompts
-    assert f"has no {gone}: what it would say is taken from {other}" in found.notes[0]
+    assert found.notes[0].startswith(
+        f"there is no {gone}: what it would say is taken from {other}"
+    )
     names = [note.split(":")[0].removeprefix("no file says ") for note in found.notes[1:]]
     assert names == recovered
 
