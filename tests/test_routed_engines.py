@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import random
 import shutil
@@ -171,20 +172,23 @@ def test_what_freezing_changes_is_said_without_labels(
     small_routed: Any, data: Data, tmp_path: Path, cli: Any, verify: bool, calibrated: bool
 ) -> None:
     """Under its own constant gates nothing flips; beside the routes that it replaced, much may."""
-    place = ("--base", small_routed.base, "--task", "tone", "-o", tmp_path / "out")
+    place = ("--base", small_routed.base, "--task", "same", "-o", tmp_path / "out")
+    pairs = [
+        dict(zip(("first", "second"), p, strict=True)) for p in itertools.pairwise(data.texts)
+    ]
     said = cli(
         "export", small_routed.ckpt, *place, "--routing", "frozen",
-        *(("--calibration", _unlabelled(tmp_path, data.texts)) if calibrated else ()),
+        *(("--calibration", _unlabelled(tmp_path, pairs)) if calibrated else ()),
         *(() if verify else ("--no-verify",)),
     )  # fmt: skip
     assert said.code == 0, said.stderr
     exact = eptc.export(
-        small_routed.ckpt, base=small_routed.base, task="tone", out=tmp_path / "exact",
+        small_routed.ckpt, base=small_routed.base, task="same", out=tmp_path / "exact",
         verify=False,
     )  # fmt: skip
     task = exact.manifest.task
     assert task is not None
-    texts = data.texts if calibrated else [e["text"] for e in builtin_examples(task)]
+    texts = pairs if calibrated else builtin_examples(task)
     chosen = []
     for folder in ("exact", "out"):
         with Engine.load(tmp_path / folder, providers=["cpu"]) as engine:
@@ -202,23 +206,27 @@ def test_what_freezing_changes_is_said_without_labels(
         assert line in shown
     assert "no measure on held-out data" in said.stderr
     assert ("nor is it the task's own text" in said.stderr) is not calibrated
+    shown = cli("inspect", tmp_path / "out").stdout
+    assert "thrown away: a standard deviation of " in shown
+    assert "gates=" not in shown
+    assert max(map(len, shown.splitlines())) < 400
     if verify:
         assert "parity passed under the same constant gates" in said.stdout
         written = json.loads((tmp_path / "out" / "parity.json").read_text())
         assert written["frozen"] == parity["frozen"]
 
 
-def _unlabelled(folder: Path, texts: list[str]) -> Path:
+def _unlabelled(folder: Path, rows: list[dict[str, str]]) -> Path:
     path = folder / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_held_out_data_are_a_measure(small_routed: Any, data: Data, tmp_path: Path) -> None:
-    others = [f"{text} film" for text in data.texts if not text.endswith("film")]
+    others = [{"text": f"{text} film"} for text in data.texts if f"{text} film" not in data.texts]
     built = _export(
         small_routed, tmp_path / "out", routing="frozen", data=data.file, max_drop=90,
-        calibration=_unlabelled(tmp_path, [o for o in others if o not in data.texts]),
+        calibration=_unlabelled(tmp_path, others),
     )  # fmt: skip
     assert not any("held-out" in note for note in built.warnings)
     assert built.manifest.parity["frozen"]["flips"] is None  # of a regression
@@ -272,6 +280,13 @@ def test_routed_in_fewer_bits(small_routed: Any, data: Data, tmp_path: Path) -> 
     assert stored["bert.encoder.layer.0.attention.self.query.weight"] == "int8"
     assert len(beside) > 20
     assert built.manifest.parity["scores"]["drop"] < 0.2
+
+
+def test_inspect_shows_no_routes_where_the_input_decides(small_routed: Any, cli: Any) -> None:
+    shown = cli("inspect", small_routed.ckpt, "--base", small_routed.base).stdout
+    assert "each token is routed by itself" in shown
+    assert "linear" not in shown.rpartition("looks trained")[2]
+    assert "query" not in shown
 
 
 def test_nothing_to_freeze(small_native: Any, tmp_path: Path) -> None:

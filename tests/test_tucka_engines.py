@@ -257,3 +257,10 @@ def test_small_checkpoints_pass_the_gate(write_tucka: Any, kind: str, routing: A
     )
     assert bundle.manifest.routing.mode == ("batch" if routing == "exact" else "per-sample")
     assert eptc.parity(folders.out, reference=folders.ckpt, base=folders.base).passed
+
+
+def test_groups_of_one_expert_pass_the_gate(write_tucka: Any) -> None:
+    """One group of one expert has two routes; that of DeBERTa's table may be the text's too."""
+    folders = write_tucka("deberta-v2", k=1, t=1)
+    eptc.export(folders.ckpt, base=folders.base, out=folders.out, optimize_for="any")
+    assert eptc.parity(folders.out, reference=folders.ckpt, base=folders.base).passed
