@@ -105,7 +105,7 @@ def insert_branches(
             continue
         route.meta.setdefault(_ROUTED, []).append(call.path)
         add_to(call, BRANCHES[type(adapter.branches[0].delta)](adapter, route, call))
-    for value in dict.fromkeys(made):
+    for value in made:
         join_mixing(value)
     model.graph.meta[_MERGED] = merge(fixed, found, left, weights, dtype)
     return len(found)
