@@ -141,7 +141,7 @@ def read(
     options = ReadOptions(top_k, names, described, allow_pickle, routing)
     model = kind.read_base(base)
     contents = kind.read(path, model, options)
-    if contents.routing.mode == "static":
+    if contents.routing.mode in ("static", "constant") and contents.prompts is None:
         check_routing(
             routing, ("exact",), f"{path}, in whose {kind.name} format no route reads the input"
         )
