@@ -14,6 +14,7 @@ __all__ = ["PASSES", "find_pass", "passes_table"]
 PASSES: dict[str, str] = {
     "specialize-router": "eptc.passes.specialize_router:SpecializeRouter",
     "drop-dead-experts": "eptc.passes.drop_dead_experts:DropDeadExperts",
+    "factor-pyramid": "eptc.passes.factor_pyramid:FactorPyramid",
     "fold-pyramid": "eptc.passes.fold_pyramid:FoldPyramid",
     "fold-transposes": "eptc.passes.fold_transposes:FoldTransposes",
     "gather-early": "eptc.passes.gather_early:GatherEarly",
