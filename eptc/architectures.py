@@ -12,6 +12,7 @@ from eptc.errors import BaseModelError
 
 __all__ = [
     "ARCHITECTURES",
+    "PROMPTED",
     "Architecture",
     "Kind",
     "architecture",
@@ -87,6 +88,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             ),
         ),
         Architecture(
+            # v2 and v3: the same model, differently trained.
+            model_type="deberta-v2",
+            kind="encoder-classifier",
+            module="transformers.models.deberta_v2.modeling_deberta_v2",
+            task_class="DebertaV2ForSequenceClassification",
+            prefix="deberta",
+            bare=frozenset({"embeddings", "encoder"}),
+            embedding="deberta.embeddings.word_embeddings.weight",
+            stacks={"deberta.encoder.layer": "num_hidden_layers"},
+            ignored=re.compile(
+                rf"{_BUFFERS}|cls\..*|lm_head\..*|qa_outputs\..*|(lm|mask)_predictions\..*"
+            ),
+        ),
+        Architecture(
             model_type="t5",
             kind="encoder-decoder",
             module="transformers.models.t5.modeling_t5",
@@ -118,6 +133,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
+# With prompts before the text: what each model type is then.
+PROMPTED: Mapping[str, Architecture] = {
+    "t5": ARCHITECTURES["t5"],
+    "llama": dataclasses.replace(
+        ARCHITECTURES["llama"],
+        kind="encoder-classifier",
+        task_class="LlamaForSequenceClassification",
+        head="",
+        ignored=re.compile(rf"{_BUFFERS}|lm_head\.weight"),
+    ),
+}
+
+
 def setting(config: Any, name: str, default: Any = None) -> Any:
     """Return one setting of a configuration, given as JSON values or as a transformers object."""
     if isinstance(config, Mapping):
@@ -125,20 +153,25 @@ def setting(config: Any, name: str, default: Any = None) -> Any:
     return getattr(config, name, default)
 
 
-def architecture(config: Any) -> Architecture:
+def architecture(config: Any, *, prompted: bool = False) -> Architecture:
     """Return the architecture of a configuration (or of a model type given as a string).
+
+    Args:
+        config: the configuration.
+        prompted: whether the model has prompts before the text.
 
     Raises:
         BaseModelError: eptc does not lower that model type.
     """
+    known = PROMPTED if prompted else ARCHITECTURES
     model_type = config if isinstance(config, str) else setting(config, "model_type")
-    if isinstance(model_type, str) and model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
-    near = difflib.get_close_matches(str(model_type), ARCHITECTURES, n=1)
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type]
+    near = difflib.get_close_matches(str(model_type), known, n=1)
     hint = f"use a base of one of these types; {near[0]!r} is the nearest" if near else None
     raise BaseModelError(
-        f"the base's model type is {model_type!r}",
-        expected=", ".join(ARCHITECTURES),
+        f"the base's model type is {model_type!r}" + (" and has prompts" if prompted else ""),
+        expected=", ".join(known),
         fix=hint or "use a base of one of these types",
     )
 

@@ -14,25 +14,27 @@ import onnx_ir
 
 from eptc import bundle, checkpoint, lower, text
 from eptc.checkpoint import Routing
-from eptc.describe import OPSET, describe, write_texts
+from eptc.describe import describe, write_texts
 from eptc.errors import InputError
+from eptc.freezing import freeze, routes_on_input
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
 from eptc.lower.blocks import Method
-from eptc.options import TARGETS, CalibrationMethod, Options
-from eptc.pipeline import PassRecord, adapter_passes, run_adapter_passes, run_graph_passes
+from eptc.options import CalibrationMethod, Options
+from eptc.pass_base import AdapterPass, GraphPass
+from eptc.pipeline import PassRecord, run_adapter_passes, run_graph_passes
 from eptc.planning import WRITERS, Plan
-from eptc.precision import SCHEMES, OptimizeFor, Precision
+from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import FILE as PLAN
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
-from eptc.skeletons import skeleton
 from eptc.tasks import Task
 
 if TYPE_CHECKING:
+    from eptc.judge import Judge
     from eptc.parity_gate import Verifier
 
-__all__ = ["TARGETS", "Bundle", "Event", "Options", "Written", "export", "plan", "precise_routes"]
+__all__ = ["Bundle", "Event", "Options", "Written", "export", "plan", "precise_routes"]
 
 # A log-probability gap below this can flip under other float32 arithmetic.
 SMALL_MARGIN = 1e-4
@@ -80,14 +82,15 @@ def export(
     data: str | Path | None = None,
     max_drop: float | None = None,
     max_flips: float | None = None,
-    search_evaluations: int = 100,
+    search_evaluations: int | None = None,
     search_minutes: float | None = None,
-    optimize_for: OptimizeFor = "cpu",
+    optimize_for: OptimizeFor | None = None,
     max_memory: int | None = None,
     verify: bool = True,
     allow_pickle: bool = False,
     format: str | None = None,
     routing: Routing = "exact",
+    passes: Sequence[str | AdapterPass | GraphPass] = (),
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> Bundle:
@@ -98,7 +101,7 @@ def export(
         task: the task's name, an alias of it, or its id; None where the checkpoint has one.
         out: folder of the bundle: new, empty, or replaced with `force`.
         base: folder of the base model.
-        target: what to write; `onnx`.
+        target: what to write: `onnx`, or a target of an installed package.
         tasks: task names in id order, where the checkpoint does not store them.
         top_k: experts a task uses, where the checkpoint does not store it.
         task_spec: JSON file with prompts and labels of tasks that are not the published ones.
@@ -122,20 +125,22 @@ def export(
         max_flips: share of the rows of `data` whose label may change where the exact engine is
             sure. Where neither is given but `data` is, 0.01; for a regression, a point may be
             lost.
-        search_evaluations: engines that a search for `auto` may try.
+        search_evaluations: engines that a search for `auto` may try; None: 100.
         search_minutes: wall time after which it takes the best plan so far; None: no limit.
         optimize_for: the execution provider whose kernels the graphs are fused for, `cpu` or
-            `cuda`; `any`: standard operators only.
+            `cuda`; `any`: standard operators only; None: what the target is for, else `cpu`.
         max_memory: bytes that each process of the build may have resident; None: what is
             available now. Where the whole model does not fit it is verified block by block.
         verify: False publishes an engine nobody compared with anything; the manifest says so.
         allow_pickle: read `.bin` files (weights only).
-        format: of the checkpoint, a name of `eptc.checkpoint.FORMATS`; None: what its folder looks
-            like.
+        format: of the checkpoint, a name of `eptc.checkpoint.FORMATS` or of an installed package's
+            format; None: what its folder looks like.
         routing: what becomes of routes that depend on the input. `exact`: what the system's own
             code does; `per-sample` and `batch`: each row by itself, or the rows of a batch
             together, where the system mixes them up; `frozen`: their mean over calibration text,
             folded, which is lossy.
+        passes: exact passes of other packages to run beside eptc's own: `NAME` or
+            `NAME:option=value,option=value` of an installed one, or the pass itself.
         force: replace what lies at `out`.
         progress: called with each stage (a string), each finished pass and, while weights are
             written, how many are.
@@ -162,6 +167,7 @@ def export(
         task, base, target, tasks, top_k, task_spec, probe, precision, precision_plan, calibration,
         calibration_method, block_method, data, max_drop, max_flips, search_evaluations,
         search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
+        passes,
     )  # fmt: skip
     clock = Clock(progress)
     with contextlib.ExitStack() as stack:
@@ -174,23 +180,39 @@ def export(
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
         checked = pool.submit(source.check_base)
         with clock.stage("trace"):
-            skeleton(job.config, opset=OPSET, tied_head=source.base.tied_head)
+            job.skeleton()
         with clock.stage("hash and check the base model"):
             checked.result()
         layers: dict[str, float] = {}
         with clock.stage("specialise and fold"):
-            model, records = _rewrite(job, verifier, layers, progress)
+            model, adapter_records = _rewrite(job, verifier, layers, progress)
         with clock.stage("graph passes"):
-            graphs = job.bound(model)
-            records += _told(run_graph_passes(graphs, job.graph_passes()), progress)
+            graphs, records = job.bound(model), [*adapter_records]
+            records += _told(run_graph_passes(graphs, job.graph_passes(), job.origins), progress)
 
         draft = stack.enter_context(bundle.draft(out, force=force))
         writer = _Writer(job, model, clock, progress)
-        judge = None
-        if verify or data is not None:
-            from eptc.judge import Judge
-
-            judge = Judge(job, model, verifier, layers, clock, progress)
+        judge = _judge(job, model, verifier, layers, clock, progress)
+        routed, frozen_notes = None, tuple[str, ...]()
+        if routing == "frozen" and routes_on_input(model):
+            routed = draft.path / "routed"
+            routed.mkdir()
+            manifest = writer.write(graphs, routed, records, "fp32")
+            if judge is not None:
+                judge.prove_exact(routed, manifest)
+            with clock.stage("freeze the routers"):
+                frozen = freeze(
+                    model, graphs, routed, examples.texts, dtype=job.dtype, progress=progress
+                )
+            model, frozen_notes = frozen.model, frozen.notes
+            records = [*adapter_records, *frozen.records]
+            with clock.stage("graph passes"):
+                graphs = job.bound(model)
+                records += _told(
+                    run_graph_passes(graphs, job.graph_passes(), job.origins), progress
+                )
+            writer = _Writer(job, model, clock, progress)
+            judge = _judge(job, model, verifier, layers, clock, progress)
         exact = None
         if job.needs_exact:
             exact = draft.path / "exact"
@@ -213,16 +235,26 @@ def export(
         manifest = writer.write(graphs, draft.path, records, job.plan.stored)
         if judge is not None:
             if job.scheme.lossy:
-                judge.prove_lossy(draft.path, exact, examples.data)
+                judge.prove_lossy(draft.path, routed or exact, examples.data)
             else:
                 judge.prove_exact(draft.path, manifest)
+                if routed is not None and examples.data is not None:
+                    judge.score(
+                        draft.path, routed, examples.data, "frozen routes",
+                        "keep the routes with --routing exact, or give a larger budget "
+                        "(--max-drop, --max-flips)",
+                    )  # fmt: skip
             manifest = judge.signed(draft.path, manifest)
-        if exact is not None:
-            shutil.rmtree(exact)
+        for folder in (exact, routed):
+            if folder is not None:
+                shutil.rmtree(folder)
+        if options.aim.plugin is not None:
+            with clock.stage(f"target {options.target}"):
+                manifest = options.aim.add(draft.path, manifest)
         draft.publish()
     notes = (
         *source.contents.notes, *precise_routes(source, job.task_id), *examples.notes,
-        *lowered_notes,
+        *frozen_notes, *lowered_notes,
     )  # fmt: skip
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
 
@@ -238,6 +270,22 @@ def plan(ckpt: str | Path, **options: Any) -> Plan:
         InputError: something about the input.
     """
     return Job.read(ckpt, Options(**options)).plan
+
+
+def _judge(
+    job: Job,
+    model: AdaptedModel,
+    verifier: Verifier | None,
+    layers: Mapping[str, float],
+    clock: Clock,
+    progress: Progress,
+) -> Judge | None:
+    """Return who compares what is written; None where nothing is to be compared."""
+    if verifier is None and job.options.data is None:
+        return None
+    from eptc.judge import Judge
+
+    return Judge(job, model, verifier, layers, clock, progress)
 
 
 def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ...]:
@@ -274,7 +322,7 @@ class _Examples:
 
     @classmethod
     def read(cls, options: Options, task: Task) -> _Examples:
-        if not (options.probe or options.data or SCHEMES[options.precision].calibrated):
+        if not (options.probe or options.data or options.calibrated):
             return cls()
         from eptc.calibration import read_calibration
         from eptc.parity_gate import builtin_examples, read_examples
@@ -330,7 +378,8 @@ class _Writer:
             settings = {**job.config.to_dict(), **model.config}
             manifest = describe(
                 job.source, job.task_id, settings, self._generation, graphs, self._tokenizer,
-                records, precision=precision, optimize_for=job.options.optimize_for,
+                records, precision=precision, optimize_for=job.options.provider,
+                plugins=job.plugins,
             )  # fmt: skip
             write_texts(directory, job.source, model, self._generation, self._tokenizer)
             return bundle.write_manifest(directory, manifest, digests)
@@ -353,11 +402,12 @@ def _rewrite(
     job: Job, verifier: Verifier | None, layers: dict[str, float], progress: Progress
 ) -> tuple[AdaptedModel, list[PassRecord]]:
     """Run the adapter passes; with a reference, each is followed by the layer gate."""
-    passes, task_id, model = adapter_passes(job.task_id, job.dtype), job.task_id, job.source.model
+    passes, task_id, model = job.adapter_passes(), job.task_id, job.source.model
     if verifier is None:
         return run_adapter_passes(
-            model, passes, task_id=task_id, probe=None, after=lambda record, _: progress(record)
-        )
+            model, passes, task_id=task_id, probe=None, after=lambda record, _: progress(record),
+            origins=job.origins,
+        )  # fmt: skip
     from eptc.parity_gate import LayerGate
 
     stage = f"the {job.source.contents.format} reader"
@@ -365,8 +415,10 @@ def _rewrite(
     layers[stage] = gate.check(model, stage)
 
     def after(record: PassRecord, model: AdaptedModel) -> None:
-        stage = f"the pass {record.name}"
+        stage = f"the pass {record.label}"
         layers[stage] = gate.check(model, stage)
         progress(record)
 
-    return run_adapter_passes(model, passes, task_id=task_id, probe=gate.probe, after=after)
+    return run_adapter_passes(
+        model, passes, task_id=task_id, probe=gate.probe, after=after, origins=job.origins
+    )

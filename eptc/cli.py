@@ -116,7 +116,8 @@ def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--format",
             metavar="NAME",
-            help="Format of the checkpoint, where its folder looks like none or like several.",
+            help="Format of the checkpoint, where its folder looks like none or like several; an "
+            "installed package may have it.",
         ),
     )
     for option in reversed(options):
@@ -202,7 +203,13 @@ def main() -> None:
 @click.option(
     "--task", help="Name, alias or id of the task to compile; not needed where there is one."
 )
-@click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
+@click.option(
+    "--target",
+    default="onnx",
+    show_default=True,
+    metavar="NAME",
+    help="What to write: onnx, or a target of an installed package.",
+)
 @click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
 @_source_options
 @click.option(
@@ -216,7 +223,7 @@ def main() -> None:
     help="keep: store matrices in the base's own 16-bit type. fp16, bf16: compute in 16 bits. "
     "int8: integers. int8-static: integers with ranges from --calibration. int8-weights, int4: "
     "weights alone. auto: for each weight what --max-drop or --max-flips allows. all: build and "
-    "compare them.",
+    "compare them, auto where there is a budget.",
 )
 @click.option(
     "--precision-plan",
@@ -263,8 +270,7 @@ def main() -> None:
 @click.option(
     "--search-evaluations",
     type=int,
-    default=100,
-    show_default=True,
+    show_default="100",
     help="Engines that auto may try.",
 )
 @click.option(
@@ -282,9 +288,15 @@ def main() -> None:
 @click.option(
     "--optimize-for",
     type=click.Choice(["cpu", "cuda", "any"]),
-    default="cpu",
-    show_default=True,
-    help="Execution provider whose kernels to fuse for; any: standard operators only.",
+    help="Execution provider whose kernels to fuse for; any: standard operators only. Without "
+    "it: what the target is for, else cpu.",
+)
+@click.option(
+    "--pass",
+    "passes",
+    multiple=True,
+    metavar="NAME[:OPTION=VALUE,...]",
+    help="Run an exact pass of an installed package as well; may be repeated.",
 )
 @click.option(
     "--max-memory",
@@ -585,6 +597,8 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps(report))
         return
     for section, entries in report.items():
+        if not entries:
+            continue
         click.echo(f"{section}:")
         for name, value in entries.items():
             click.echo(f"  {name}: {value}")
@@ -670,8 +684,10 @@ def _show_pass(console: Console, record: PassRecord) -> None:
         if before != record.after[name]
     )
     error = "" if record.error is None else f"  {record.error:.2g} of its bound"
+    origin = "" if record.origin is None else f"  {record.origin}"
     console.print(
-        f"  {record.name:20s} {record.contract:6s} {record.seconds * 1e3:8.1f} ms{error}  {sizes}",
+        f"  {record.name:20s} {record.contract:6s} {record.seconds * 1e3:8.1f} ms{error}  {sizes}"
+        f"{origin}",
         soft_wrap=True,
     )
 

@@ -13,6 +13,7 @@ from eptc import bundle, text
 from eptc.checkpoint import Checkpoint
 from eptc.ir import AdaptedModel
 from eptc.pipeline import PassRecord
+from eptc.plugins import Plugin
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import GenerationSpec, GraphSpec, TensorSpec
 from eptc.tasks import Task
@@ -33,6 +34,7 @@ def describe(
     *,
     precision: str,
     optimize_for: str,
+    plugins: Sequence[Plugin] = (),
 ) -> Manifest:
     """Return the manifest of an engine that nobody has compared with anything yet.
 
@@ -46,6 +48,7 @@ def describe(
         records: what the passes did.
         precision: what the matrices are stored as.
         optimize_for: the execution provider the graphs are fused for.
+        plugins: packages that the build used beside eptc.
     """
     kind = source.base.architecture.kind
     task = source.contents.tasks[task_id]
@@ -64,7 +67,13 @@ def describe(
         generation=None
         if kind == "encoder-classifier"
         else _generation(source, task, {**settings, **generation}, specs, tokenizer),
-        tokenizer=tokenizer.spec(settings, task, kind=kind, token_types="token_type_ids" in inputs)
+        tokenizer=tokenizer.spec(
+            settings,
+            task,
+            kind=kind,
+            token_types="token_type_ids" in inputs,
+            taken=0 if source.contents.prompts is None else source.contents.prompts.length,
+        )
         if tokenizer is not None
         else None,
         passes=tuple(record.to_json() for record in records),
@@ -78,6 +87,7 @@ def describe(
             "kernel_sizes": list(source.contents.kernel_sizes),
             "tasks": [task.to_json() for task in source.contents.tasks],
             **source.contents.details,
+            **({} if source.format.plugin is None else {"origin": str(source.format.plugin)}),
         },
         base={
             "model_type": source.base.config["model_type"],
@@ -87,7 +97,8 @@ def describe(
         tools={
             name: importlib.metadata.version(name)
             for name in ("ept-compiler", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
-        },
+        }
+        | {plugin.distribution: plugin.version for plugin in plugins},
         files={},
         parity={"verified": False},
     )

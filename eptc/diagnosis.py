@@ -6,7 +6,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from eptc.errors import PluginError
+from eptc.plugins import Group, Plugin, find_plugin, installed
 
 __all__ = ["doctor"]
 
@@ -41,9 +45,38 @@ def doctor() -> dict[str, dict[str, Any]]:
         "targets": {
             "onnx": "ready"
             if not missing
-            else f"needs {', '.join(missing)}: pip install 'ept-compiler[compile]'"
+            else f"needs {', '.join(missing)}: pip install 'ept-compiler[compile]'",
+            **_plugins("eptc.targets", missing),
         },
+        "readers": _plugins("eptc.readers", missing),
+        "passes": _plugins("eptc.passes", missing),
     }
+
+
+def _plugins(group: Group, missing: Sequence[str]) -> dict[str, str]:
+    """Return what other packages bring, and whether it can be used."""
+    return {
+        f"{plugin.name} ({plugin})": "needs the compiler" if missing else _state(plugin)
+        for plugin in installed(group)
+    }
+
+
+def _state(plugin: Plugin) -> str:
+    from eptc.added_passes import pass_class
+    from eptc.checkpoint.installed import installed_format
+    from eptc.targets import installed_target
+
+    checks: dict[Group, Callable[[Plugin], object]] = {
+        "eptc.readers": installed_format,
+        "eptc.passes": pass_class,
+        "eptc.targets": installed_target,
+    }
+    try:
+        find_plugin(plugin.group, plugin.name)
+        checks[plugin.group](plugin)
+    except PluginError as error:
+        return f"cannot be used: {error.found}"
+    return "ready"
 
 
 def _version(name: str) -> str:

@@ -10,7 +10,8 @@
     │   ├── OptionError            an option, or two that contradict each other
     │   ├── BundleError            a bundle that is damaged, too new or not one
     │   ├── OutputError            the place to write to
-    │   └── MissingExtraError      a package that an extra would have installed
+    │   ├── MissingExtraError      a package that an extra would have installed
+    │   └── PluginError            an installed package that extends eptc, by name
     ├── ParityError            1   the engine does not give the reference's answers
     └── InternalError         70   a bug in eptc
 """
@@ -30,6 +31,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "ParityError",
+    "PluginError",
     "TaskError",
 ]
 
@@ -92,6 +94,10 @@ class OutputError(InputError):
 
 class MissingExtraError(InputError):
     """A package is not installed; the message names the extra that installs it."""
+
+
+class PluginError(InputError):
+    """A package that extends eptc cannot be used, or fails; the message names it."""
 
 
 class ParityError(EptcError):

@@ -91,7 +91,9 @@ def _expected_parameters(
     source: checkpoint.Checkpoint, config: Any
 ) -> Mapping[str, tuple[int, ...]]:
     try:
-        return known_parameters(config, opset=OPSET, tied_head=source.base.tied_head)
+        return known_parameters(
+            config, opset=OPSET, tied_head=source.base.tied_head, prompts=source.contents.prompts
+        )
     except _BAD_CONFIG as error:
         raise _no_model(source, error) from error
 

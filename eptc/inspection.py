@@ -65,6 +65,7 @@ def inspect(
         "what": "checkpoint",
         "path": str(path),
         "format": contents.format,
+        **({"origin": str(source.format.plugin)} if source.format.plugin is not None else {}),
         "variant": contents.variant,
         "base": {
             "model_type": source.base.config["model_type"],

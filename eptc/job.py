@@ -17,11 +17,13 @@ from eptc.errors import TaskError
 from eptc.fitting import check_fit, task_config
 from eptc.ir import AdaptedModel
 from eptc.options import Options
-from eptc.pipeline import PassRecord, graph_passes
+from eptc.pass_base import AdapterPass, GraphPass
+from eptc.pipeline import PassRecord, adapter_passes, graph_passes
 from eptc.planning import Plan, make_plan
+from eptc.plugins import Plugin
 from eptc.precision import SCHEMES, Scheme
 from eptc.precision_plan import PrecisionPlan
-from eptc.skeletons import skeleton
+from eptc.skeletons import Skeleton, skeleton
 from eptc.tasks import Task, resolve
 
 __all__ = ["Clock", "Event", "Job", "Progress", "Written"]
@@ -112,18 +114,43 @@ class Job:
         whole = self.plan.verification == "whole model"
         return self.scheme.lossy and (whole or self.options.runs_exact)
 
+    def skeleton(self) -> Skeleton:
+        """Return the task model without numbers, traced where no build has done so before."""
+        source = self.source
+        return skeleton(
+            self.config, opset=OPSET, tied_head=source.base.tied_head,
+            prompts=source.contents.prompts,
+        )  # fmt: skip
+
     def bound(self, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
         """Return the graphs with a model's weights, none of them read."""
-        found = skeleton(self.config, opset=OPSET, tied_head=self.source.base.tied_head)
-        graphs = found.copy_graphs()
+        graphs = self.skeleton().copy_graphs()
         lower.bind(graphs, model.weights)
         for graph in graphs.values():
-            lower.insert_branches(graph, model.adapters)
+            lower.insert_branches(graph, model.adapters, model.weights, self.dtype)
         return graphs
 
-    def graph_passes(self) -> list[Any]:
+    def graph_passes(self) -> list[GraphPass]:
         """Return the passes over the graphs."""
-        return graph_passes(self.options.optimize_for, self.options.precision)
+        added = [a.step for a in self.options.added if isinstance(a.step, GraphPass)]
+        return graph_passes(self.options.provider, self.options.precision, added)
+
+    def adapter_passes(self) -> list[AdapterPass]:
+        """Return the passes over the adapters."""
+        added = [a.step for a in self.options.added if isinstance(a.step, AdapterPass)]
+        return adapter_passes(self.task_id, self.dtype, added)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where passes come from that are not eptc's own, by name."""
+        return {added.step.name: added.origin for added in self.options.added}
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        """What the build uses of other packages."""
+        found = [self.source.format.plugin, self.options.aim.plugin]
+        found += [added.plugin for added in self.options.added]
+        return [plugin for plugin in found if plugin is not None]
 
 
 def _named(task: str | int | None, source: checkpoint.Checkpoint) -> str | int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from eptc import bundle, lower
 from eptc.calibration import twin
+from eptc.errors import ParityError
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Job, Progress
 from eptc.lossy import budget_of
@@ -24,6 +25,7 @@ from eptc.parity_gate import (
     refuse,
     right_answers,
 )
+from eptc.pass_base import GraphPass
 from eptc.passes.narrow_weights import NarrowWeights
 from eptc.pipeline import run_graph_passes
 from eptc.runtime import Engine
@@ -64,12 +66,18 @@ class Judge:
         if self._verifier is None:
             return
         with self._clock.stage("parity"):
-            report = self._verifier.prove(directory, self._layers, self._progress)
+            subject = self._job, self._model, manifest, directory, self._verifier, self._layers
+            try:
+                report = self._verifier.prove(directory, self._layers, self._progress)
+            except ParityError as error:
+                step = _first_off(*subject)
+                if step is None:  # nor does it pass without any: what was said is all there is
+                    raise
+                raise ParityError(
+                    error.found, expected=error.expected, fix=_advice(self._job, step)
+                ) from error
             if not report.passed:
-                _refuse(
-                    report, self._job, self._model, manifest, directory, self._verifier,
-                    self._layers,
-                )  # fmt: skip
+                refuse(report, _advice(self._job, _first_off(*subject)))
         self._exact = report
 
     def prove_lossy(
@@ -99,6 +107,28 @@ class Judge:
                 budget = budget_of(options, self._job.task)
                 budget.check(self._scores, options.precision)
                 self._scores["budget"] = dataclasses.asdict(budget)
+
+    def score(
+        self, directory: Path, exact: Path, data: Sequence[Example], what: str, fix: str
+    ) -> None:
+        """Compare an engine's answers to labelled data with the exact engine's.
+
+        Args:
+            directory: the engine's bundle.
+            exact: that of the engine that does what the checkpoint's own code does.
+            data: labelled examples.
+            what: what makes the difference, for the message.
+            fix: what else could be done about it.
+
+        Raises:
+            ParityError: more is lost than the budget allows.
+        """
+        with self._clock.stage("score"):
+            self._scores = _scores(exact, directory, data)
+            budget = budget_of(self._job.options, self._job.task)
+            if reason := budget.exceeded(self._scores):
+                raise ParityError(f"{what}: {reason}", fix=fix)
+            self._scores["budget"] = dataclasses.asdict(budget)
 
     def signed(self, directory: Path, manifest: Manifest) -> Manifest:
         """Write down what was compared; return the manifest with its summary."""
@@ -132,28 +162,26 @@ def _scores(exact: Path, lossy: Path, data: Sequence[Example]) -> dict[str, Any]
     return compare_answers(task, found[0], found[1], right_answers(task, data))
 
 
-def _refuse(
-    report: ParityReport,
+def _first_off(
     job: Job,
     model: AdaptedModel,
     manifest: Manifest,
     directory: Path,
     verifier: Verifier,
     layers: Mapping[str, float],
-) -> None:
-    """Raise ParityError and name the first step after which the engine is off.
+) -> GraphPass | None:
+    """Return the first pass after which the engine is off; None where it is without any.
 
     Every linear and every weight agreed with the reference, so the graph is wrong: it is built
     again with one graph pass more each time.
     """
     steps = job.graph_passes()
-    guilty = f"the pass {steps[-1].name}"
     written = {lower.WEIGHTS, *(graph.file for graph in manifest.graphs.values())}
     for count in range(len(steps)):
         graphs = job.bound(model)
         # How weights are stored is part of what the reference is compared with.
         storing = [step for step in steps[count:] if isinstance(step, NarrowWeights)]
-        run_graph_passes(graphs, [*steps[:count], *storing])
+        run_graph_passes(graphs, [*steps[:count], *storing], job.origins)
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             trial = Path(folder)
             for name in manifest.files:
@@ -161,7 +189,25 @@ def _refuse(
                     shutil.copy(directory / name, trial / name)
             lower.write(graphs, trial, in_flight=job.plan.in_flight)
             bundle.write_manifest(trial, dataclasses.replace(manifest, files={}))
-            if not verifier.prove(trial, layers, lambda _: None).passed:
-                guilty = f"the pass {steps[count - 1].name}" if count else "the lowering"
-                break
-    refuse(report, f"{guilty} is the first step after which the engine is off: report this bug")
+            if not _passes(verifier, trial, layers):
+                return steps[count - 1] if count else None
+    return steps[-1]
+
+
+def _passes(verifier: Verifier, directory: Path, layers: Mapping[str, float]) -> bool:
+    try:
+        return verifier.prove(directory, layers, lambda _: None).passed
+    except ParityError:
+        return False
+
+
+def _advice(job: Job, step: GraphPass | None) -> str:
+    """Say which step is to blame, and whom to tell."""
+    origin = None if step is None else job.origins.get(step.name)
+    guilty = "the lowering" if step is None else f"the pass {step.name}"
+    if origin is not None:
+        guilty += f" of {origin}"
+    found = f"{guilty} is the first step after which the engine is off: "
+    if origin is None:
+        return found + "report this bug"
+    return found + f"report it to the authors of {origin}, or leave the pass out"

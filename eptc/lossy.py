@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir
 
 from eptc.architectures import Architecture
-from eptc.calibration import cut_rows, float_values, observe
+from eptc.calibration import Range, cut_rows, float_values, observe, weight_ranges
 from eptc.errors import InternalError
+from eptc.lower.half import limit
 from eptc.lower.quantizable import quantized_inputs
+from eptc.lower.weights import WeightTensor
 from eptc.options import Options
 from eptc.parity_gate import Budget, Example
-from eptc.passes.cast_half import CastHalf
+from eptc.pass_base import LossyPass, QuantizingPass
 from eptc.pipeline import PassRecord, Ranges, Step, lossy_passes, run_graph_passes
 from eptc.precision import SCHEMES
 from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
@@ -29,7 +31,10 @@ __all__ = ["Lowered", "budget_of", "lower_precision"]
 Progress = Callable[[Any], None]
 Graphs = Mapping[str, onnx_ir.Model]
 
+_PLANNED = "the plan stores it as float32"
 _HEAD = "the head that decides is small, and each error in it is an error of the answer"
+
+_BRANCH = "routers and experts are small, and an error in a route chooses other experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +91,7 @@ def lower_precision(
         ParityError: no plan keeps the budget.
     """
     kept = dict.fromkeys(_heads(graphs, architecture), _HEAD)
+    kept |= dict.fromkeys(_branches(graphs), _BRANCH)
     ranges = None
     report: Mapping[str, Any] = {}
     notes: tuple[str, ...] = ()
@@ -94,18 +100,30 @@ def lower_precision(
     elif SCHEMES[options.precision].calibrated:
         ranges, notes = _observed(graphs, options, exact, kept, texts, progress)
     steps = lossy_passes(
-        options.precision, options.optimize_for, keep=tuple(kept), ranges=ranges, plan=plan,
+        options.precision, options.provider, keep=tuple(kept), ranges=ranges, plan=plan,
         method=options.block_method,
     )  # fmt: skip
-    if isinstance(steps[0], Mapping):
-        for name, step in steps[0].items():
-            if isinstance(step, CastHalf):
-                kept = {**step.plan(graphs[name]), **kept}
+    kept = dict(sorted({**_left(graphs, steps, plan), **kept}.items()))
     records = run_graph_passes(graphs, steps)
     stored = PrecisionPlan(stored_weights(graphs))
     if options.precision != "auto" and set(stored.weights.values()) == {LEVELS[0]}:
         notes = (*notes, f"no weight could be stored in {options.precision}: all are float32")
     return Lowered(records, {**stored.to_json(), "stays_float32": kept, **report}, notes)
+
+
+def _left(graphs: Graphs, steps: Sequence[Step], plan: PrecisionPlan | None) -> dict[str, str]:
+    """Return why what stays in float32 does: no pass takes it, or the plan wants it so."""
+    found = {} if plan is None else dict.fromkeys(plan.of(LEVELS[0]), _PLANNED)
+    for name, model in graphs.items():
+        passes = [step[name] if isinstance(step, Mapping) else step for step in steps]
+        reasons = [
+            (dataclasses.replace(each, only=None) if isinstance(each, QuantizingPass) else each)
+            .plan(model)
+            for each in passes
+            if isinstance(each, LossyPass)
+        ]  # fmt: skip
+        found |= {n: why for n, why in reasons[-1].items() if all(n in r for r in reasons)}
+    return found
 
 
 def _heads(graphs: Graphs, architecture: Architecture) -> list[str]:
@@ -114,6 +132,12 @@ def _heads(graphs: Graphs, architecture: Architecture) -> list[str]:
         return []
     names = {name for graph in graphs.values() for name in stored_weights({"": graph})}
     return sorted(name for name in names if not name.startswith(f"{architecture.prefix}."))
+
+
+def _branches(graphs: Graphs) -> list[str]:
+    """Return the weights of routers and experts beside linears."""
+    names = {name for graph in graphs.values() for name in graph.graph.initializers}
+    return sorted(name for name in names if ".branch." in name)
 
 
 def _planned(
@@ -129,7 +153,7 @@ def _planned(
 
     def passes(plan: PrecisionPlan) -> list[Step]:
         return lossy_passes(
-            "auto", options.optimize_for, keep=tuple(kept), plan=plan, method=options.block_method
+            "auto", options.provider, keep=tuple(kept), plan=plan, method=options.block_method
         )
 
     if plan is not None:
@@ -155,8 +179,8 @@ def _observed(
 ) -> tuple[Ranges, tuple[str, ...]]:
     """Run the exact engine on text; return how far its values reach, and what to know of it.
 
-    16 bits overflow whatever a value is used for, so that all are observed, by their extremes;
-    integers need the ranges of what is multiplied alone.
+    16 bits overflow whatever a value is used for, so that all are observed, by their extremes, and
+    weights that overflow are among them; integers need the ranges of what is multiplied alone.
     """
     if exact is None:
         raise InternalError("ranges are observed without an exact engine")
@@ -168,6 +192,8 @@ def _observed(
     method = options.calibration_method if integers else "minmax"
     progress(f"ranges of {sum(map(len, values.values()))} values on {len(texts)} texts")
     found = observe(exact, texts, values, method=method)
+    if not integers:
+        found = {name: {**found[name], **each} for name, each in _large(graphs, options, exact)}
     with Engine.load(exact, providers=["cpu"]) as engine:
         cut = cut_rows(engine, texts)
     notes = f"{cut} of {len(texts)} texts were longer than training's and cut for calibration"
@@ -175,3 +201,20 @@ def _observed(
         name: {value: (range_.low, range_.high) for value, range_ in found[name].items()}
         for name in graphs
     }, (notes,) if cut else ()
+
+
+def _large(
+    graphs: Graphs, options: Options, exact: Path
+) -> Iterator[tuple[str, Mapping[str, Range]]]:
+    """Yield, by graph, the ranges of the weights that 16 bits cannot hold."""
+    most = limit("float16" if options.precision == "fp16" else "bfloat16")
+    names = {
+        name: [
+            n
+            for n, v in model.graph.initializers.items()
+            if isinstance(v.const_value, WeightTensor)
+        ]
+        for name, model in graphs.items()
+    }
+    for name, ranges in weight_ranges(exact, names).items():
+        yield name, {n: range_ for n, range_ in ranges.items() if range_.magnitude > most}

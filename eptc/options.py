@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from eptc.added_passes import AddedPass, added_passes
 from eptc.checkpoint.contents import Routing
 from eptc.errors import OptionError
 from eptc.lower.blocks import Method
+from eptc.pass_base import AdapterPass, GraphPass
 from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
+from eptc.targets import Aim, find_target
 from eptc.tasks import Task
 
-__all__ = ["IN_BLOCKS", "TARGETS", "CalibrationMethod", "Options"]
+__all__ = ["IN_BLOCKS", "CalibrationMethod", "Options"]
 
-TARGETS = ("onnx",)
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 # What has weights in blocks, whose scales a method chooses.
 IN_BLOCKS = ("int8-weights", "int4", "auto")
@@ -44,35 +47,62 @@ class Options:
     data: str | Path | None = None
     max_drop: float | None = None
     max_flips: float | None = None
-    search_evaluations: int = 100
+    search_evaluations: int | None = None
     search_minutes: float | None = None
-    optimize_for: OptimizeFor = "cpu"
+    optimize_for: OptimizeFor | None = None
     max_memory: int | None = None
     verify: bool = True
     allow_pickle: bool = False
     format: str | None = None
     routing: Routing = "exact"
+    passes: Sequence[str | AdapterPass | GraphPass] = ()
+
+    @functools.cached_property
+    def aim(self) -> Aim:
+        """The target, found; raises OptionError or PluginError."""
+        return find_target(self.target)
+
+    @functools.cached_property
+    def added(self) -> tuple[AddedPass, ...]:
+        """The passes beside eptc's own, found; raises OptionError or PluginError."""
+        return added_passes(self.passes)
+
+    @property
+    def provider(self) -> OptimizeFor:
+        """The execution provider the graphs are fused for."""
+        return self.optimize_for or self.aim.target.optimize_for or "cpu"
 
     @property
     def runs_exact(self) -> bool:
         """Whether the float32 engine is run on text before the precision is lowered."""
         return SCHEMES[self.precision].calibrated or self.data is not None
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether what is built depends on text that the float32 engine is run on."""
+        return SCHEMES[self.precision].calibrated or self.routing == "frozen"
+
     def check(self) -> None:
         """Raise OptionError for a value that no build can have, or two that contradict."""
         for name, value, known in (
-            ("target", self.target, TARGETS),
             ("precision", self.precision, get_args(Precision)),
-            ("provider to optimize for", self.optimize_for, get_args(OptimizeFor)),
+            ("provider to optimize for", self.provider, get_args(OptimizeFor)),
             ("calibration method", self.calibration_method, get_args(CalibrationMethod)),
             ("block method", self.block_method, get_args(Method)),
             ("routing", self.routing, get_args(Routing)),
         ):
             if value not in known:
                 raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
+        fixed = self.aim.target.optimize_for
+        if fixed is not None and self.provider != fixed:
+            raise OptionError(
+                f"--optimize-for {self.provider} was given together with --target {self.target}, "
+                f"which is for {fixed}",
+                fix="leave one out",
+            )
         if self.probe is not None and not self.verify:
             raise OptionError("--probe was given together with --no-verify", fix="leave one out")
-        check_runs(self.precision, self.optimize_for)
+        check_runs(self.precision, self.provider)
         self._check_calibration()
         if self.block_method != "rtn" and self.precision not in IN_BLOCKS:
             raise OptionError(
@@ -81,20 +111,21 @@ class Options:
                 expected="it with --precision " + ", ".join(IN_BLOCKS),
             )
         self._check_budget()
-        if self.precision == "auto":
-            self._check_search()
-        elif self.precision_plan is not None:
+        _ = self.added  # found, or refused, before anything is read
+        if self.precision != "auto" and self.precision_plan is not None:
             raise OptionError(
                 f"--precision-plan was given together with --precision {self.precision}",
                 expected="--precision auto, which builds the plan as it is",
             )
+        self._check_search()
 
     def _check_calibration(self) -> None:
-        if self.calibration is not None and not SCHEMES[self.precision].calibrated:
+        if self.calibration is not None and not self.calibrated:
             raise OptionError(
                 f"--calibration was given, and --precision {self.precision} needs none",
                 expected="it with "
-                + " or ".join(f"--precision {n}" for n, s in SCHEMES.items() if s.calibrated),
+                + " or ".join(f"--precision {n}" for n, s in SCHEMES.items() if s.calibrated)
+                + " or --routing frozen",
                 fix="leave it out",
             )
         if self.calibration_method != "minmax" and self.precision != "int8-static":
@@ -112,7 +143,7 @@ class Options:
             )
 
     def _check_budget(self) -> None:
-        lossy = SCHEMES[self.precision].lossy
+        lossy = SCHEMES[self.precision].lossy or self.routing == "frozen"
         if self.data is not None and not lossy:
             raise OptionError(
                 f"--data was given, and --precision {self.precision} changes no answer",
@@ -138,13 +169,25 @@ class Options:
                 )
 
     def _check_search(self) -> None:
-        if self.precision_plan is None and self.max_drop is None and self.max_flips is None:
+        searches = self.precision == "auto" and self.precision_plan is None
+        for name, value in (
+            ("--search-evaluations", self.search_evaluations),
+            ("--search-minutes", self.search_minutes),
+        ):
+            if value is not None and not searches:
+                given = "a plan" if self.precision_plan else f"--precision {self.precision}"
+                raise OptionError(
+                    f"{name} was given, and nothing is searched for {given}",
+                    expected="it with --precision auto and a budget, without --precision-plan",
+                    fix="leave it out",
+                )
+        if searches and self.max_drop is None and self.max_flips is None:
             raise OptionError(
                 "--precision auto has no budget to keep",
                 expected="--max-drop POINTS or --max-flips SHARE, with --data FILE; or a plan, "
                 "--precision-plan FILE",
             )
-        if self.search_evaluations < _FEWEST:
+        if self.search_evaluations is not None and self.search_evaluations < _FEWEST:
             raise OptionError(
                 f"--search-evaluations is {self.search_evaluations}",
                 expected=f"{_FEWEST} or more: two levels, and a few plans",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 from typing import Any, ClassVar, Literal
 
 import onnx_ir
 
 from eptc.ir import AdaptedModel
 
-__all__ = ["AdapterPass", "Contract", "GraphPass"]
+__all__ = ["AdapterPass", "Contract", "GraphPass", "LossyPass", "QuantizingPass"]
 
 Contract = Literal["exact", "lossy"]
 
@@ -58,3 +59,43 @@ class GraphPass(onnx_ir.passes.InPlacePass):
     def options(self) -> dict[str, Any]:
         """Return the pass's options as JSON values."""
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossyPass(GraphPass):
+    """A graph pass that lowers precision, and says what it leaves in float32."""
+
+    contract: ClassVar[Contract] = "lossy"
+
+    @abc.abstractmethod
+    def plan(self, model: onnx_ir.Model) -> dict[str, str]:
+        """Return why each thing that stays in float32 does, by its name; nothing is changed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizingPass(LossyPass):
+    """A pass that stores weights as integers.
+
+    Args:
+        keep: parameters that stay float32; a packed weight stays with any of its parts.
+        only: the parameters to quantize; None: all.
+    """
+
+    keep: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Take lists for tuples: JSON has none."""
+        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "only", None if self.only is None else tuple(self.only))
+
+    def options(self) -> dict[str, Any]:
+        """Return the pass's options as JSON values."""
+        only = None if self.only is None else list(self.only)
+        return {**super().options(), "keep": list(self.keep), "only": only}
+
+    def left(self, weight: str, reason: str) -> None:
+        """Log why a weight is left alone."""
+        logging.getLogger(type(self).__module__).debug(
+            "%s: left %s alone: %s", self.name, weight, reason
+        )

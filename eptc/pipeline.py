@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from eptc.errors import EptcError, InternalError, ParityError
+from eptc.errors import EptcError, InternalError, ParityError, PluginError
 from eptc.ir import AdaptedModel, Adapter
 from eptc.linear_probe import LinearProbe
 from eptc.lower.blocks import PRECISIONS, Method
@@ -20,6 +20,7 @@ from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
+from eptc.passes.freeze_router import FreezeRouter
 from eptc.passes.fuse_attention import FuseAttention
 from eptc.passes.fuse_rotary import FuseRotary
 from eptc.passes.gather_early import GatherEarly
@@ -39,6 +40,7 @@ __all__ = [
     "Ranges",
     "Step",
     "adapter_passes",
+    "freezing_passes",
     "graph_passes",
     "lossy_passes",
     "run_adapter_passes",
@@ -46,22 +48,47 @@ __all__ = [
 ]
 
 
-def adapter_passes(task_id: int, dtype: str | None = "float32") -> list[AdapterPass]:
-    """Return the default passes over the adapter IR, in order.
+def adapter_passes(
+    task_id: int, dtype: str | None = "float32", added: Sequence[AdapterPass] = ()
+) -> list[AdapterPass]:
+    """Return the passes over the adapter IR, in order.
 
     Args:
         task_id: the task to compile.
         dtype: type of the folded weights; None: each base weight's own.
+        added: exact passes beside eptc's own.
     """
     return [
         SpecializeRouter(task_id),  # first: nothing can be folded while a gate reads the task
         DropDeadExperts(),  # before folding: N - top_k of N experts are never computed
+        *added,  # before folding: afterwards there is nothing to rewrite
         FoldPyramid(dtype),  # last: afterwards the model is a plain Hugging Face model
     ]
 
 
+def freezing_passes(
+    gates: Mapping[str, Sequence[float]],
+    spread: Mapping[str, Sequence[float]],
+    dtype: str | None = "float32",
+) -> list[AdapterPass]:
+    """Return the passes that fold what `adapter_passes` left, lossy, in order.
+
+    Args:
+        gates: mean gates by linear (`FreezeRouter`).
+        spread: their standard deviations.
+        dtype: type of the folded weights; None: each base weight's own.
+    """
+    return [
+        FreezeRouter(gates, spread),
+        DropDeadExperts(),  # experts that no token chose
+        FoldPyramid(dtype),
+    ]
+
+
 def graph_passes(
-    optimize_for: OptimizeFor = "cpu", precision: Precision = "fp32"
+    optimize_for: OptimizeFor = "cpu",
+    precision: Precision = "fp32",
+    added: Sequence[GraphPass] = (),
 ) -> list[GraphPass]:
     """Return the exact passes over each ONNX graph, in order.
 
@@ -69,6 +96,7 @@ def graph_passes(
         optimize_for: the execution provider whose kernels the graphs are fused for; `any`:
             standard operators only, which every runtime has.
         precision: with `keep`, weights are stored in the 16-bit type they came in.
+        added: exact passes beside eptc's own.
     """
     fusions: dict[OptimizeFor, list[GraphPass]] = {
         "any": [],
@@ -89,6 +117,7 @@ def graph_passes(
         *fusions[optimize_for],
         # Behind fusions, which know float32 weights: a Cast would stand in their way.
         *([NarrowWeights()] if precision == "keep" else []),
+        *added,  # behind all that looks for patterns, which they may change
         StableNames(),  # last: nothing after it may add a node or a name
     ]
 
@@ -156,7 +185,7 @@ def _blocks(
     precision: Precision, method: Method, keep: tuple[str, ...], only: tuple[str, ...] | None
 ) -> QuantizeWeights:
     blocks = PRECISIONS[precision]
-    return QuantizeWeights(blocks.bits, blocks.size, method, keep, only)
+    return QuantizeWeights(blocks.bits, blocks.size, method, keep=keep, only=only)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +202,7 @@ class PassRecord:
         error: largest deviation it caused, as a fraction of its bound; None where the contract
             was not measured.
         seconds: how long it took, checks not counted.
+        origin: whose pass it is, a package and its version; None: eptc's own.
     """
 
     name: str
@@ -183,11 +213,19 @@ class PassRecord:
     after: Mapping[str, int]
     error: float | None
     seconds: float
+    origin: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What the pass is called in messages."""
+        return _label(self.name, self.origin)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values, without the clock: the same on every run."""
         data = dataclasses.asdict(self)
         del data["seconds"]
+        if self.origin is None:
+            del data["origin"]
         if self.error is not None:
             # Two digits: the others depend on the processor.
             data["error"] = float(f"{self.error:.1e}")
@@ -196,6 +234,10 @@ class PassRecord:
 
 # Constants up to this many bytes stay in a graph that is checked: shape inference reads them.
 _SMALL = 1024
+
+_MISTAKES: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, LookupError, TypeError, ValueError,
+)  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -209,6 +251,7 @@ def run_adapter_passes(
     task_id: int,
     probe: LinearProbe | None,
     after: AfterAdapterPass | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> tuple[AdaptedModel, list[PassRecord]]:
     """Run passes over the adapter IR.
 
@@ -218,23 +261,31 @@ def run_adapter_passes(
         task_id: the task for which the model before and after each pass is compared.
         probe: checks contracts on every adapted linear; None: they are taken at their word.
         after: called with each record and the model the pass made.
+        origins: packages of passes that are not eptc's own, by the name of the pass.
 
     Raises:
         InternalError: a pass broke a rule of the IR; it is named.
+        PluginError: a pass of another package did, or failed.
         ParityError: a pass broke its contract; it and the first linear are named.
     """
     model.validate()
     records = []
     for step in passes:
+        origin = (origins or {}).get(step.name)
+        label = _label(step.name, origin)
         start = time.perf_counter()
-        rewritten = _guarded(step.name, step.rewrite, model)
+        rewritten = _guarded(label, origin, step.rewrite, model)
         seconds = time.perf_counter() - start
-        _guarded(step.name, rewritten.validate)
-        error = _measure(step, model, rewritten, task_id, probe) if probe is not None else None
+        _guarded(label, origin, AdaptedModel.validate, rewritten)
+        error = None
+        if probe is not None:
+            error = _guarded(
+                label, origin, _measure, step, label, model, rewritten, task_id, probe
+            )
         records.append(
             PassRecord(
                 step.name, step.options(), step.contract, rewritten is not model,
-                _adapter_sizes(model), _adapter_sizes(rewritten), error, seconds,
+                _adapter_sizes(model), _adapter_sizes(rewritten), error, seconds, origin,
             )
         )  # fmt: skip
         model = rewritten
@@ -244,16 +295,20 @@ def run_adapter_passes(
 
 
 def run_graph_passes(
-    graphs: Mapping[str, onnx_ir.Model], passes: Sequence[Step]
+    graphs: Mapping[str, onnx_ir.Model],
+    passes: Sequence[Step],
+    origins: Mapping[str, str] | None = None,
 ) -> list[PassRecord]:
     """Run passes over every graph in place.
 
     Args:
         graphs: by name.
         passes: in order; one for all graphs, or the same pass with other options for each graph.
+        origins: packages of passes that are not eptc's own, by the name of the pass.
 
     Raises:
         InternalError: a pass made a graph invalid or changed its interface; both are named.
+        PluginError: a pass of another package did, or failed.
     """
     records = []
     for given in passes:
@@ -262,12 +317,16 @@ def run_graph_passes(
         steps = given if isinstance(given, Mapping) else dict.fromkeys(graphs, given)
         for key, graph in graphs.items():
             step = steps[key]
+            origin = (origins or {}).get(step.name)
+            label = f"{_label(step.name, origin)} on {key}"
             interface = _interface(graph, types=not step.retypes)
-            changed |= _guarded(f"{step.name} on {key}", step, graph).modified
+            changed |= _guarded(label, origin, step, graph).modified
             changed_interface = _interface(graph, types=not step.retypes) != interface
             if step.name != StableNames.name and changed_interface:
-                raise InternalError(f"the pass {step.name} changed the interface of {key}")
-            _guarded(f"{step.name} on {key}", check_graph, graph)
+                raise _bug(
+                    f"the pass {_label(step.name, origin)} changed the interface of {key}", origin
+                )
+            _guarded(label, origin, check_graph, graph)
         seconds = time.perf_counter() - start
         options = (
             {key: step.options() for key, step in given.items()}
@@ -277,26 +336,42 @@ def run_graph_passes(
         records.append(
             PassRecord(
                 step.name, options, step.contract, changed, before, _graph_sizes(graphs), None,
-                seconds,
+                seconds, origin,
             )
         )  # fmt: skip
     return records
 
 
-def _guarded(name: str, action: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def _label(name: str, origin: str | None) -> str:
+    return name if origin is None else f"{name} of {origin}"
+
+
+def _bug(found: str, origin: str | None) -> EptcError:
+    if origin is None:
+        return InternalError(found)
+    return PluginError(found, fix=f"report it to the authors of {origin}, or leave the pass out")
+
+
+def _guarded(
+    label: str, origin: str | None, action: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> R:
     """Run an action; an unexpected error names the pass."""
+    # Out of another package's pass anything may come.
+    mistakes = _MISTAKES if origin is None else (Exception,)
     try:
         return action(*args, **kwargs)
-    except EptcError as error:
-        if isinstance(error, InternalError):
-            raise InternalError(f"the pass {name} broke the model: {error.found}") from error
+    except InternalError as error:
+        raise _bug(f"the pass {label} broke the model: {error.found}", origin) from error
+    except (EptcError, MemoryError):
         raise
-    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-        raise InternalError(f"the pass {name} failed: {type(error).__name__}: {error}") from error
+    except mistakes as error:
+        found = f"the pass {label} failed: {type(error).__name__}: {error}"
+        raise _bug(found, origin) from error
 
 
 def _measure(
     step: AdapterPass,
+    label: str,
     before: AdaptedModel,
     after: AdaptedModel,
     task_id: int,
@@ -327,7 +402,7 @@ def _measure(
         error = float(np.nan_to_num(np.max(ratio), nan=np.inf))
         if step.contract == "exact" and not error <= 1.0:
             raise ParityError(
-                f"the pass {step.name} is exact, but moved the output of {path} by "
+                f"the pass {label} is exact, but moved the output of {path} by "
                 f"{moved.max():.3g}, {error:.3g} times what rounding can do",
                 fix="this is a bug in the pass: report it with the checkpoint's shapes",
             )

@@ -8,19 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eptc import checkpoint, text
+from eptc import checkpoint
 from eptc.calibration import twin
-from eptc.errors import BundleError, OptionError, ParityError
-from eptc.examples_file import Example, read_examples
+from eptc.errors import BundleError, OptionError, OutputError, ParityError
+from eptc.examples_file import read_examples
+from eptc.lossy import budget_of
 from eptc.machine import available_memory
-from eptc.nn.adapted import ReferenceModel
-from eptc.parity_gate.answers import Budget
+from eptc.options import Options
+from eptc.parity_gate.answers import Budget, answers, compare_answers, right_answers
 from eptc.parity_gate.compare import FP32, bound_of
 from eptc.parity_gate.gate import refuse
 from eptc.parity_gate.memory import verified_by_block, whole_model_bytes
 from eptc.parity_gate.reference_answers import reference_answers
 from eptc.parity_gate.report import ParityReport
-from eptc.parity_gate.scores import score
 from eptc.parity_gate.verifier import LocalVerifier, Subject
 from eptc.precision import SCHEMES
 from eptc.runtime import Engine, Manifest, load_manifest
@@ -50,8 +50,9 @@ def parity(
     """Compare a bundle with the unfolded PyTorch model.
 
     Engines in 16 bits are judged by their twin (`eptc.calibration.simulated`): a CPU rounds
-    elsewhere. Below float32 labels may change, and the metric drop, by what the build was
-    allowed on data, or one label in a hundred where the reference is sure; in other engines none.
+    elsewhere. Below float32 labels may change where the reference is sure, and the metric drop, by
+    what the build was allowed on data, or else by what a build is allowed that is given no budget;
+    in other engines no label may.
 
     Args:
         bundle: the bundle's folder.
@@ -71,6 +72,7 @@ def parity(
     Raises:
         InputError: the bundle, the checkpoint or the data cannot be used, or the bundle was made
             from another checkpoint or base.
+        OutputError: temporary files cannot be written.
         ParityError: the engine does not give the reference's answers.
     """
     folder = Path(bundle)
@@ -79,7 +81,7 @@ def parity(
     if task is None:
         raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
     recorded = manifest.checkpoint
-    kind = checkpoint.find_format(format or recorded["format"])
+    kind = _format(folder, recorded) if format is None else checkpoint.find_format(format)
     specs = None
     if not kind.describes_tasks:
         specs = {t["name"]: Task.from_json(t) for t in recorded["tasks"]}
@@ -110,27 +112,72 @@ def parity(
     with contextlib.ExitStack() as stack:
         verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
         if manifest.precision in _SIMULATED:
-            folder = stack.enter_context(twin(folder))
+            folder = _simulated(folder, manifest, stack)
         report = verifier.prove(folder, {}, progress)
         refuse(report, "build the bundle again; if it fails again, report it")
         if examples is None or verifier.tokenizer is None:
             return report
         progress("score")
         with Engine.load(folder, providers=["cpu"]) as engine:
-            scores = _scores(engine, verifier.reference, task, verifier.tokenizer, examples)
-    report = dataclasses.replace(report, scores=scores)
-    lossy = bound_of(manifest.precision) != FP32
-    # What the build was allowed, it is allowed later.
-    allowed = (manifest.parity.get("scores") or {}).get("budget")
-    budget = Budget(max_flips=0.0)
-    if lossy:
-        budget = Budget() if allowed is None else Budget(allowed["max_drop"], allowed["max_flips"])
+            got = answers(engine, examples)
+        want = reference_answers(manifest, verifier.reference, task, verifier.tokenizer, examples)
+    scores = compare_answers(
+        task, want, got, right_answers(task, examples), precision=manifest.precision
+    )
+    lossy = bound_of(manifest.precision) != FP32 or manifest.routing.mode == "frozen"
+    budget = _allowed(manifest, task) if lossy else Budget(max_flips=0.0)
     if reason := budget.exceeded(scores):
         raise ParityError(
             reason,
             fix="build with a precision that loses less" if lossy else "build the bundle again",
         )
-    return report
+    return dataclasses.replace(report, scores=scores)
+
+
+def _allowed(manifest: Manifest, task: Task) -> Budget:
+    """Return what a lossy engine may cost: what its build was allowed, or what is usual."""
+    recorded = (manifest.parity.get("scores") or {}).get("budget")
+    if recorded is None:
+        return budget_of(Options(task.name), task)
+    return Budget(recorded["max_drop"], recorded["max_flips"])
+
+
+def _simulated(folder: Path, manifest: Manifest, stack: contextlib.ExitStack) -> Path:
+    """Return the twin of a 16-bit engine, a copy that the stack removes.
+
+    Raises:
+        OutputError: there is no room for it where temporary files are kept.
+    """
+    try:
+        return stack.enter_context(twin(folder))
+    except OSError as error:
+        size = sum(record.size for record in manifest.files.values())
+        raise OutputError(
+            f"{folder} is an engine in {manifest.precision}, compared by a simulation of it, and "
+            f"that cannot be written: {error.strerror or error}"
+            + (f": {error.filename}" if error.filename else ""),
+            expected=f"{size / 1e6:.0f} MB free where temporary files are kept",
+            fix="free some space, or name another folder with the environment variable TMPDIR",
+        ) from error
+
+
+def _format(folder: Path, recorded: Mapping[str, Any]) -> checkpoint.Format:
+    """Return the format of the checkpoint that a bundle was made from.
+
+    Raises:
+        BundleError: a package reads it that is not installed.
+    """
+    try:
+        return checkpoint.find_format(recorded["format"])
+    except OptionError as error:
+        if (origin := recorded.get("origin")) is None:
+            raise
+        package, _, version = origin.rpartition(" ")
+        raise BundleError(
+            f"{folder} was made from a checkpoint of the format {recorded['format']!r}, which the "
+            f"package {package} reads, and it is not installed",
+            fix=f"install {package} ({version} made the bundle)",
+        ) from error
 
 
 def _routing(manifest: Manifest) -> checkpoint.Routing:
@@ -182,32 +229,3 @@ def _check_origin(folder: Path, manifest: Manifest, source: checkpoint.Checkpoin
                 f"given has {value}",
                 fix="give the checkpoint it was made from, or build it again",
             )
-
-
-def _scores(
-    engine: Engine,
-    model: ReferenceModel,
-    task: Task,
-    tokenizer: text.TrainingTokenizer,
-    examples: Sequence[Example],
-) -> Mapping[str, Any]:
-    """Score both sides on labelled examples; the drop is a paired difference per example."""
-    want, sure = reference_answers(engine, model, task, tokenizer, examples)
-    answers = engine.classify(list(examples), truncate=True)
-    got = [a.value if task.kind == "regression" else a.index for a in answers]
-    labels = [
-        float(e["label"]) if task.kind == "regression" else task.labels.index(e["label"])
-        for e in examples
-    ]
-    flips = [task.kind != "regression" and g != w for g, w in zip(got, want, strict=True)]
-    metric, ours = score(task, got, labels)
-    _, theirs = score(task, want, labels)
-    return {
-        "rows": len(examples),
-        "metric": metric,
-        "engine": round(ours, 4),
-        "reference": round(theirs, 4),
-        "drop": round(theirs - ours, 4),
-        "flips": sum(flips),
-        "flips_beyond_noise": sum(f and s for f, s in zip(flips, sure, strict=True)),
-    }

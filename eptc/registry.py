@@ -13,6 +13,7 @@ __all__ = ["PASSES", "find_pass", "passes_table"]
 # In the order of the default pipeline.
 PASSES: dict[str, str] = {
     "specialize-router": "eptc.passes.specialize_router:SpecializeRouter",
+    "freeze-router": "eptc.passes.freeze_router:FreezeRouter",
     "drop-dead-experts": "eptc.passes.drop_dead_experts:DropDeadExperts",
     "factor-pyramid": "eptc.passes.factor_pyramid:FactorPyramid",
     "truncate-rank": "eptc.passes.truncate_rank:TruncateRank",

@@ -20,6 +20,9 @@ from eptc.trials import EXACT, LOWER, Out, Trials
 
 __all__ = ["Found", "search"]
 
+# Plans whose answers may be asked for where the caller does not say.
+_EVALUATIONS = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -27,7 +30,10 @@ class Found:
 
     Args:
         plan: the cheapest plan that keeps the budget, of those that were tried.
-        record: how it was found, as JSON values.
+        record: how it was found, as JSON values. `searched_weight_bytes` is what the weights
+            take that could be stored in several levels, with their scales, and
+            `searched_weight_bytes_exact` what they take in float32; `weights.bin` holds the
+            others as well.
     """
 
     plan: PrecisionPlan
@@ -50,7 +56,7 @@ def search(
     examples: Sequence[Example],
     budget: Budget,
     *,
-    evaluations: int,
+    evaluations: int | None,
     minutes: float | None,
     progress: Callable[[Any], None],
 ) -> Found:
@@ -69,8 +75,8 @@ def search(
         passes: the passes that bring about a plan.
         examples: labelled texts.
         budget: what a plan may cost.
-        evaluations: how often some plan's answers may be asked for. It decides how fine the
-            groups are: single weights, blocks of the model, or all weights together.
+        evaluations: how often some plan's answers may be asked for; None: 100. It decides how
+            fine the groups are: single weights, blocks of the model, or all weights together.
         minutes: wall time after which the best plan so far is taken; None: no limit.
         progress: called with what is being done.
 
@@ -78,6 +84,7 @@ def search(
         OptionError: no weight can be stored lower.
         ParityError: no plan that stores anything lower keeps the budget.
     """
+    evaluations = _EVALUATIONS if evaluations is None else evaluations
     with Trials(graphs, exact, passes, examples, progress) as trials:
         if not trials.levels:
             raise OptionError(
@@ -126,8 +133,8 @@ def search(
             "minutes_allowed": minutes,
             "stopped": stopped,
             "budget": dataclasses.asdict(budget),
-            "weight_bytes": trials.cost(plan),
-            "weight_bytes_exact": trials.cost(_plan(trials, groups, [])),
+            "searched_weight_bytes": trials.cost(plan),
+            "searched_weight_bytes_exact": trials.cost(_plan(trials, groups, [])),
             "scores": scores,
         }
         return Found(plan, record)

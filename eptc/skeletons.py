@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError
 
 from eptc import lower
 from eptc.cache import cache_folder, code_hash, replacing
+from eptc.ir import PromptLayout
 
 __all__ = ["Skeleton", "known_parameters", "skeleton"]
 
@@ -59,29 +60,34 @@ class Skeleton:
         return {name: model.clone() for name, model in self.graphs.items()}
 
 
-def skeleton(config: Any, *, opset: int, tied_head: bool) -> Skeleton:
+def skeleton(
+    config: Any, *, opset: int, tied_head: bool, prompts: PromptLayout | None = None
+) -> Skeleton:
     """Return the skeleton of a configuration, traced only if no build has done so before.
 
     Args:
         config: a transformers configuration.
         opset: version of the ONNX operators.
         tied_head: whether the output projection is the embedding.
+        prompts: the prompts before the text, if there are any.
 
     Raises:
         BaseModelError: the model type or one of its options is not supported.
     """
-    return _skeleton(_settings(config), str(config.model_type), opset, tied_head)
+    return _skeleton(_settings(config), str(config.model_type), opset, tied_head, prompts)
 
 
-def known_parameters(config: Any, *, opset: int, tied_head: bool) -> Mapping[str, tuple[int, ...]]:
+def known_parameters(
+    config: Any, *, opset: int, tied_head: bool, prompts: PromptLayout | None = None
+) -> Mapping[str, tuple[int, ...]]:
     """Return the shape of every parameter of the task model by canonical name.
 
     Arguments and errors as for `skeleton`; nothing is traced.
     """
     settings = _settings(config)
-    if found := _load(_key(settings, opset, tied_head)):
+    if found := _load(_key(settings, opset, tied_head, prompts)):
         return found.parameters
-    return lower.expected_parameters(config, tied_head=tied_head)
+    return lower.expected_parameters(config, tied_head=tied_head, prompts=prompts)
 
 
 def _settings(config: Any) -> str:
@@ -92,25 +98,29 @@ def _settings(config: Any) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _skeleton(settings: str, model_type: str, opset: int, tied_head: bool) -> Skeleton:
-    key = _key(settings, opset, tied_head)
+def _skeleton(
+    settings: str, model_type: str, opset: int, tied_head: bool, prompts: PromptLayout | None
+) -> Skeleton:
+    key = _key(settings, opset, tied_head, prompts)
     if found := _load(key):
         return found
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[model_type].from_dict(json.loads(settings))
-    parameters = lower.expected_parameters(config, tied_head=tied_head)
+    parameters = lower.expected_parameters(config, tied_head=tied_head, prompts=prompts)
     members = {_PARAMETERS: json.dumps(parameters).encode()}
-    for name, model in lower.trace(config, opset=opset, tied_head=tied_head).items():
+    graphs = lower.trace(config, opset=opset, tied_head=tied_head, prompts=prompts)
+    for name, model in graphs.items():
         members[name + _SUFFIX] = _serialize(model)
     _store(key, members)
     # Read back even now: a build with a cache and one without take the same road.
     return _read(members)
 
 
-def _key(settings: str, opset: int, tied_head: bool) -> str:
+def _key(settings: str, opset: int, tied_head: bool, prompts: PromptLayout | None) -> str:
     tools = {name: importlib.metadata.version(name) for name in _TOOLS}
-    described = [settings, opset, tied_head, tools, sys.version_info[:2], _code()]
+    layout = None if prompts is None else prompts.to_json()
+    described = [settings, opset, tied_head, layout, tools, sys.version_info[:2], _code()]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
@@ -119,7 +129,12 @@ def _code() -> str:
     """Return the SHA-256 of the code that makes skeletons."""
     home = Path(__file__).parent
     return code_hash(
-        [*sorted((home / "lower").glob("*.py")), home / "architectures.py", Path(__file__)]
+        [
+            *sorted((home / "lower").glob("*.py")),
+            home / "architectures.py",
+            home / "ir" / "prompts.py",
+            Path(__file__),
+        ]
     )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from eptc.comparison import Comparison
+    from eptc.comparison_report import Comparison
 
 __all__ = ["print_bench", "print_comparison", "print_inspection"]
 
@@ -39,7 +39,7 @@ def print_bench(report: Mapping[str, Any]) -> None:
 
 def print_comparison(comparison: Comparison) -> None:
     """Print what `--precision all` made, one precision a line."""
-    from eptc.comparison import table
+    from eptc.comparison_report import notes, table
 
     console = _console()
     heads, lines = table(comparison)
@@ -47,9 +47,8 @@ def print_comparison(comparison: Comparison) -> None:
     for line in lines:
         found.add_row(*line)
     console.print(found)
-    for row in comparison.rows:
-        if row.refused is not None:
-            console.print(f"no {row.precision}: {row.refused}", soft_wrap=True)
+    for note in notes(comparison):
+        console.print(note, soft_wrap=True)
 
 
 def print_inspection(report: Mapping[str, Any]) -> None:
@@ -107,6 +106,12 @@ def _checkpoint(console: Console, report: Mapping[str, Any]) -> None:
                   soft_wrap=True)  # fmt: skip
     if report["kernel_sizes"]:
         console.print(f"experts {report['kernel_sizes']}, top-k {report['top_k']}")
+    if tucka := report.get("tucka"):
+        console.print(
+            f"{tucka['k']} groups of {tucka['t']} experts, rank {tucka['r']}, alpha "
+            f"{tucka['alpha']:g}; the router reads the input of {tucka['router']}",
+            soft_wrap=True,
+        )
     for note in report["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"adapters {report['adapter_bytes']:,} bytes, heads {report['head_bytes']:,}; "

@@ -92,7 +92,13 @@ class TrainingTokenizer:
         return None if template is None else str(template)
 
     def spec(
-        self, config: Mapping[str, Any], task: Task | None, *, kind: str, token_types: bool
+        self,
+        config: Mapping[str, Any],
+        task: Task | None,
+        *,
+        kind: str,
+        token_types: bool,
+        taken: int = 0,
     ) -> TokenizerSpec:
         """Return how the runtime pads and cuts, as training did.
 
@@ -101,8 +107,13 @@ class TrainingTokenizer:
             task: the task, for its truncation length.
             kind: of engine; what continues its text is padded on the left.
             token_types: whether the engine reads token_type_ids.
+            taken: positions that prompts before the text take.
         """
-        limits = [task.max_length if task is not None else None, max_positions(config)]
+        positions = max_positions(config)
+        limits = [
+            task.max_length if task is not None else None,
+            None if positions is None else positions - taken,
+        ]
         known = [limit for limit in limits if limit is not None]
         chats = kind == "decoder-only" and self.chat_template is not None
         pad = self.tokenizer.pad_token_id

@@ -151,8 +151,10 @@ class Trials:
 
     def _key(self) -> str:
         """Return what evaluations depend on beside the plan."""
+        manifest = self._manifest.to_json()
         content = {
-            "files": {name: record.sha256 for name, record in self._manifest.files.items()},
+            # Its task, prompt and lengths too: files that are equal may be asked otherwise.
+            "manifest": {**manifest, "passes": None, "parity": None},
             "library": self._library.sha256,
             "examples": self._examples,
             "code": _code(),

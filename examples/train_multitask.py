@@ -60,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, default=DEFAULT_DATA, help="cache of the downloaded packages")
     add("--base", type=Path, help="folder of another BERT; None: MiniLM from its package")
     add("--variant", choices=("paper", "released"), default="paper", help="which EPT formula")
+    add(
+        "--router-input",
+        choices=("task", "token", "token+task"),
+        default="task",
+        help="what chooses the experts; the variant released knows the task alone",
+    )
     add("--steps", type=int, default=DEFAULT_STEPS, help="batches in all, over the four tasks")
     add("--seed", type=int, default=0, help="of the initial weights, the batches and dropout")
     add("--threads", type=int, default=2, help="CPU threads; scores move a little with them")
@@ -76,7 +82,8 @@ def run(options: argparse.Namespace) -> list[Score]:
     torch.set_num_threads(options.threads)
     base_dir = options.base or packaged_base()
     datasets = load(options.data.expanduser())
-    model = attach(base_dir, [data.task for data in datasets], options.variant, options.seed)
+    tasks = [data.task for data in datasets]
+    model = attach(base_dir, tasks, options.variant, options.router_input, options.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
     settings = Settings(options.steps, options.seed)
     train(model, tokenizer, datasets, settings, _Progress(options.steps))
@@ -107,7 +114,9 @@ def packaged_base() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def attach(base_dir: Path, tasks: Sequence[Task], variant: str, seed: int) -> eptc.nn.EptModel:
+def attach(
+    base_dir: Path, tasks: Sequence[Task], variant: str, router_input: str, seed: int
+) -> eptc.nn.EptModel:
     """Return a base with untrained adapters."""
     config = eptc.nn.EptConfig(
         variant=variant,  # type: ignore[arg-type]  # argparse has checked it
@@ -117,6 +126,7 @@ def attach(base_dir: Path, tasks: Sequence[Task], variant: str, seed: int) -> ep
         rank=6,
         tasks=tuple(tasks),
         scale=eptc.nn.ScaleConfig("alpha/r", alpha=12),
+        gate=None if router_input == "task" else eptc.nn.GateConfig(router_input),  # type: ignore[arg-type]  # likewise
     )
     base = eptc.nn.load_base(base_dir)
     return eptc.nn.EptModel.attach(base, config, head_modules=HEAD_MODULES, seed=seed)
@@ -159,6 +169,7 @@ def write_scores(path: Path, scores: Sequence[Score], options: argparse.Namespac
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     content = {
         "variant": options.variant,
+        "router_input": options.router_input,
         "steps": options.steps,
         "seed": options.seed,
         "threads": options.threads,

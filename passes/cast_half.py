@@ -13,9 +13,10 @@ import onnx_ir as ir
 
 from eptc.errors import OptionError
 from eptc.lower.edit import constant, insert, module
-from eptc.lower.half import CACHES, HALF, MOVES, HalfPlan, limit, plan_half
+from eptc.lower.half import CACHES, HALF, MOVES, limit, plan_half
+from eptc.lower.half_plan import HalfPlan
 from eptc.lower.weights import Piece, WeightTensor, split
-from eptc.pass_base import Contract, GraphPass
+from eptc.pass_base import LossyPass
 from eptc.tensors import Array, cast
 
 __all__ = ["CastHalf"]
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class CastHalf(GraphPass):
+class CastHalf(LossyPass):
     """Compute in 16-bit floating point what 16 bits are enough for.
 
     Before: y = MatMul(x, W)                    x, W, y float32
@@ -36,9 +37,10 @@ class CastHalf(GraphPass):
     stays float32, and why, is what `plan` returns:
 
     * values that reach beyond the largest number of float16, by `ranges` and `safety`, and the
-      nodes that make or read them;
-    * norms that are written out, softmax, masks (cut to what 16 bits hold where an attention
-      kernel reads them), angles of positions, T5's `wo`, the product that makes the logits;
+      nodes that make or read them; so do weights with such numbers, and what computes with them;
+    * routers, norms that are written out, softmax, masks (cut to what 16 bits hold where an
+      attention kernel reads them), angles of positions, T5's `wo`, the product that makes the
+      logits;
     * whatever has no 16-bit kernel in ONNX Runtime's CUDA provider, and what `keep` names.
 
     Scores inside one attention kernel are no value of the graph, so `ranges` cannot cover them.
@@ -48,15 +50,14 @@ class CastHalf(GraphPass):
 
     Args:
         dtype: `float16` or `bfloat16`.
-        ranges: largest magnitude of values by name, as observed; a value that is not there is
-            taken to fit.
+        ranges: largest magnitude of values by name, as observed, and of weights; what is not
+            there is taken to fit, and a weight that does not is an `OptionError` once it is read.
         safety: how many times larger than observed a value must still fit; text that was not
             observed may reach further. float16 only: bfloat16 reaches as far as float32.
         keep: parameters that stay float32, with the nodes that read them.
     """
 
     name: ClassVar[str] = "cast-half"
-    contract: ClassVar[Contract] = "lossy"
     retypes: ClassVar[bool] = True
     dtype: Literal["float16", "bfloat16"] = "float16"
     ranges: Mapping[str, float] = dataclasses.field(default_factory=dict, repr=False)

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar
 
-import numpy as np
-
-from eptc.errors import CheckpointError
 from eptc.ir import AdaptedModel, Adapter, Constant
+from eptc.ir.folding import folded
 from eptc.pass_base import AdapterPass, Contract
-from eptc.tensors import Array, ComputedTensor, LazyTensor, cast, numpy_dtype
 
 __all__ = ["FoldPyramid"]
-
-# Bytes of float64 that are summed and rounded at once.
-_BLOCK = 512 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,39 +33,15 @@ class FoldPyramid(AdapterPass):
 
     def rewrite(self, model: AdaptedModel) -> AdaptedModel:
         """Return the model with every constant branch in its weight; itself where none is left."""
-        folded = {path: a for path, a in model.adapters.items() if _foldable(a)}
-        if not folded:
+        constant = {path: a for path, a in model.adapters.items() if _foldable(a)}
+        if not constant:
             return model
         weights = dict(model.weights)
-        for adapter in folded.values():
+        for adapter in constant.values():
             base = weights[adapter.parameter]
-            weights[adapter.parameter] = ComputedTensor(
-                base.name,
-                self.dtype or base.dtype,
-                base.shape,
-                functools.partial(_fold, base, adapter, self.dtype or base.dtype),
-            )
-        emptied = {path: dataclasses.replace(a, branches=()) for path, a in folded.items()}
+            weights[adapter.parameter] = folded(base, adapter, self.dtype or base.dtype)
+        emptied = {path: dataclasses.replace(a, branches=()) for path, a in constant.items()}
         return model.replace(weights=weights, adapters={**model.adapters, **emptied})
-
-
-def _fold(base: LazyTensor, adapter: Adapter, dtype: str) -> Array:
-    weight, delta = base.numpy(), adapter.delta_reader(None)
-    folded = np.empty(weight.shape, numpy_dtype(dtype))
-    # A few rows at a time: their float64 sums stay in the processor's cache.
-    step = max(1, _BLOCK // max(1, 8 * weight.shape[1]))
-    for start in range(0, len(weight), step):
-        stop = min(start + step, len(weight))
-        total = delta(start, stop)
-        np.add(total, weight[start:stop], out=total, dtype=np.float64)
-        with np.errstate(over="ignore"):
-            folded[start:stop] = cast(total, dtype)
-        if not np.isfinite(folded[start:stop]).all():
-            raise CheckpointError(
-                f"folding the experts of {adapter.target} into its weight overflows {dtype}",
-                fix="the checkpoint's kernels or alpha are beyond what it can have trained with",
-            )
-    return folded
 
 
 def _foldable(adapter: Adapter) -> bool:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import onnx_ir as ir
 
-from eptc.lower.int8 import FULL, REDUCED
 from eptc.lower.int8_nodes import add_bias, by_position, node, read_rows, store, turned
-from eptc.lower.quantizable import Product, quantizable
-from eptc.pass_base import Contract, GraphPass
+from eptc.lower.int8_pass import Int8Pass
+from eptc.lower.quantizable import Product
 
 __all__ = ["QuantizeInt8Dynamic"]
-
-logger = logging.getLogger(__name__)
 
 _FLOAT, _INT32, _UINT8 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.UINT8
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeInt8Dynamic(GraphPass):
+class QuantizeInt8Dynamic(Int8Pass):
     """int8 products and tables, the activations quantized as they come.
 
     Before: y = MatMul(x, W)                             x [..., in], W [in, out] float32
@@ -37,36 +33,18 @@ class QuantizeInt8Dynamic(GraphPass):
 
     Main graph only. A weight is left alone, its reason logged at DEBUG, where it is not bound,
     no float32 matrix, has a side of fewer than 16 or is a table of fewer than 64 rows, is read
-    by anything else, or a caller can set or read it.
+    by anything else, or a caller can set or read it; `plan` returns which and why.
 
-    Args:
-        keep: parameters that stay float32.
-        only: the parameters to quantize; None: all.
-        reduce_range: weights of -64 to 64: on x86 without VNNI, kernels add pairs of products
-            in 16 bits, which overflow with the full range.
+    The options are those of `Int8Pass`: `keep`, `only` and `reduce_range`.
     """
 
     name: ClassVar[str] = "quantize-int8-dynamic"
-    contract: ClassVar[Contract] = "lossy"
-    keep: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
-    reduce_range: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))
-        object.__setattr__(self, "only", None if self.only is None else tuple(self.only))
-
-    def options(self) -> dict[str, Any]:
-        """Return the pass's options as JSON values."""
-        only = None if self.only is None else list(self.only)
-        return {"keep": list(self.keep), "only": only, "reduce_range": self.reduce_range}
 
     def rewrite(self, model: ir.Model) -> int:
         """Quantize every weight that can be; return how many were."""
         graph = model.graph
-        sites = quantizable(graph, keep=self.keep, only=self.only, left=self._left)
-        largest = REDUCED if self.reduce_range else FULL
-        scales = {site.weight: store(site, graph, largest=largest) for site in sites}
+        sites = self.sites(graph, self.left)
+        scales = {site.weight: store(site, graph, largest=self.largest) for site in sites}
         quantized: dict[ir.Value, tuple[ir.Value, ...]] = {}
         for site, product in by_position(sites, graph):
             if product.x not in quantized:
@@ -78,9 +56,6 @@ class QuantizeInt8Dynamic(GraphPass):
         for site in sites:
             read_rows(site, scales[site.weight], graph)
         return len(sites)
-
-    def _left(self, weight: str, reason: str) -> None:
-        logger.debug("%s: left %s alone: %s", self.name, weight, reason)
 
 
 def _quantize(product: Product) -> tuple[ir.Value, ...]:

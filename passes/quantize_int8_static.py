@@ -5,28 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 from eptc.lower.edit import constant
-from eptc.lower.int8 import FULL, REDUCED, activation
+from eptc.lower.int8 import activation
 from eptc.lower.int8_nodes import add_bias, by_position, node, read_rows, store, turned
-from eptc.lower.quantizable import Product, Quantizable, quantizable
-from eptc.pass_base import Contract, GraphPass
+from eptc.lower.int8_pass import Int8Pass
+from eptc.lower.quantizable import Product, Quantizable
 from eptc.tensors import Array
 
 __all__ = ["QuantizeInt8Static"]
-
-logger = logging.getLogger(__name__)
 
 _FLOAT = ir.DataType.FLOAT
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeInt8Static(GraphPass):
+class QuantizeInt8Static(Int8Pass):
     """int8 products and tables, the activations in steps that were calibrated.
 
     Before: y = MatMul(x, W)                            x [..., in], W [in, out] float32
@@ -44,29 +41,19 @@ class QuantizeInt8Static(GraphPass):
     Main graph only. A weight is left alone, its reason logged at DEBUG, where
     `quantize-int8-dynamic` leaves it alone, or an activation that it multiplies has no range.
 
+    Beside these options it has those of `Int8Pass`: `keep`, `only` and `reduce_range`.
+
     Args:
         ranges: smallest and largest value of each activation, by its name in the graph; each is
             widened to hold zero.
         symmetric: int8 activations with zero point 0, and integers read by DequantizeLinear
             alone, as TensorRT demands: a table is dequantized before its rows are read.
             Otherwise uint8 activations, which ONNX Runtime's CPU kernels take.
-        keep: parameters that stay float32.
-        only: the parameters to quantize; None: all.
-        reduce_range: weights of -64 to 64: on x86 without VNNI, kernels add pairs of products
-            in 16 bits, which overflow with the full range.
     """
 
     name: ClassVar[str] = "quantize-int8-static"
-    contract: ClassVar[Contract] = "lossy"
     ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict, repr=False)
     symmetric: bool = False
-    keep: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
-    reduce_range: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))
-        object.__setattr__(self, "only", None if self.only is None else tuple(self.only))
 
     def options(self) -> dict[str, Any]:
         """Return the pass's options as JSON values; of the ranges, their number and digest.
@@ -77,24 +64,16 @@ class QuantizeInt8Static(GraphPass):
         listed = [[name, float(low), float(high)] for name, (low, high) in self.ranges.items()]
         text = json.dumps(sorted(listed), separators=(",", ":"), ensure_ascii=False)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return {
-            "ranges": {"count": len(listed), "sha256": digest},
-            "symmetric": self.symmetric,
-            "keep": list(self.keep),
-            "only": None if self.only is None else list(self.only),
-            "reduce_range": self.reduce_range,
-        }
+        return {**super().options(), "ranges": {"count": len(listed), "sha256": digest}}
 
     def rewrite(self, model: ir.Model) -> int:
         """Quantize every weight that can be; return how many were."""
         graph = model.graph
-        found = quantizable(graph, keep=self.keep, only=self.only, left=self._left)
-        sites = [site for site in found if self._has_ranges(site)]
+        sites = self.sites(graph, self.left)
         products = by_position(sites, graph)
         # First: a value has another name once the product that makes it was replaced.
         steps = [self._step(product) for _, product in products]
-        largest = REDUCED if self.reduce_range else FULL
-        scales = {site.weight: store(site, graph, largest=largest) for site in sites}
+        scales = {site.weight: store(site, graph, largest=self.largest) for site in sites}
         rounded: dict[ir.Value, ir.Value] = {}
         for (site, product), step in zip(products, steps, strict=True):
             if product.x not in rounded:
@@ -108,14 +87,16 @@ class QuantizeInt8Static(GraphPass):
                 read_rows(site, scales[site.weight], graph)
         return len(sites)
 
-    def _left(self, weight: str, reason: str) -> None:
-        logger.debug("%s: left %s alone: %s", self.name, weight, reason)
-
-    def _has_ranges(self, site: Quantizable) -> bool:
-        missing = [str(p.x.name) for p in site.products if p.x.name not in self.ranges]
-        if missing:
-            self._left(str(site.weight.name), f"{missing[0]} has no range")
-        return not missing
+    def sites(self, graph: ir.Graph, left: Callable[[str, str], None]) -> list[Quantizable]:
+        """Return the weights that become integers: those whose activations have ranges."""
+        found = []
+        for site in super().sites(graph, left):
+            missing = [str(p.x.name) for p in site.products if p.x.name not in self.ranges]
+            if missing:
+                left(str(site.weight.name), f"{missing[0]} has no range")
+            else:
+                found.append(site)
+        return found
 
     def _step(self, product: Product) -> tuple[Array, Array]:
         """Return scale and zero point of what is multiplied."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,17 +12,16 @@ import onnx_ir as ir
 from eptc.errors import OptionError
 from eptc.lower.blocks import Blocks, Method
 from eptc.lower.edit import MICROSOFT, constant, drop, insert, replace
+from eptc.lower.naming import CHOICE, chooses_experts
 from eptc.lower.weights import PACKED, Piece, WeightTensor, split
-from eptc.pass_base import Contract, GraphPass
+from eptc.pass_base import QuantizingPass
 from eptc.tensors import Array
 
 __all__ = ["QuantizeWeights"]
 
-logger = logging.getLogger(__name__)
-
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeWeights(GraphPass):
+class QuantizeWeights(QuantizingPass):
     """Store matrices as 4- or 8-bit integers in blocks.
 
     Before: y = MatMul(x, W)                     W [in, out] float32
@@ -37,33 +36,30 @@ class QuantizeWeights(GraphPass):
     same embedding share one copy. Integers keep the weight's name. Each is the nearest to the
     weight as it was folded, in float64: quantising before folding would round twice.
 
-    Main graph only. A matrix is left alone, its reason logged at DEBUG, where it has no data
-    yet, is kept, has rows shorter than a block, a caller can set or read it, something else
+    Main graph only. A matrix is left alone, its reason logged at DEBUG, where it is not bound,
+    is kept, has rows shorter than a block, a caller can set or read it, something else
     reads it, or its readers want it in two layouts. So is a table whose rows have an odd number
     of 4-bit blocks: ONNX Runtime 1.23 and 1.24 read other zero points than are stored.
+
+    Beside these options it has those of `QuantizingPass`: `keep` and `only`.
 
     Args:
         bits: of an integer, 4 or 8.
         block_size: numbers that share a scale, a power of two, 16 or more.
         method: how scales are chosen (`Blocks`).
-        keep: weights that stay as they are.
-        only: the only weights that are quantised; None: all.
         accuracy_level: MatMulNBits's attribute: 4 rounds activations to 8-bit integers, in blocks
             too; 0 computes in float32.
     """
 
     name: ClassVar[str] = "quantize-weights"
-    contract: ClassVar[Contract] = "lossy"
 
     bits: Literal[4, 8] = 4
     block_size: int = 32
     method: Method = "rtn"
-    keep: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
     accuracy_level: int = 4
 
     def __post_init__(self) -> None:
-        """Check the options, and take lists for tuples: JSON has none.
+        """Check the options.
 
         Raises:
             OptionError: a value that the kernels do not take.
@@ -77,28 +73,20 @@ class QuantizeWeights(GraphPass):
         ):
             if not sound:
                 raise OptionError(f"{self.name}: {name} is {value!r}", expected=known)
-        object.__setattr__(self, "keep", tuple(self.keep))
-        object.__setattr__(self, "only", None if self.only is None else tuple(self.only))
+        super().__post_init__()
 
-    def options(self) -> dict[str, Any]:
-        """Return the options as JSON values."""
-        only = None if self.only is None else list(self.only)
-        return {**dataclasses.asdict(self), "keep": list(self.keep), "only": only}
+    def plan(self, model: ir.Model) -> dict[str, str]:
+        """Return why each weight that stays float32 does, by its name."""
+        return {str(w.name): why for w, why in self._weights(model.graph) if isinstance(why, str)}
 
     def rewrite(self, model: ir.Model) -> int:
         """Quantise every matrix that can be; return how many were."""
         quantised = 0
-        for weight in tuple(model.graph.initializers.values()):
-            tensor = weight.const_value
-            if tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
-                continue
-            found = self._kept(weight) or _readers(weight, model.graph)
-            if isinstance(found, _Readers):
-                found = self._misfit(tensor, found) or found
+        for weight, found in self._weights(model.graph):
             if isinstance(found, str):
-                logger.debug("%s: left %s alone: %s", self.name, weight.name, found)
+                self.left(str(weight.name), found)
                 continue
-            self._quantize(weight, tensor, found, model.graph)
+            self._quantize(weight, found, model.graph)
             quantised += 1
         if quantised:
             model.opset_imports.setdefault(MICROSOFT, 1)
@@ -108,15 +96,29 @@ class QuantizeWeights(GraphPass):
     def _blocks(self) -> Blocks:
         return Blocks(self.bits, self.block_size, self.method)
 
+    def _weights(self, graph: ir.Graph) -> Iterator[tuple[ir.Value, _Readers | str]]:
+        """Yield each float32 weight with what reads it, or why it cannot be integers."""
+        for weight in tuple(graph.initializers.values()):
+            tensor = weight.const_value
+            if not isinstance(tensor, WeightTensor) or tensor.dtype != ir.DataType.FLOAT:
+                continue  # A constant of the graph, or stored in fewer bits already.
+            if len(tensor.shape) != 2:
+                yield weight, "it is no matrix"
+                continue
+            found = self._kept(weight) or _readers(weight, graph)
+            if isinstance(found, _Readers):
+                found = self._misfit(tensor, found) or found
+            yield weight, found
+
     def _kept(self, weight: ir.Value) -> str | None:
         """Return why a weight is not to be quantised; None where it is."""
         names = {str(weight.name), *str(weight.name).split(PACKED)}
+        if chooses_experts(weight.name):
+            return CHOICE
         if not names.isdisjoint(self.keep):
             return "it is to be kept"
         if self.only is not None and names.isdisjoint(self.only):
             return "others are to be quantised"
-        if not isinstance(weight.const_value, WeightTensor):
-            return "it has no data yet"
         return None
 
     def _misfit(self, tensor: ir.TensorProtocol, readers: _Readers) -> str | None:
@@ -127,9 +129,9 @@ class QuantizeWeights(GraphPass):
             return "its rows have an odd number of blocks, which some kernels read wrongly"
         return None
 
-    def _quantize(
-        self, weight: ir.Value, tensor: ir.TensorProtocol, readers: _Readers, graph: ir.Graph
-    ) -> None:
+    def _quantize(self, weight: ir.Value, readers: _Readers, graph: ir.Graph) -> None:
+        tensor = weight.const_value
+        assert tensor is not None
         rows, columns = readers.shape(tensor)
         blocks, name = self._blocks, str(weight.name)
         codes, scales, zeros = blocks.shapes(rows, columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from eptc.ir import AdaptedModel, Adapter, Constant, PerTask
+from eptc.ir import AdaptedModel, Adapter, Constant, InputRouter, PerTask, Routed
 from eptc.pass_base import AdapterPass, Contract
 from eptc.tasks import Task
 
@@ -19,9 +19,10 @@ class SpecializeRouter(AdapterPass):
     Before: y = W0 x + sum_i scale_i * g_i(task) * D_i x    D_i [out, in], all N experts
     After:  y = W0 x + sum_i scale_i * c_i * D_i x          c_i a number, 0 for N - top_k of them
 
-    Exact: the router reads nothing but the task's embedding, so its value is computed once, in
-    float64. The parameters under the task's head replace the base's, and the configuration gets
-    the task's labels. Gates that are constant already are left alone.
+    Exact: such a router reads nothing but the task's embedding, so its value is computed once, in
+    float64. What a router that reads the input as well makes of the task becomes its bias, and its
+    gates stay. The parameters under the task's head replace the base's, and the configuration
+    gets the task's labels. Gates that do not read the task are left alone.
 
     Args:
         task_id: position of the task in the checkpoint's list.
@@ -39,10 +40,14 @@ class SpecializeRouter(AdapterPass):
         config = dict(model.config)
         if task.name in model.heads:
             config |= _labels(task)
+        routers: dict[InputRouter, InputRouter] = {}
         return model.replace(
             config=config,
             weights={**model.weights, **model.heads.get(task.name, {})},
-            adapters={path: self._fix(adapter) for path, adapter in model.adapters.items()},
+            adapters={
+                path: self._fix_input(self._fix(adapter), routers)
+                for path, adapter in model.adapters.items()
+            },
             heads={},
             task_id=self.task_id,
         )
@@ -56,6 +61,21 @@ class SpecializeRouter(AdapterPass):
         branches = tuple(
             dataclasses.replace(branch, gate=Constant(weights.get(branch.gate.expert, 0.0)))
             if isinstance(branch.gate, PerTask)
+            else branch
+            for branch in adapter.branches
+        )
+        return dataclasses.replace(adapter, branches=branches)
+
+    def _fix_input(self, adapter: Adapter, routers: dict[InputRouter, InputRouter]) -> Adapter:
+        """Fix the task of a router that reads the input; what shared it shares its successor."""
+        router = adapter.input_router
+        if router is None or not router.reads_task:
+            return adapter
+        if router not in routers:
+            routers[router] = router.for_task(self.task_id)
+        branches = tuple(
+            dataclasses.replace(branch, gate=Routed(routers[router], branch.gate.expert))
+            if isinstance(branch.gate, Routed)
             else branch
             for branch in adapter.branches
         )

@@ -11,9 +11,12 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from eptc.nn import GateConfig
 
 # No test may ask a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -87,11 +90,37 @@ def small_native(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return folders
 
 
+@pytest.fixture(scope="session")
+def small_routed(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The same with routers that read each token and the task; one expert's kernel is large."""
+    from eptc.nn import GateConfig
+
+    folders = Folders(tmp_path_factory.mktemp("small-routed"))
+    _write_small_native(folders, (2, 3, 3, 24), GateConfig("token+task", 1.0))
+    return folders
+
+
 @pytest.fixture
 def copy_native(small_native: Folders, tmp_path: Path) -> Folders:
     """A copy of the small native checkpoint, for a test to damage."""
     _copy(small_native.root / "in", tmp_path / "in")
     return Folders(tmp_path)
+
+
+@pytest.fixture
+def write_tucka(tmp_path: Path) -> Callable[..., Folders]:
+    """Return a function that writes a TuckA adapter as its authors' code does, and its base.
+
+    On a `bert` or `deberta-v2` classifier or a `llama`, of two layers; further arguments are
+    entries of its configuration.
+    """
+
+    def write(kind: str = "bert", **settings: Any) -> Folders:
+        folders = Folders(tmp_path)
+        _write_tucka(folders, kind, settings)
+        return folders
+
+    return write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +203,9 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
 
 
-def _write_small_native(folders: Folders) -> None:
+def _write_small_native(
+    folders: Folders, kernel_sizes: tuple[int, ...] = (2, 3, 4, 7), gate: GateConfig | None = None
+) -> None:
     import tokenizers
     import torch
     import transformers
@@ -217,7 +248,7 @@ def _write_small_native(folders: Folders) -> None:
             EptConfig(
                 variant="paper",
                 targets=("query", "value", "intermediate.dense", "output.dense"),
-                kernel_sizes=(2, 3, 4, 7),
+                kernel_sizes=kernel_sizes,
                 top_k=2,
                 rank=3,
                 tasks=(
@@ -225,12 +256,79 @@ def _write_small_native(folders: Folders) -> None:
                     Task("same", "classification", ("first", "second"), labels=("no", "yes")),
                     Task("score", "regression"),
                 ),
+                gate=gate,
             ),
         )
         for parameter in model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.3)
         model.save(folders.ckpt, base_dir=folders.base, base_name="small-bert")
+
+
+_TUCKA_SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 36,
+    "max_position_embeddings": 64,
+}
+
+
+def _tucka_base(kind: str) -> Any:
+    import transformers
+
+    if kind == "llama":
+        config = transformers.LlamaConfig(**_TUCKA_SHAPE, num_key_value_heads=1)
+        return transformers.LlamaForCausalLM(config)
+    if kind == "deberta-v2":
+        config = transformers.DebertaV2Config(
+            **_TUCKA_SHAPE,
+            relative_attention=True,
+            position_biased_input=False,
+            pos_att_type=["p2c", "c2p"],
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            position_buckets=4,
+            max_relative_positions=12,
+        )
+        return transformers.DebertaV2ForSequenceClassification(config)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**_TUCKA_SHAPE))
+
+
+def _write_tucka(folders: Folders, kind: str, settings: dict[str, Any]) -> None:
+    import safetensors.torch
+    import torch
+
+    config = {
+        "peft_type": "TUCKA",
+        "task_type": "CAUSAL_LM" if kind == "llama" else "SEQ_CLS",
+        "r": 4, "k": 3, "t": 2, "p": 2, "alpha": 6, "use_alb": False, **settings,
+    }  # fmt: skip
+    r, k, t, p = (config[key] for key in "rktp")
+    names = ("q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "dense")
+    tensors: dict[str, torch.Tensor] = {}
+    with torch.random.fork_rng(devices=[]), _no_progress_bars():
+        torch.manual_seed(1)
+        model = _tucka_base(kind)
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(folders.base)
+        for path, module in model.named_modules():
+            if path.rpartition(".")[2] not in names:
+                continue
+            prefix = f"base_model.model.{path}.tucka_"
+            if not tensors:
+                tensors[f"{prefix}ec"] = torch.randn(k * t, module.in_features)
+            tensors[f"{prefix}g"] = torch.randn(k, p, r, r)
+            tensors[f"{prefix}c"] = torch.randn(t, p)
+            tensors[f"{prefix}u"] = torch.randn(module.in_features, r)
+        if kind != "llama":
+            tensors["base_model.model.classifier.weight"] = torch.randn(3, 24)
+            tensors["base_model.model.classifier.bias"] = torch.randn(3)
+    folders.ckpt.mkdir(parents=True, exist_ok=True)
+    (folders.ckpt / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, folders.ckpt / "adapter_model.safetensors")
 
 
 @contextlib.contextmanager
@@ -242,3 +340,137 @@ def _no_progress_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptedFolders(Folders):
+    """A small MEPT or SMoP checkpoint, random, and its base with a tokenizer of words."""
+
+    def settings(self, **changes: Any) -> None:
+        """Change settings of training, in whichever file has them; None removes one."""
+        for name in ("adapter_config.json", "train_args.json"):
+            path = self.ckpt / name
+            found = json.loads(path.read_text())
+            for key, value in changes.items():
+                if value is None:
+                    found.pop(key, None)
+                elif key in found:
+                    found[key] = value
+            path.write_text(json.dumps(found))
+
+    def tensors(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Change the state dict."""
+        import safetensors.torch
+
+        path = self.ckpt / "model.safetensors"
+        found = safetensors.torch.load_file(path)
+        change(found)
+        path.unlink()
+        safetensors.torch.save_file(found, path)
+
+
+@pytest.fixture
+def small_mept(tmp_path: Path) -> Callable[..., PromptedFolders]:
+    """Return a function that writes a small checkpoint with prompts.
+
+    Its arguments: the backbone, `t5` or `llama`, and settings of training as `train_args.json`
+    has them.
+    """
+    count = 0
+
+    def make(backbone: str = "t5", **settings: Any) -> PromptedFolders:
+        nonlocal count
+        folders = PromptedFolders(tmp_path / f"mept-{count}")
+        count += 1
+        _write_small_mept(folders, backbone, settings)
+        return folders
+
+    return make
+
+
+def _write_small_mept(folders: PromptedFolders, backbone: str, given: dict[str, Any]) -> None:
+    import safetensors.torch
+    import torch
+
+    settings: dict[str, Any] = {
+        "method": "prompt-expert", "num_virtual_tokens": 3, "num_virtual_tokens_full": 12,
+        "topk": 2, "layers": [0, 1, 2], "shared_expert": True, "shared_expert_ratio": "one",
+        "stochastic": False, "gumbel": False, "tokenizer_pad_token_id": 0, **given,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]), _no_progress_bars():
+        torch.manual_seed(0)
+        model = _prompted_base(folders.base, backbone)
+        width = int(model.config.hidden_size)
+        state = {name: t.clone() for name, t in model.state_dict().items()}
+        if backbone == "t5":
+            state = {f"base_model.{name}": tensor for name, tensor in state.items()}
+            state["word_embeddings.weight"] = model.shared.weight.clone()
+            stack, site, where = "base_model.encoder.block", "", "prompt_encoder."
+        else:
+            state["score.weight"] = torch.randn(3, width)
+            stack, site, where = "model.layers", "prompt_", ""
+            state["layer_norm.weight"] = torch.ones(width)
+        rows, length = settings["num_virtual_tokens_full"], settings["num_virtual_tokens"]
+        experts = settings["method"] == "prompt-expert"
+        blocks = [b for b in settings["layers"] if b < 3] if experts else []
+        names = [(f"{stack}.{b}.prompt_", f"{stack}.{b}.") for b in blocks]
+        for prefix, shared in [*names, (f"{where}{site}", where)]:
+            state[f"{prefix}embedding.weight"] = torch.randn(rows, width)
+            state[f"{prefix}router.0.weight"] = torch.randn(rows // length, width)
+            if settings["shared_expert"] and experts:
+                state[f"{shared}shared_embedding"] = torch.randn(1, length, width)
+        for number in range(3):
+            state[f"{stack}.{number}.layer_norm.weight"] = torch.ones(width)
+        settings["tokenizer_length"] = model.config.vocab_size
+        folders.ckpt.mkdir(parents=True)
+        safetensors.torch.save_file(state, folders.ckpt / "model.safetensors")
+    adapter = {
+        key: settings[key]
+        for key in ("num_virtual_tokens", "num_virtual_tokens_full", "topk", "stochastic")
+    }
+    adapter["peft_type"] = "PROMPT_EXPERT" if experts else "PROMPT_ROUTING"
+    adapter["base_model_name_or_path"] = "small-base"
+    (folders.ckpt / "adapter_config.json").write_text(json.dumps(adapter))
+    (folders.ckpt / "train_args.json").write_text(json.dumps(settings))
+
+
+def _prompted_base(directory: Path, backbone: str) -> Any:
+    """Save a random base of three blocks and a tokenizer of words; return the task model."""
+    import tokenizers
+    import torch
+    import transformers
+    from tokenizers import models, pre_tokenizers, processors
+
+    special = ("<pad>", "</s>", "<unk>")
+    words = {word: i for i, word in enumerate((*special, *WORDS))}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(directory)
+    model: Any
+    if backbone == "t5":
+        config = transformers.T5Config(
+            vocab_size=len(words), d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=3,
+            num_decoder_layers=1, decoder_start_token_id=0, relative_attention_num_buckets=8,
+            relative_attention_max_distance=20, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = transformers.T5ForConditionalGeneration(config)
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            pad_token_id=0, eos_token_id=1, tie_word_embeddings=False,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(directory)
+    if backbone != "t5":
+        # The classifier's head is another.
+        del model.lm_head
+    return model.eval()

@@ -359,16 +359,16 @@ def test_nothing_is_published_where_parity_fails(
     copy_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
 ) -> None:
     """A wrong fold: exit code 1, and the old bundle stays."""
-    from eptc.passes import fold_pyramid
+    from eptc.ir import folding
 
     _export(copy_native, copy_native.out)
     before = _files(copy_native.out)
-    fold = fold_pyramid._fold
+    fold = folding._fold
 
     def wrong(*arguments: Any) -> Any:
         return np.asarray(fold(*arguments), np.float32) * np.float32(1.001)
 
-    monkeypatch.setattr(fold_pyramid, "_fold", wrong)
+    monkeypatch.setattr(folding, "_fold", wrong)
     with pytest.raises(ParityError):
         _export(copy_native, tmp_path / "new", verify=True)
     options = ("--base", copy_native.base, "--task", "tone", "--force", "-o", copy_native.out)

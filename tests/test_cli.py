@@ -543,6 +543,12 @@ PRECISION_CASES = [
     case("evaluations-that-find-nothing", lines({"text": "good", "label": "good"}),
          "--search-evaluations is 4|5 or more", "--precision", "auto", "--data", ROWS,
          "--max-drop", "1", "--search-evaluations", "4"),
+    case("evaluations-without-a-search", nothing,
+         "--search-evaluations was given, and nothing is searched for --precision int8|leave",
+         "--precision", "int8", "--search-evaluations", "100"),
+    case("minutes-for-a-plan", nothing,
+         "--search-minutes was given, and nothing is searched for a plan|without --precision-plan",
+         *AUTO, "--search-minutes", "1"),
     case("data-for-float32", nothing, "--precision fp32 changes no answer|eptc parity --data",
          "--data", ROWS),
     # plans
@@ -565,6 +571,9 @@ PRECISION_CASES = [
          "--precision", "int8", "--precision-plan", "{in}/plan.json"),
     # all of them
     case("all-without-data", nothing, "was given no data to score on", "--precision", "all"),
+    case("all-with-minutes-for-no-search", lines({"text": "good", "label": "good"}),
+         "no budget to keep|--max-drop", "--precision", "all", "--data", ROWS,
+         "--search-minutes", "1"),
     case("all-of-a-dry-run", nothing, "given together with --dry-run",
          "--precision", "all", "--data", ROWS, "--dry-run"),
 ]  # fmt: skip

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+import resource
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,13 +17,16 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
+import safetensors.numpy
 
 import eptc
 from eptc import checkpoint, lower
+from eptc.calibration import twin
 from eptc.errors import OptionError, ParityError
 from eptc.job import Job
 from eptc.lower.blocks import PRECISIONS
 from eptc.lower.int8 import integers
+from eptc.parity_gate import reference_answers
 from eptc.parity_gate.compare import bound_of
 from eptc.parity_gate.stored import quantized
 from eptc.pass_base import Contract, GraphPass
@@ -117,7 +124,8 @@ def test_checked_again(
     build: Any, small_native: Any, small_rows: Any, tmp_path: Path, precision: str
 ) -> None:
     """A published engine is judged as it was when it was built, 16 bits by their twin."""
-    bundle = build(tmp_path / "out", precision, **BUILT[precision][0])
+    given = {} if precision != "int4" else {"data": small_rows.values, "max_drop": 10.0}
+    bundle = build(tmp_path / "out", precision, **given, **BUILT[precision][0])
     report = eptc.parity(
         bundle.path, reference=small_native.ckpt, base=small_native.base, data=small_rows.values
     )
@@ -129,6 +137,56 @@ def test_checked_again(
     assert {path.name for path in bundle.path.iterdir()} == {
         *bundle.manifest.files, "manifest.json",
     }  # fmt: skip
+
+
+def test_values_have_a_budget_of_their_own(
+    build: Any, small_native: Any, small_rows: Any, tmp_path: Path
+) -> None:
+    """Where nothing is said a point may be lost: int4 loses more."""
+    bundle = build(tmp_path / "out", "int4")
+    with pytest.raises(ParityError, match=r"the pearson drops by .* allowed are 1"):
+        eptc.parity(
+            bundle.path, reference=small_native.ckpt, base=small_native.base,
+            data=small_rows.values,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("why", ["full", "gone"])
+def test_no_room_for_the_simulation(
+    build: Any, small_native: Any, cli: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, why: str,
+) -> None:  # fmt: skip
+    """A copy of a 16-bit engine needs room: where there is none, that is no bug of eptc."""
+    bundle = build(tmp_path / "out", "fp16")
+    place = tmp_path / "place"
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    arguments = (
+        "parity", bundle.path, "--reference", small_native.ckpt, "--base", small_native.base,
+    )  # fmt: skip
+    if why == "gone":
+        result = cli(*arguments)
+    else:
+        place.mkdir()
+        with files_of_at_most(2**10):
+            result = cli(*arguments)
+        assert list(place.iterdir()) == []
+    assert result.code == 2, result
+    for words in ("is an engine in fp16", "cannot be written", "MB free", "TMPDIR"):
+        assert words in result.stderr
+    assert ("File too large" if why == "full" else "No such file") in result.stderr
+    place.mkdir(exist_ok=True)
+    assert cli(*arguments).code == 0
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse to write files past a size, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 0), ("int8", 1)])
@@ -146,8 +204,10 @@ def test_flips_found_again(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flips = 0
 
-    def answers(*_: Any) -> Any:
-        return [0] * flips + [1] * (100 - flips), [True] * 100
+    def answers(*arguments: Any) -> Any:
+        want = reference_answers(*arguments)
+        want.scores[:flips] *= -1
+        return dataclasses.replace(want, chosen=want.scores.argmax(axis=1))
 
     with eptc.Engine.load(out, providers=["cpu"]) as engine:
         assert {answer.label for answer in engine.classify(rows)} == {"good"}
@@ -186,6 +246,30 @@ def test_what_stays_float32_is_stored_so(build: Any, tmp_path: Path) -> None:
         assert types[name] == expected, name
 
 
+# A weight that stays float32, and a piece of the reason.
+STAYS = {
+    "int8": ("bert.embeddings.token_type_embeddings.weight", "a table of 2 rows"),
+    "int8-static": ("bert.embeddings.token_type_embeddings.weight", "a table of 2 rows"),
+    "int8-weights": ("bert.embeddings.word_embeddings.weight", "rows of 34 are shorter"),
+    "int4": ("bert.pooler.dense.weight", "Gemm reads it"),
+}
+
+
+@pytest.mark.parametrize("precision", STAYS)
+def test_why_each_weight_stays_float32(build: Any, tmp_path: Path, precision: str) -> None:
+    """Every weight that the file has in float32 has its reason, and no other weight has one."""
+    bundle = build(tmp_path / "out", precision, **BUILT.get(precision, ({},))[0])
+    report = read(bundle.path / "precision.json")
+    graph = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph
+    single = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    weights = {name for name in single if "@" not in name and not name.startswith("constants.")}
+    assert {name for name, level in report["weights"].items() if level == "fp32"} <= weights
+    assert report["stays_float32"].keys() == weights
+    assert report["stays_float32"]["bert.embeddings.LayerNorm.weight"] == "it is no matrix"
+    name, reason = STAYS[precision]
+    assert reason in report["stays_float32"][name]
+
+
 def test_precision_without_effect(build: Any, tmp_path: Path) -> None:
     """Every matrix is narrower than a block: the engine is a float32 one, and that is said."""
     assert PRECISIONS["int8-weights"].size > 51
@@ -199,7 +283,7 @@ def test_precision_without_effect(build: Any, tmp_path: Path) -> None:
 def test_block_by_block(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, precision: Any
 ) -> None:
-    """Under little memory: weights and their use are compared as tightly as float32's."""
+    """Under little memory: weights and their use as tightly as float32's; then as published."""
     monkeypatch.setattr("eptc.parity_gate.memory.verified_by_block", lambda *_: True)
     folder = golden / "ept" / name
     bundle = eptc.export(
@@ -213,6 +297,8 @@ def test_block_by_block(
     details = read(bundle.path / "parity.json")
     assert max(tensor["bound"] for tensor in details["tensors"]) < 1e-3
     assert "weights as they are stored" in parity["reference"]
+    assert parity["as_published"]["tensors"] == len(details["as_published"]["tensors"]) > 0
+    assert details["as_published"]["bound"]["relative"] == bound_of(precision).relative
 
 
 @pytest.mark.parametrize(
@@ -269,6 +355,53 @@ class LooseNorms(GraphPass):
         for norm in norms:
             norm.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", self.epsilon)
         return len(norms)
+
+
+def test_weights_beyond_float16(copy_native: Any, small_rows: Any, tmp_path: Path) -> None:
+    """They stay float32 with what computes with them, and the engine answers as float32 does.
+
+    One is read with a number as far below one as it is above; one, of a position that no text
+    reaches, would make every long text infinite where its rows were added in float16.
+    """
+    path = copy_native.base / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    block = "encoder.layer.0"
+    far = 2.0**18
+    tensors[f"{block}.output.dense.weight"][:, 5] *= far
+    for kind in ("weight", "bias"):
+        tensors[f"{block}.intermediate.dense.{kind}"][5] /= far
+    tensors["embeddings.position_embeddings.weight"][100] = np.linspace(-9e4, 9e4, 34)
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    path = copy_native.ckpt / "ept_config.json"
+    config = json.loads(path.read_text())
+    config["base"]["sha256"] = None
+    path.write_text(json.dumps(config))
+    options = {"base": copy_native.base, "task": "score"}
+    exact = eptc.export(copy_native.ckpt, out=tmp_path / "exact", verify=False, **options)
+    half = eptc.export(
+        copy_native.ckpt, out=tmp_path / "half", precision="fp16", calibration=small_rows.texts,
+        **options,
+    )  # fmt: skip
+    report = read(half.path / "precision.json")
+    large = {
+        f"bert.{block}.output.dense.weight", "bert.embeddings.position_embeddings.weight",
+    }  # fmt: skip
+    for name in large:
+        assert report["weights"][name] == "fp32"
+        assert "beyond 65504" in report["stays_float32"][name]
+    levels = collections.Counter(report["weights"].values())
+    assert levels == {"fp32": 3, "fp16": len(report["weights"]) - 3}  # the head is the third
+    assert f"bert.{block}.output.dense/MatMul" in report["stays_float32"]
+    assert "bert.embeddings.LayerNorm/LayerNormalization" in report["stays_float32"]
+    long = " ".join(["a good film"] * 60)
+    answers = []
+    with twin(half.path) as simulated:
+        for folder in (exact.path, simulated):
+            with eptc.Engine.load(folder, providers=["cpu"]) as engine:
+                answers.append([answer.value for answer in engine.classify(["good", long])])
+    want, got = answers
+    assert got == pytest.approx(want, rel=0, abs=0.01)
+    assert want[0] != pytest.approx(want[1], abs=0.1)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])

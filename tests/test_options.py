@@ -42,6 +42,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"precision": "auto", "data": "x", "max_drop": 1.0, "search_minutes": 0.0},
         "--search-minutes is 0",
     ),
+    "evaluations without a search": (
+        {"precision": "int8", "search_evaluations": 100},
+        "--search-evaluations was given, and nothing is searched for --precision int8",
+    ),
+    "minutes without a search": (
+        {"search_minutes": 1.0},
+        "--search-minutes was given, and nothing is searched for --precision fp32",
+    ),
+    "minutes for a plan": (
+        {"precision": "auto", "precision_plan": "x", "search_minutes": 1.0},
+        "--search-minutes was given, and nothing is searched for a plan",
+    ),
     "plan for int8": (
         {"precision": "int8", "precision_plan": "x"}, "together with --precision int8",
     ),
@@ -74,6 +86,7 @@ def test_what_runs_instead() -> None:
         {"precision": "bf16", "optimize_for": "cuda"},
         {"precision": "int8-static", "calibration": "x", "optimize_for": "any"},
         {"precision": "auto", "data": "x", "max_flips": 0.01},
+        {"precision": "auto", "data": "x", "max_drop": 1.0, "search_evaluations": 5},
         {"precision": "auto", "precision_plan": "x"},
         {"precision": "int4", "data": "x", "max_drop": 0.0},
     ],

@@ -32,11 +32,12 @@ def build(small_native: Any, small_rows: Any) -> Callable[..., eptc.Bundle]:
     """Return a function that compiles the small checkpoint's regression with `auto`."""
 
     def run(out: Path, **options: Any) -> eptc.Bundle:
-        given = {"data": small_rows.values, "max_drop": BUDGET, **options}
+        given = {
+            "ckpt": small_native.ckpt, "data": small_rows.values, "max_drop": BUDGET, **options,
+        }  # fmt: skip
         return eptc.export(
-            small_native.ckpt, base=small_native.base, task="score", out=out, precision="auto",
-            **given,
-        )  # fmt: skip
+            base=small_native.base, task="score", out=out, precision="auto", **given
+        )
 
     return run
 
@@ -72,11 +73,17 @@ def test_plan_keeps_the_budget(found: eptc.Bundle, build: Any, tmp_path: Path) -
     }  # fmt: skip
     assert record["stopped"] is None
     assert record["groups"] == "single weights"
-    assert record["weight_bytes"] < 0.35 * record["weight_bytes_exact"]
+    assert record["searched_weight_bytes"] < 0.35 * record["searched_weight_bytes_exact"]
+    # The plan's own weights in float32, and those that can be nothing else.
+    stays = plan["stays_float32"]
+    assert stays["bert.pooler.dense.bias"] == "it is no matrix"
+    assert "decides" in stays["classifier.weight"]
+    single = {name for name, level in plan["weights"].items() if level == "fp32"}
+    assert {n for n in stays if n in plan["weights"]} == single
     # What the plan was said to take is what is stored: numbers, scales and zero points.
     choices = [name for name in plan["weights"] if name != "classifier.weight"]
     stored = onnx_ir.load(found.path / "model.onnx").graph.initializers
-    assert record["weight_bytes"] == sum(
+    assert record["searched_weight_bytes"] == sum(
         value.const_value.nbytes
         for name, value in stored.items()
         if name.partition("@")[0] in choices and value.const_value is not None
@@ -84,7 +91,7 @@ def test_plan_keeps_the_budget(found: eptc.Bundle, build: Any, tmp_path: Path) -
     # A tighter budget costs bytes.
     tight = build(tmp_path / "tight", max_drop=0.05)
     assert tight.manifest.parity["scores"]["drop"] <= 0.0005
-    assert plan_of(tight)["search"]["weight_bytes"] > record["weight_bytes"]
+    assert plan_of(tight)["search"]["searched_weight_bytes"] > record["searched_weight_bytes"]
 
 
 def test_same_plan_again(found: eptc.Bundle, build: Any, cache: Path, tmp_path: Path) -> None:
@@ -114,6 +121,7 @@ def test_plan_passed_back(found: eptc.Bundle, build: Any, tmp_path: Path) -> Non
     assert plan_of(bundle)["weights"] == weights
     stored = onnx_ir.load(bundle.path / "model.onnx").graph.initializers
     assert stored[key].dtype == onnx_ir.DataType.FLOAT
+    assert plan_of(bundle)["stays_float32"][key] == "the plan stores it as float32"
     assert stored[value].dtype == onnx_ir.DataType.UINT8
     assert bundle.manifest.parity["passed"]
 
@@ -157,6 +165,39 @@ def test_resumed(
     assert plan_of(resumed) == plan_of(found)
     assert bytes_of(resumed) == bytes_of(found)
     assert len(loaded) == plan_of(resumed)["search"]["evaluations"]
+
+
+@pytest.mark.parametrize("what", ["data", "method", "task", "budget"])
+def test_nothing_is_taken_from_another_search(
+    build: Any, copy_native: Any, small_rows: Any, cache: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, what: str,
+) -> None:  # fmt: skip
+    """With another input, what an earlier search found changes nothing."""
+    options: dict[str, Any] = {}
+    if what == "data":
+        options["data"] = tmp_path / "other.jsonl"
+        rows = [json.loads(line) for line in small_rows.values.read_text().splitlines()]
+        options["data"].write_text("".join(json.dumps(row) + "\n" for row in rows[:60] * 2))
+    elif what == "method":
+        options["block_method"] = "k-quant"
+    elif what == "budget":
+        options["max_drop"] = 0.2
+    else:
+        config = copy_native.ckpt / "ept_config.json"
+        told = json.loads(config.read_text())
+        [score] = [task for task in told["tasks"] if task["name"] == "score"]
+        score["max_length"] = 6
+        config.write_text(json.dumps(told))
+        options["ckpt"] = copy_native.ckpt
+    build(tmp_path / "earlier")
+    known = [path.name for path in cache.iterdir()]
+    other = build(tmp_path / "other", **options)
+    monkeypatch.setenv("EPTC_CACHE_DIR", "")
+    fresh = build(tmp_path / "fresh", **options)
+    assert plan_of(other) == plan_of(fresh)
+    assert bytes_of(other) == bytes_of(fresh)
+    # A budget is no part of what is remembered: what plans cost is the same under any.
+    assert (sorted(path.name for path in cache.iterdir()) == sorted(known)) is (what == "budget")
 
 
 @pytest.mark.usefixtures("cache")

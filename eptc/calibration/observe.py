@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from eptc.calibration.histograms import BINS, Histogram, entropy_bins, percentile_bins
@@ -16,11 +17,11 @@ from eptc.calibration.taps import Extremes, Tap, Values
 from eptc.errors import InputError
 from eptc.examples_file import Example
 from eptc.lower.element_types import element_types
-from eptc.runtime import Engine, Manifest
+from eptc.runtime import Engine, Manifest, load_manifest
 from eptc.runtime.graph import NumpyArray
 from eptc.runtime.loading import open_tokenizer
 
-__all__ = ["MAX_BYTES", "Method", "Range", "float_values", "observe"]
+__all__ = ["MAX_BYTES", "Method", "Range", "float_values", "observe", "weight_ranges"]
 
 Method = Literal["minmax", "entropy", "percentile"]
 
@@ -47,6 +48,29 @@ def float_values(model: ir.Model) -> list[str]:
     types = element_types(model)
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     return [str(value.name) for value in values if types.get(value) == ir.DataType.FLOAT]
+
+
+def weight_ranges(
+    bundle: Path, weights: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Range]]:
+    """Return how far weights of an engine reach, by graph; one is in memory at a time.
+
+    Args:
+        bundle: folder of the engine.
+        weights: names by graph.
+    """
+    found: dict[str, dict[str, Range]] = {}
+    for graph, spec in load_manifest(bundle).graphs.items():
+        stored = ir.load(bundle / spec.file).graph.initializers
+        found[graph] = {}
+        for name in weights[graph]:
+            tensor = stored[name].const_value
+            assert tensor is not None
+            # No view of the file may be left when it is closed.
+            found[graph][name] = Range(float(np.min(tensor)), float(np.max(tensor)))
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
+    return found
 
 
 def observe(

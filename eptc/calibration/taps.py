@@ -17,7 +17,7 @@ from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.graph import NumpyArray
 from eptc.runtime.ort_errors import ort_errors
 
-__all__ = ["Extremes", "Tap", "Values"]
+__all__ = ["Extremes", "Moments", "Tap", "Values"]
 
 # What the names of added values begin with.
 _TAP = "eptc.tap."
@@ -132,15 +132,45 @@ class Values(Tap):
             histogram.add(found.pop(0))
 
     def _add(self, graph: onnx.GraphProto) -> list[str]:
-        # A value that is an output, or an input, already needs another name.
-        def tap(number: int, value: str) -> list[onnx.NodeProto]:
-            return [helper.make_node("Identity", [value], [f"{_TAP}{number}"])]
+        return _let_out(graph, self.values)
 
-        _insert(graph, self.values, tap)
-        names = [f"{_TAP}{number}" for number in range(len(self.values))]
-        for name in names:
-            graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-        return names
+
+class Moments(Tap):
+    """Sums over all but the last axis of each value, and over all runs.
+
+    Attributes:
+        moments: of each value [..., n] the sums [3, n] of 1, of it and of its square; empty
+            until it was computed once.
+    """
+
+    def __init__(self, folder: Path, file: str, values: Sequence[str]) -> None:
+        super().__init__(folder, file, values)
+        self.moments = [np.zeros((0, 0)) for _ in values]
+
+    def report(self, found: list[NumpyArray]) -> None:
+        """Add the sums of one run."""
+        for number, value in enumerate(found):
+            rows = value.reshape(-1, value.shape[-1]).astype(np.float64)
+            sums = np.stack([np.full(rows.shape[1], len(rows)), rows.sum(0), (rows**2).sum(0)])
+            known = self.moments[number]
+            self.moments[number] = known + sums if known.size else sums
+
+    def _add(self, graph: onnx.GraphProto) -> list[str]:
+        return _let_out(graph, self.values)
+
+
+def _let_out(graph: onnx.GraphProto, values: Sequence[str]) -> list[str]:
+    """Make values outputs; return their names as such."""
+
+    # A value that is an output, or an input, already needs another name.
+    def tap(number: int, value: str) -> list[onnx.NodeProto]:
+        return [helper.make_node("Identity", [value], [f"{_TAP}{number}"])]
+
+    _insert(graph, values, tap)
+    names = [f"{_TAP}{number}" for number in range(len(values))]
+    for name in names:
+        graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    return names
 
 
 def _insert(

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eptc.checkpoint.base import BaseModel, read_base
+from eptc.checkpoint.base import BaseModel
 from eptc.checkpoint.contents import Contents, ReadOptions, Routing
 from eptc.checkpoint.formats import FORMATS, Format, detect, find_format
 from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
@@ -61,6 +61,7 @@ class Checkpoint:
             adapters=self.contents.adapters,
             heads=self.contents.heads,
             tasks=self.contents.tasks,
+            prompts=self.contents.prompts,
         )
 
     def check_base(self) -> None:
@@ -102,7 +103,7 @@ def read(
         task_spec: a JSON file that describes tasks by prompt and labels.
         specs: such descriptions by name, where there is no file.
         allow_pickle: whether a `.bin` file may be read, weights only.
-        format: a name of `FORMATS`; None: what the folder looks like.
+        format: a name of `FORMATS`, or of an installed format; None: what the folder looks like.
         routing: what is to become of routes that depend on the input.
 
     Raises:
@@ -127,7 +128,7 @@ def read(
     names = tuple(tasks) if tasks is not None else None
     described = read_task_spec(task_spec) if task_spec is not None else specs or {}
     options = ReadOptions(top_k, names, described, allow_pickle, routing)
-    model = read_base(base)
+    model = kind.read_base(base)
     return Checkpoint(path, model, kind.read(path, model, options), kind, options)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from eptc.checkpoint.base import BaseModel, Finite
 from eptc.errors import CheckpointError
-from eptc.ir import Adapter
+from eptc.ir import Adapter, PromptLayout
 from eptc.runtime.routing import STATIC, RoutingSpec
 from eptc.tasks import Task
 from eptc.tensors import LazyTensor
@@ -60,6 +60,7 @@ class Contents:
         routing: what the answer to one row depends on.
         details: what else there is to say of it, for the manifest: JSON values.
         notes: what a user should know although nothing is wrong.
+        prompts: the prompts before the text; their parameters are among `weights`.
     """
 
     format: str
@@ -77,6 +78,7 @@ class Contents:
     routing: RoutingSpec = STATIC
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    prompts: PromptLayout | None = None
 
 
 class Source:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eptc.checkpoint.base import BaseModel, read_json
+from eptc.checkpoint.base import BaseModel, read_base, read_json
 from eptc.checkpoint.contents import Contents, ReadOptions
 from eptc.checkpoint.lora import read_lora
+from eptc.checkpoint.mept import read_mept
+from eptc.checkpoint.mept_base import prompted_base
+from eptc.checkpoint.mept_files import is_mept
 from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
 from eptc.checkpoint.native import read_native
 from eptc.checkpoint.peft_folder import CONFIG, peft_type, tensor_names
 from eptc.checkpoint.released import read_released
+from eptc.checkpoint.tucka import holds_unmerged, read_tucka
 from eptc.errors import CheckpointError, OptionError
+from eptc.plugins import Plugin
 from eptc.tasks import Task
 
 if TYPE_CHECKING:
@@ -33,14 +40,20 @@ class Format(abc.ABC):
     Attributes:
         name: what `--format` and the manifest call it.
         describes_tasks: whether its folders describe their tasks, so that nobody else may.
+        plugin: the entry point it comes from; None: eptc's own.
     """
 
     name: str
     describes_tasks = False
+    plugin: Plugin | None = None
 
     @abc.abstractmethod
     def matches(self, path: Path) -> bool:
         """Whether a folder is of this format, as far as a glance tells."""
+
+    def read_base(self, path: Path) -> BaseModel:
+        """Return the base model's folder; raise BaseModelError where it cannot be used."""
+        return read_base(path)
 
     @abc.abstractmethod
     def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
@@ -77,6 +90,10 @@ class Format(abc.ABC):
             fix="build it where there is more memory, or give --no-verify, which the manifest "
             "records",
         )
+
+    def blamed(self, what: str) -> AbstractContextManager[None]:  # noqa: ARG002  # the interface
+        """Say whose an unexpected error is, where the format is not eptc's own."""
+        return contextlib.nullcontext()
 
     def base_name(self, path: Path) -> str | None:
         """Return what a checkpoint calls its base, as far as it says."""
@@ -148,9 +165,8 @@ class Released(_Ept):
     name = "released"
 
     def matches(self, path: Path) -> bool:
-        """Whether it is a PEFT LoRA that is not a plain one."""
-        kind = peft_type(path)
-        return kind not in ("TUCKA", "PROMPT_EXPERT", "PROMPT_ROUTING", None) and not _plain(path)
+        """Whether it is a PEFT LoRA that is not a plain one, or does not say what it is."""
+        return peft_type(path) in ("LORA", "") and not _plain(path)
 
     def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
         """Read it (`eptc.checkpoint.released`)."""
@@ -187,6 +203,61 @@ class Lora(Format):
         return stream_lora(path, base, task=tasks[0], allow_pickle=options.allow_pickle)
 
 
+class Tucka(Format):
+    """The TuckA authors' code: a PEFT adapter of a type of its own."""
+
+    name = "tucka"
+
+    def matches(self, path: Path) -> bool:
+        """Whether it is a TuckA adapter, or a model that it was never merged into."""
+        return peft_type(path) == "TUCKA" or holds_unmerged(path)
+
+    def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+        """Read it (`eptc.checkpoint.tucka`)."""
+        return read_tucka(path, base, options)
+
+    def reference(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> ReferenceModel:
+        """Return it (`eptc.nn.tucka`)."""
+        from eptc.nn.tucka import TuckaModel
+
+        return TuckaModel.load(
+            path, base, task=tasks[0], allow_pickle=options.allow_pickle,
+            routing="per-sample" if options.routing == "per-sample" else "batch",
+        )  # fmt: skip
+
+
+class Mept(Format):
+    """Prompts before the text, mixed by routers: MEPT, and SMoP."""
+
+    name = "mept"
+
+    def matches(self, path: Path) -> bool:
+        """Whether its settings name one of the two methods."""
+        return is_mept(path)
+
+    def read_base(self, path: Path) -> BaseModel:
+        """Return the base: a T5, or a Llama as a classifier."""
+        return prompted_base(read_base(path))
+
+    def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
+        """Read it (`eptc.checkpoint.mept`)."""
+        return read_mept(path, base, options)
+
+    def reference(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> ReferenceModel:
+        """Return it (`eptc.nn.mept`)."""
+        from eptc.nn.mept import MeptModel
+
+        return MeptModel.load(
+            path, base, tasks=tasks, top_k=options.top_k,
+            mode="per-sample" if options.routing == "per-sample" else "batch",
+            allow_pickle=options.allow_pickle,
+        )  # fmt: skip
+
+
 def _plain(path: Path) -> bool:
     """Whether an adapter has low ranks and no experts."""
     names = tensor_names(path)
@@ -196,22 +267,32 @@ def _plain(path: Path) -> bool:
 
 
 # In the order in which they are asked.
-FORMATS: dict[str, Format] = {entry.name: entry for entry in (Native(), Released(), Lora())}
+FORMATS: dict[str, Format] = {
+    entry.name: entry for entry in (Native(), Released(), Lora(), Tucka(), Mept())
+}
 
 
 def find_format(name: str) -> Format:
-    """Return a format by its name.
+    """Return a format by its name: one of eptc's own, else an installed one.
 
     Raises:
         OptionError: there is none of that name.
+        PluginError: the package that has it cannot be used.
     """
-    if name not in FORMATS:
-        raise OptionError(f"the format is {name!r}", expected=" or ".join(FORMATS))
-    return FORMATS[name]
+    if name in FORMATS:
+        return FORMATS[name]
+    from eptc.checkpoint.installed import find_installed, installed_names
+
+    found = find_installed(name)
+    if found is None:
+        raise OptionError(
+            f"the format is {name!r}", expected=" or ".join([*FORMATS, *installed_names()])
+        )
+    return found
 
 
 def detect(path: Path) -> Format:
-    """Return which format a checkpoint folder has.
+    """Return which format a checkpoint folder has; installed ones are asked last.
 
     Raises:
         CheckpointError: not a folder, of no format, or of several.
@@ -219,6 +300,11 @@ def detect(path: Path) -> Format:
     if not path.is_dir():
         raise CheckpointError(f"the checkpoint {path} is not a folder")
     found = [entry for entry in FORMATS.values() if entry.matches(path)]
+    unusable: list[str] = []
+    if not found:
+        from eptc.checkpoint.installed import matching
+
+        found, unusable = matching(path)
     if len(found) > 1:
         names = [entry.name for entry in found]
         raise CheckpointError(
@@ -227,9 +313,17 @@ def detect(path: Path) -> Format:
         )
     if found:
         return found[0]
-    runs = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
+    from eptc.checkpoint.installed import installed_names
+
+    inside = [c.parent for depth in ("*", "*/*") for c in path.glob(f"{depth}/{CONFIG}")]
+    kind = peft_type(path)
+    what = (
+        f"{path} has neither {NATIVE_CONFIG} nor {CONFIG}"
+        if kind is None
+        else f"{path / CONFIG} has the peft_type {kind!r}, which no format reads"
+    )
     raise CheckpointError(
-        f"{path} has neither {NATIVE_CONFIG} nor {CONFIG}",
-        expected="a folder of one of the formats " + ", ".join(FORMATS),
-        fix=f"name one of its checkpoints, such as {path / runs[-1]}" if runs else None,
+        "\n".join([what, *unusable]),
+        expected="a folder of one of the formats " + ", ".join([*FORMATS, *installed_names()]),
+        fix=f"name one of its checkpoints, such as {max(inside)}" if inside else None,
     )

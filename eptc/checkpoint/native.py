@@ -14,26 +14,31 @@ gates, scales and tasks are; `ept_model.safetensors` holds the tensors:
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from eptc.checkpoint.base import BaseModel, read_json
-from eptc.checkpoint.contents import Contents, ReadOptions, Source, check_fit, consume_all
+from eptc.checkpoint.contents import Contents, ReadOptions, Routing, Source, check_fit, consume_all
 from eptc.errors import CheckpointError, OptionError
 from eptc.ir import (
     Adapter,
     Branch,
     CellScaledLowRank,
     Delta,
+    Gate,
     Kronecker,
     PerTask,
+    Routed,
     TaskRouter,
+    TokenRouter,
 )
+from eptc.runtime.routing import STATIC, RoutingSpec
 from eptc.tasks import Task
 from eptc.tensors import LazyTensor, SafetensorsFile
 
@@ -65,6 +70,7 @@ def read_native(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     config = read_config(path)
     described = tuple(Task.from_json(task) for task in config["tasks"])
     _check_options(config, described, options.top_k, options.tasks)
+    routing = _routing(config, options.routing)
     if config["base"]["model_type"] != base.config.get("model_type"):
         raise CheckpointError(
             f"{path} was trained on a {config['base']['model_type']} model, {base.path} is a "
@@ -90,6 +96,7 @@ def read_native(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
         tensors=source.finite,
         config=config,
         base_sha256=config["base"].get("sha256"),
+        routing=routing,
     )
 
 
@@ -133,12 +140,12 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     numbers += [m["alpha"] for m in config.get("modules", {}).values() if "alpha" in m]
     if not all(map(math.isfinite, numbers)):
         raise CheckpointError(f"{where} has a number that is not finite among {numbers}")
-    if gate["router_input"] != "task":
-        raise CheckpointError(
-            f"{where} has a router that reads {gate['router_input']!r}",
-            expected="'task': routers that read tokens cannot be compiled yet",
-        )
     if config["variant"] == "released":
+        if gate["router_input"] != "task":
+            raise CheckpointError(
+                f"{where} has variant 'released' and a router that reads {gate['router_input']!r}",
+                expected="'task', or the variant 'paper'",
+            )
         if (gate["temperature"], gate["normalization"]) != (1.0, "softmax"):
             raise CheckpointError(
                 f"{where} has variant 'released' with the gate {gate}",
@@ -260,24 +267,56 @@ def _adapter(
     sizes, released = config["kernel_sizes"], config["variant"] == "released"
     a, b = shared or _subspace(config, source, module, rank, out, columns)
     take = source.take
-    router = TaskRouter(
-        weight=take(f"{module}.ept.router.weight", (len(sizes), columns)),
-        bias=take(f"{module}.ept.router.bias", (len(sizes),)) if released else None,
-        embedding=_embedding(config, source, module, columns),
-        top_k=config["top_k"],
-        temperature=config["gate"]["temperature"],
-        normalization=config["gate"]["normalization"],
-    )
+    gate = _gate(config, source, module, columns)
     branches = []
     for e, s in enumerate(sizes):
         shape = (max(1, out // s), s) if released else (s, s)
         kernel = take(f"{module}.ept.kernels.{e}", shape)
         family = CellScaledLowRank if released else Kronecker
         delta: Delta = family(a, b, kernel, out, columns)
-        branches.append(
-            Branch(delta, PerTask(router, e), _scale(config, own, rank, out, columns, s))
-        )
+        branches.append(Branch(delta, gate(e), _scale(config, own, rank, out, columns, s)))
     return Adapter(module, tuple(branches))
+
+
+def _gate(
+    config: Mapping[str, Any], source: Source, module: str, columns: int
+) -> Callable[[int], Gate]:
+    """Return what makes the gate of an expert; all gates of a module share one router."""
+    experts, rule = len(config["kernel_sizes"]), config["gate"]
+    weight = source.take(f"{module}.ept.router.weight", (experts, columns))
+    embedding = _embedding(config, source, module, columns)
+    if rule["router_input"] != "task":
+        reads_task = rule["router_input"] == "token+task"
+        router = TokenRouter(
+            weight, embedding if reads_task else None, None, config["top_k"],
+            rule["temperature"], rule["normalization"],
+        )  # fmt: skip
+        return functools.partial(Routed, router)
+    bias = None
+    if config["variant"] == "released":
+        bias = source.take(f"{module}.ept.router.bias", (experts,))
+    return functools.partial(
+        PerTask,
+        TaskRouter(
+            weight, bias, embedding, config["top_k"], rule["temperature"], rule["normalization"]
+        ),
+    )
+
+
+def _routing(config: Mapping[str, Any], asked: Routing) -> RoutingSpec:
+    """Return what an answer depends on.
+
+    Raises:
+        OptionError: a way of routing that a pyramid does not have.
+    """
+    reads = config["gate"]["router_input"]
+    known = ("exact",) if reads == "task" else ("exact", "frozen")
+    if asked not in known:
+        raise OptionError(
+            f"--routing {asked} for a checkpoint whose routers read the {reads}",
+            expected=" or ".join(known),
+        )
+    return STATIC if reads == "task" else RoutingSpec("token" if asked == "exact" else "frozen")
 
 
 def _embedding(config: Mapping[str, Any], source: Source, module: str, columns: int) -> LazyTensor:

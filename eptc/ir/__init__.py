@@ -11,13 +11,17 @@ Everything is immutable: a pass returns a new model.
 from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank, Rows
 from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask, Routed
 from eptc.ir.numbers import Float64
+from eptc.ir.prompts import PromptLayout, PromptSite, PromptTuning
 from eptc.ir.routing import InputRouter, Normalization, Route, TaskRouter, Unit
+from eptc.ir.token_router import TokenRouter
+from eptc.ir.tucker import CentroidRouter, Tucker
 
 __all__ = [
     "AdaptedModel",
     "Adapter",
     "Branch",
     "CellScaledLowRank",
+    "CentroidRouter",
     "Constant",
     "Delta",
     "Float64",
@@ -27,9 +31,14 @@ __all__ = [
     "LowRank",
     "Normalization",
     "PerTask",
+    "PromptLayout",
+    "PromptSite",
+    "PromptTuning",
     "Route",
     "Routed",
     "Rows",
     "TaskRouter",
+    "TokenRouter",
+    "Tucker",
     "Unit",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 from eptc.errors import InternalError
 from eptc.ir.deltas import Delta, Rows
 from eptc.ir.numbers import Float64
+from eptc.ir.prompts import PromptLayout
 from eptc.ir.routing import InputRouter, TaskRouter
 from eptc.tasks import Task
 from eptc.tensors import LazyTensor
@@ -169,6 +170,7 @@ class AdaptedModel:
         heads: parameters that replace the base's, by task name, then parameter name.
         tasks: in the order of their ids.
         task_id: the task the model is specialised for; None while it serves all.
+        prompts: the prompts before the text; their parameters are among `weights`.
     """
 
     config: Mapping[str, Any]
@@ -177,6 +179,7 @@ class AdaptedModel:
     heads: Mapping[str, Mapping[str, LazyTensor]]
     tasks: tuple[Task, ...]
     task_id: int | None = None
+    prompts: PromptLayout | None = None
 
     @property
     def task(self) -> Task | None:
@@ -210,5 +213,11 @@ class AdaptedModel:
             for branch in adapter.branches:
                 if (branch.delta.out_features, branch.delta.in_features) != shape:
                     raise InternalError(f"a branch at {path} does not fit its weight {shape}")
-                if self.task_id is not None and isinstance(branch.gate, PerTask):
-                    raise InternalError(f"{path} has a {type(branch.gate).__name__} gate left")
+                if self.task_id is not None and _reads_task(branch.gate):
+                    raise InternalError(
+                        f"{path} has a {type(branch.gate).__name__} gate left that reads the task"
+                    )
+
+
+def _reads_task(gate: Gate) -> bool:
+    return isinstance(gate, PerTask) or (isinstance(gate, Routed) and gate.router.reads_task)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from eptc.tensors import LazyTensor
 
-__all__ = ["Float64", "kron", "product", "read", "softmax"]
+__all__ = ["Float64", "kron", "product", "read", "sigmoid", "softmax"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -43,3 +43,13 @@ def softmax(logits: Sequence[float]) -> tuple[float, ...]:
         exact = [decimal.Decimal(value) for value in logits]
         powers = [(value - max(exact)).exp() for value in exact]
         return tuple(float(power / sum(powers)) for power in powers)
+
+
+def sigmoid(values: Float64) -> Float64:
+    """Return 1 / (1 + exp(-x)) of each of a few numbers, NaN of NaN; exp as in `softmax`."""
+    with decimal.localcontext(prec=40):
+        flat = [
+            float(1 / (1 + (-decimal.Decimal(value)).exp())) if np.isfinite(value) else value
+            for value in values.ravel().tolist()
+        ]
+    return np.array(flat).reshape(values.shape)

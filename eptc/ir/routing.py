@@ -41,6 +41,15 @@ class InputRouter(abc.ABC):
     def tensors(self) -> tuple[LazyTensor, ...]:
         """The router's own tensors."""
 
+    @property
+    def reads_task(self) -> bool:
+        """Whether the gates depend on a task that is not fixed yet."""
+        return False
+
+    def for_task(self, task_id: int) -> InputRouter:  # noqa: ARG002  (interface)
+        """Return the router of one task."""
+        return self
+
     @abc.abstractmethod
     def gates(self, x: Float64) -> Float64:
         """Return the gates for an input x [batch, sequence, in], 0 for experts not chosen.

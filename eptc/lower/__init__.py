@@ -10,7 +10,7 @@
 """
 
 from eptc.lower.bind import bind
-from eptc.lower.branches import insert_branches
+from eptc.lower.branches import insert_branches, merged_gates, routed_by
 from eptc.lower.trace import expected_parameters, trace
 from eptc.lower.write import IN_FLIGHT, WEIGHTS, WeightsFile, write
 
@@ -21,6 +21,8 @@ __all__ = [
     "bind",
     "expected_parameters",
     "insert_branches",
+    "merged_gates",
+    "routed_by",
     "trace",
     "write",
 ]

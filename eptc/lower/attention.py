@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["causal_mask", "padding_mask", "traced_attention"]
+__all__ = ["attend", "causal_mask", "hidden", "padding_mask", "traced_attention"]
 
 _NAME = "eptc-traced"
 _MASKED = torch.finfo(torch.float32).min
@@ -17,8 +17,8 @@ _MASKED = torch.finfo(torch.float32).min
 
 @contextlib.contextmanager
 def traced_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Let the modules of `model` attend with this file's `_attend` while it is traced."""
-    ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
+    """Let the modules of `model` attend with `attend` while it is traced."""
+    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
     try:
         for module in model.modules():
             config: Any = getattr(module, "config", None)
@@ -35,7 +35,12 @@ def padding_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     Args:
         attention_mask: 1 where a key is seen, else 0 [batch, keys].
     """
-    return torch.where(_visible(attention_mask), 0.0, _MASKED)
+    return hidden(_visible(attention_mask))
+
+
+def hidden(visible: torch.Tensor) -> torch.Tensor:
+    """Return what to add to scores: 0 where a key is visible, else the least float32."""
+    return torch.where(visible, 0.0, _MASKED)
 
 
 def _visible(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -56,10 +61,10 @@ def causal_mask(
     allowed = (torch.arange(past + queries) <= query).unsqueeze(0).unsqueeze(0)
     if attention_mask is not None:
         allowed = allowed & _visible(attention_mask)
-    return torch.where(allowed, 0.0, _MASKED)
+    return hidden(allowed)
 
 
-def _attend(
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

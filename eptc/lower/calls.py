@@ -7,9 +7,9 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-from eptc.lower.edit import made_by
+from eptc.lower.edit import made_by, replace
 
-__all__ = ["Call", "add_to", "calls"]
+__all__ = ["Call", "add_to", "calls", "set_weight"]
 
 _WEIGHT = ".weight"
 
@@ -18,9 +18,11 @@ _WEIGHT = ".weight"
 class Call:
     """One execution of a linear: y = MatMul(x, Transpose(W)), W the weight [out, in].
 
+    Where x is a matrix it may be a Gemm that transposes W and adds the bias itself.
+
     Args:
         path: the linear.
-        node: the MatMul; the bias is added behind it.
+        node: the MatMul, whose bias is added behind it, or the Gemm.
     """
 
     path: str
@@ -35,7 +37,7 @@ class Call:
 
     @property
     def y(self) -> ir.Value:
-        """Its output without the bias [..., out]."""
+        """Its output [..., out], of a MatMul without the bias."""
         return self.node.outputs[0]
 
     @property
@@ -65,10 +67,12 @@ def calls(graph: ir.Graph, paths: Collection[str]) -> list[Call]:
 
 def _weight(node: ir.Node) -> ir.Value | None:
     """Return the weight [out, in] of a node that applies a linear; None where it is none."""
-    if node.op_identifier() != ("", "MatMul", ""):
-        return None
-    transpose = made_by(node.inputs[1], "Transpose")
-    weight = None if transpose is None else transpose.inputs[0]
+    weight: ir.Value | None = None
+    if node.op_identifier() == ("", "MatMul", ""):
+        transpose = made_by(node.inputs[1], "Transpose")
+        weight = None if transpose is None else transpose.inputs[0]
+    elif node.op_identifier() == ("", "Gemm", "") and node.attributes.get_int("transB", 0) == 1:
+        weight = node.inputs[1]
     named = weight is not None and weight.is_initializer() and str(weight.name).endswith(_WEIGHT)
     return weight if named else None
 
@@ -76,12 +80,31 @@ def _weight(node: ir.Node) -> ir.Value | None:
 def add_to(call: Call, value: ir.Value) -> None:
     """Add what a branch gives [..., out] to a linear's output, in place."""
     y = call.y
-    add = ir.node("Add", [y, value], name=f"{call.path}/branch/Add")
-    total = add.outputs[0]
-    total.name, total.type, total.shape = None, y.type, y.shape
-    readers = [(use.node, use.idx) for use in y.uses() if use.node is not add]
+    add = ir.node("Add", [y, value], name=f"{call.path}/branch/Total")
     graph = call.node.graph
     assert isinstance(graph, ir.Graph)
     graph.insert_after(call.node, add)
-    for node, index in readers:
-        node.replace_input_with(index, total)
+    replace(y, add.outputs[0])
+    add.replace_input_with(0, y)
+    if y.name is None:  # it was the graph's output
+        y.name = f"{call.path}/branch/without"
+
+
+def set_weight(call: Call, weight: ir.Value) -> None:
+    """Let one execution of a linear use another weight [out, in], in place."""
+    if call.node.op_type == "Gemm":
+        call.node.replace_input_with(1, weight)
+        return
+    old = call.node.inputs[1]
+    assert old is not None
+    transpose = old.producer()
+    graph = call.node.graph
+    assert transpose is not None
+    assert isinstance(graph, ir.Graph)
+    own = ir.node(
+        "Transpose", [weight], transpose.attributes, name=f"{call.path}/branch/Transpose"
+    )
+    own.outputs[0].name, own.outputs[0].type = None, weight.type
+    own.outputs[0].shape = old.shape
+    graph.insert_before(call.node, own)
+    call.node.replace_input_with(1, own.outputs[0])

@@ -1,4 +1,4 @@
-"""The graph of an encoder with a classification head: BERT, RoBERTa."""
+"""The graph of an encoder with a classification head: BERT, RoBERTa, DeBERTa-v2 and v3."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from eptc.lower.attention import padding_mask
+from eptc.lower.disentangled import use_disentangled
 from eptc.lower.graph_spec import GraphSpec, Port, ids
 
 __all__ = ["graphs"]
@@ -18,6 +19,8 @@ def graphs(model: Any) -> dict[str, GraphSpec]:
     `token_type_ids` is an input only where the model knows more than one type.
     """
     config = model.config
+    if config.model_type == "deberta-v2":
+        use_disentangled(model)
     names = ["input_ids", "attention_mask"]
     if config.type_vocab_size > 1:
         names.append("token_type_ids")
@@ -32,6 +35,8 @@ class _Classifier(torch.nn.Module):
         self.model = model
         # RoBERTa counts positions from the padding and does so itself; BERT counts from 0.
         self.counts_positions = model.config.model_type != "roberta"
+        # DeBERTa reads the mask itself, as zeros and ones, and hides padded queries too.
+        self.reads_mask = model.config.model_type == "deberta-v2"
 
     def forward(
         self,
@@ -47,7 +52,7 @@ class _Classifier(torch.nn.Module):
             token_type_ids = torch.zeros(1, 1, dtype=torch.int64)
         output = self.model(
             input_ids=input_ids,
-            attention_mask=padding_mask(attention_mask),
+            attention_mask=attention_mask if self.reads_mask else padding_mask(attention_mask),
             token_type_ids=token_type_ids,
             position_ids=positions,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,16 +13,31 @@ from eptc.lower.graph_spec import GraphSpec, Port, ids
 from eptc.lower.kv_cache import cache, flatten
 from eptc.lower.relative_position import use_table
 
-__all__ = ["graphs"]
+__all__ = ["Encode", "graphs"]
+
+# The model, ids and mask [batch, sequence] -> the encoder's output [batch, rows, d_model].
+Encode = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def graphs(model: Any) -> dict[str, GraphSpec]:
+def _stock(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    mask = padding_mask(attention_mask)
+    hidden: torch.Tensor = model.encoder(input_ids=input_ids, attention_mask=mask)[0]
+    return hidden
+
+
+def graphs(model: Any, encode: Encode = _stock, *, rows: str = "sequence") -> dict[str, GraphSpec]:
     """Return the graphs `encoder` and `decoder`.
 
-    encoder: ids and mask [batch, sequence] -> last_hidden_state [batch, sequence, d_model] and
-    the keys and values [batch, heads, sequence, d_kv] that every decoder layer attends to.
+    encoder: ids and mask [batch, sequence] -> last_hidden_state [batch, rows, d_model] and
+    the keys and values [batch, heads, rows, d_kv] that every decoder layer attends to.
     decoder: ids [batch, sequence], the encoder's mask and both caches -> logits and the
     decoder's own cache; the past may be empty.
+
+    Args:
+        model: T5ForConditionalGeneration.
+        encode: what the encoder computes.
+        rows: the size of its output, where that is not `sequence`. Then the decoder's mask may
+            be shorter: what it lacks in front are ones.
     """
     for module in model.modules():
         if hasattr(module, "EncDecAttention"):
@@ -30,7 +46,8 @@ def graphs(model: Any) -> dict[str, GraphSpec]:
             module.EncDecAttention.split_heads = _SplitHeads(module.EncDecAttention.n_heads)
         if getattr(module, "has_relative_attention_bias", False):
             use_table(module)
-    return {"encoder": _encoder(model), "decoder": _decoder(model)}
+    decoder = _decoder(model, longer_mask=rows != "sequence")
+    return {"encoder": _encoder(model, encode, rows), "decoder": decoder}
 
 
 def _cache_ports(config: Any, name: str, keys: str, what: str) -> list[Port]:
@@ -43,23 +60,23 @@ def _cache_ports(config: Any, name: str, keys: str, what: str) -> list[Port]:
     ]
 
 
-def _encoder(model: Any) -> GraphSpec:
-    hidden = Port("last_hidden_state", ("batch", "sequence", model.config.d_model))
-    present = _cache_ports(model.config, "present", "sequence", "encoder")
-    return GraphSpec(
-        _Encoder(model), (ids("input_ids"), ids("attention_mask")), (hidden, *present)
-    )
+def _encoder(model: Any, encode: Encode, rows: str) -> GraphSpec:
+    hidden = Port("last_hidden_state", ("batch", rows, model.config.d_model))
+    present = _cache_ports(model.config, "present", rows, "encoder")
+    inputs = (ids("input_ids"), ids("attention_mask"))
+    return GraphSpec(_Encoder(model, encode), inputs, (hidden, *present))
 
 
-def _decoder(model: Any) -> GraphSpec:
+def _decoder(model: Any, *, longer_mask: bool) -> GraphSpec:
     config = model.config
     own = _cache_ports(config, "past_key_values", "past_sequence", "decoder")
     cross = _cache_ports(config, "past_key_values", "encoder_sequence", "encoder")
     past = [port for i in range(0, len(own), 2) for port in (*own[i : i + 2], *cross[i : i + 2])]
-    inputs = (ids("input_ids"), ids("encoder_attention_mask", "encoder_sequence"), *past)
+    mask = ids("encoder_attention_mask", "mask_sequence" if longer_mask else "encoder_sequence")
+    inputs = (ids("input_ids"), mask, *past)
     logits = Port("logits", ("batch", "sequence", config.vocab_size))
     present = _cache_ports(config, "present", "total_sequence", "decoder")
-    return GraphSpec(_Decoder(model), inputs, (logits, *present))
+    return GraphSpec(_Decoder(model, longer_mask=longer_mask), inputs, (logits, *present))
 
 
 class _SplitHeads(torch.nn.Module):
@@ -79,16 +96,15 @@ class _SplitHeads(torch.nn.Module):
 
 
 class _Encoder(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, encode: Encode) -> None:
         super().__init__()
         self.model = model
+        self.encode = encode
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        hidden = self.model.encoder(
-            input_ids=input_ids, attention_mask=padding_mask(attention_mask)
-        ).last_hidden_state
+        hidden = self.encode(self.model, input_ids, attention_mask)
         outputs = [hidden]
         for block in self.model.decoder.block:
             attention = block.layer[1].EncDecAttention
@@ -99,9 +115,10 @@ class _Encoder(torch.nn.Module):
 
 
 class _Decoder(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, longer_mask: bool) -> None:
         super().__init__()
         self.model = model
+        self.longer_mask = longer_mask
 
     def forward(
         self, input_ids: torch.Tensor, encoder_attention_mask: torch.Tensor, *past: torch.Tensor
@@ -112,13 +129,18 @@ class _Decoder(torch.nn.Module):
         both = EncoderDecoderCache(own, cross)
         for layer in range(config.num_decoder_layers):
             both.is_updated[layer] = True
+        mask = padding_mask(encoder_attention_mask)
+        if self.longer_mask:
+            # Nothing is added to the scores of the keys in front.
+            lacking = past[2].shape[2] - encoder_attention_mask.shape[1]
+            mask = torch.nn.functional.pad(mask, (lacking, 0))
         # The cached keys and values stand for it: only its presence is asked for.
         hidden = torch.zeros(*encoder_attention_mask.shape, config.d_model)
         output = self.model.decoder(
             input_ids=input_ids,
             attention_mask=causal_mask(input_ids.shape[1], past[0].shape[2]),
             encoder_hidden_states=hidden,
-            encoder_attention_mask=padding_mask(encoder_attention_mask),
+            encoder_attention_mask=mask,
             past_key_values=both,
             use_cache=True,
         ).last_hidden_state

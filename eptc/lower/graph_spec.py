@@ -14,6 +14,7 @@ _SIZES = {
     "sequence": 3,
     "past_sequence": 5,
     "encoder_sequence": 7,
+    "mask_sequence": 4,
     "total_sequence": 8,
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +11,12 @@ import onnx_ir as ir
 
 from eptc.lower.edit import MICROSOFT, made_by
 from eptc.lower.element_types import element_types
+from eptc.lower.half_plan import HalfPlan
+from eptc.lower.naming import CHOICE, chooses_experts
 from eptc.lower.weights import PACKED, WeightTensor
 from eptc.tensors import cast, numpy_dtype, unit_roundoff
 
-__all__ = ["CACHES", "HALF", "MOVES", "HalfPlan", "limit", "plan_half"]
+__all__ = ["CACHES", "HALF", "MOVES", "limit", "plan_half"]
 
 HALF = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 # What the names of a cache's inputs and outputs begin with.
@@ -36,37 +37,12 @@ _COMPUTES = frozenset({
 # Operators that any type of input suits, for none of its numbers is read.
 _BLIND = frozenset({"Shape", "Size", "Cast"})
 _NORM = frozenset({"Add", "Div", "Mul", "Pow", "ReduceMean", "Reciprocal", "Sqrt", "Sub"})
-_MASKING = MOVES | {"Add", "Cast", "Clip", "Max", "Min", "Mul", "Sub", "Where"}
+_MASKING = MOVES | {"Add", "Cast", "Clip", "Max", "Min", "Mul", "Pad", "Sub", "Where"}
 _ACTIVATIONS = frozenset({"Gelu", "Mul", "Relu", "Sigmoid", "Tanh"})
+# What makes numbers as large as those it reads.
+_ADDS = frozenset({("", "Add", ""), ("", "Sub", "")})
 # Bytes of a constant that may be read while a graph is rewritten.
 _SMALL = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class HalfPlan:
-    """What stays in float32.
-
-    Args:
-        nodes: nodes that compute in float32, each with the reason; all others that have float32
-            inputs or outputs compute in 16 bits.
-        masks: float32 values with numbers that 16 bits cannot hold, which only have to be far
-            below everything else; where 16 bits read them they are cut to what 16 bits hold.
-        wide: inputs and outputs of a cache that stay float32, each with the reason.
-        weights: initializers that are stored in float32, each with the reason.
-        types: the element type of every value, before.
-    """
-
-    nodes: Mapping[ir.Node, str]
-    masks: frozenset[ir.Value]
-    wide: Mapping[str, str]
-    weights: Mapping[ir.Value, str]
-    types: Mapping[ir.Value, ir.DataType]
-
-    def reasons(self) -> dict[str, str]:
-        """Return why each node, weight and cache that stays in float32 does, by its name."""
-        named = {str(node.name): reason for node, reason in self.nodes.items()}
-        named |= {str(value.name): reason for value, reason in self.weights.items()}
-        return dict(sorted({**named, **self.wide}.items()))
 
 
 def limit(dtype: str) -> float:
@@ -88,8 +64,10 @@ def plan_half(
     Args:
         model: a graph in float32 whose nodes have names.
         dtype: `float16` or `bfloat16`.
-        ranges: largest magnitude of values by name; one that is not there is taken to fit.
-        safety: how many times larger than what was observed a value must still fit.
+        ranges: largest magnitude of values and weights by name; one that is not there is taken to
+            fit.
+        safety: how many times larger than what was observed a value must still fit; a weight
+            only has to fit as it is.
         keep: parameters that stay float32.
     """
     return _Planner(model, dtype, ranges, safety, frozenset(keep)).plan()
@@ -121,6 +99,7 @@ class _Planner:
     def plan(self) -> HalfPlan:
         # What is special before what is general: the first reason stays.
         self._weights()
+        self._routers()
         self._norms()
         self._angles()
         self._t5_outputs()
@@ -182,21 +161,46 @@ class _Planner:
                 if any(reader.graph is not self.graph for reader in value.consumers()):
                     self._keep(node, "a graph inside a node reads it")
 
+    def _routers(self) -> None:
+        for node in self.nodes:
+            if chooses_experts(node.name):
+                self._keep(node, CHOICE)
+
     def _weights(self) -> None:
         for value in self.graph.initializers.values():
             if self.types.get(value) != ir.DataType.FLOAT:
                 continue
-            name = str(value.name)
-            if self._names & {name, *name.split(PACKED)}:
+            name, magnitude = str(value.name), self._ranges.get(str(value.name), 0.0)
+            if chooses_experts(name):
+                self.weights[value] = CHOICE
+            elif self._names & {name, *name.split(PACKED)}:
                 self.weights[value] = "kept as asked"
                 for node in value.consumers():
                     self._keep(node, f"{name} is kept as asked")
+            elif magnitude > self._limit:
+                reason = f"numbers up to {magnitude:.3g}, beyond {self._limit:.5g}"
+                self.weights[value] = reason
+                self._readers(value, f"{name} has {reason}")
             elif (
                 value.is_graph_input()
                 or value.is_graph_output()
                 or any(node.graph is not self.graph for node in value.consumers())
             ):
                 self.weights[value] = "a caller, or a graph inside a node, reads it"
+
+    def _readers(self, value: ir.Value, reason: str) -> None:
+        """Keep what computes with the numbers of a value, moved and added to others too.
+
+        Of a table, the rows that are too large may be none that was looked up in any text.
+        """
+        waiting, seen = [value], {value}
+        while waiting:
+            for node in waiting.pop().consumers():
+                self._keep(node, reason)
+                if self._moves_only(node) or node.op_identifier() in _ADDS:
+                    new = [output for output in node.outputs if output not in seen]
+                    waiting += new
+                    seen.update(new)
 
     def _norms(self) -> None:
         """Keep each sequence of nodes around a mean: the squares may overflow."""

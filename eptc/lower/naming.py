@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import ast
 import collections
+import re
 from collections.abc import Iterable
 
 import onnx_ir as ir
 
-__all__ = ["SCOPES", "module_path", "name_by_module"]
+__all__ = ["CHOICE", "SCOPES", "chooses_experts", "module_path", "name_by_module"]
 
 # Metadata of a traced node: the modules it was called in, outermost first.
 SCOPES = "pkg.torch.onnx.name_scopes"
+# Why they stay float32.
+CHOICE = "it chooses experts: another may be chosen by a last bit"
+# A router's, or a prompt site's, in the name of a weight or of a node.
+_CHOOSES = re.compile(r"/router/|\.router\.|(^|\.)prompts[./]")
 # The task model is an attribute of the traced module.
 _ROOT = "model"
+
+
+def chooses_experts(name: object) -> bool:
+    """Whether a weight or a node, by its name, belongs to a router or to a prompt site.
+
+    They stay float32: a small error there can choose another expert.
+    """
+    return _CHOOSES.search(str(name)) is not None
 
 
 def name_by_module(graph: ir.Graph) -> None:

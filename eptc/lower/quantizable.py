@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 
+from eptc.lower.naming import CHOICE, chooses_experts
 from eptc.lower.weights import PACKED, WeightTensor
 
 __all__ = ["Product", "Quantizable", "quantizable", "quantized_inputs"]
@@ -104,6 +105,8 @@ def quantized_inputs(
 def _named(weight: ir.Value, keep: Collection[str], only: Collection[str] | None) -> str | None:
     """Return why the options leave a weight out, or None where they do not."""
     name = str(weight.name)
+    if chooses_experts(name):
+        return CHOICE
     parts = name.split(PACKED)
     if name in keep or any(part in keep for part in parts):
         return "it is to be kept"

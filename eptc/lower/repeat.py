@@ -1,11 +1,12 @@
-"""Long stacks from short ones: three blocks are traced, the third is repeated in the graph."""
+"""Long stacks from short ones: of alike blocks two are traced, the second is repeated."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,12 @@ import onnx_ir as ir
 import torch
 
 from eptc.architectures import Architecture
+from eptc.ir.prompts import PromptLayout
 from eptc.lower.graph_spec import GraphSpec
 from eptc.lower.naming import SCOPES, module_path
 
-__all__ = ["TRACED", "UnlikeBlocksError", "grow", "shortened"]
+__all__ = ["Short", "Stack", "UnlikeBlocksError", "grow", "shortened"]
 
-# Blocks that are traced: the first may differ from all others (T5's holds the position bias),
-# the second and the third show what one block takes from the one before it.
-TRACED = 3
-_SECOND, _THIRD = 1, 2
 _PORT = re.compile(r"(past_key_values|present)\.(\d+)\.")
 _PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype)
 # Which block it is: the one thing in which blocks may differ.
@@ -32,28 +30,81 @@ class UnlikeBlocksError(Exception):
     """The blocks of a stack are not repetitions of one another: all must be traced."""
 
 
-def shortened(model: torch.nn.Module, config: Any, arch: Architecture) -> Any | None:
-    """Return the configuration with `TRACED` blocks a stack.
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Which blocks of a stack are traced.
+
+    Args:
+        kept: their numbers, ascending. The first block is: it may differ from all others (T5's
+            holds the position bias). Of each run of alike blocks behind it the first two are:
+            they show what one takes from the one before it.
+        count: how many blocks there are.
+    """
+
+    kept: tuple[int, ...]
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Short:
+    """A model that has only some blocks of each stack.
+
+    Args:
+        model: it, on the meta device.
+        stacks: which, by the path of their modules.
+    """
+
+    model: torch.nn.Module
+    stacks: Mapping[str, Stack]
+
+
+def shortened(
+    model: torch.nn.Module,
+    config: Any,
+    arch: Architecture,
+    make: Callable[..., torch.nn.Module],
+    prompts: PromptLayout | None = None,
+) -> Short | None:
+    """Return a model with as few blocks as its graphs can be grown from.
 
     Args:
         model: the whole task model, on the meta device.
         config: its configuration.
         arch: names the stacks.
+        make: builds a task model from a configuration and, by name, `prompts`.
+        prompts: what the model was built with.
 
     Returns:
-        None where no stack is longer, or the blocks from the second on are not alike.
+        None where no stack becomes shorter, or the blocks would become others.
     """
-    if all(getattr(config, setting) <= TRACED for setting in arch.stacks.values()):
-        return None
     short = copy.deepcopy(config)
+    stacks = {}
     for path, setting in arch.stacks.items():
-        blocks = list(model.get_submodule(path).children())
+        blocks = [_description(block) for block in model.get_submodule(path).children()]
         if len(blocks) != getattr(config, setting):
             return None
-        if len({_description(block) for block in blocks[1:]}) > 1:
+        stacks[path] = Stack(_kept(blocks), len(blocks))
+        setattr(short, setting, len(stacks[path].kept))
+    if all(len(stack.kept) == stack.count for stack in stacks.values()):
+        return None
+    if prompts is not None:
+        # Prompts are before the blocks of the first stack.
+        prompts = prompts.of_blocks(next(iter(stacks.values())).kept)
+    made = make(short, prompts=prompts)
+    for path, stack in stacks.items():
+        whole, fewer = (list(m.get_submodule(path).children()) for m in (model, made))
+        wanted = [_description(whole[number]) for number in stack.kept]
+        if [_description(block) for block in fewer] != wanted:
             return None
-        setattr(short, setting, min(TRACED, len(blocks)))
-    return short
+    return Short(made, stacks)
+
+
+def _kept(blocks: list[tuple[object, ...]]) -> tuple[int, ...]:
+    """Return the first block and the first two of each run of alike ones behind it."""
+    kept = [0]
+    for _, run in itertools.groupby(range(1, len(blocks)), key=blocks.__getitem__):
+        kept += list(run)[:2]
+    return tuple(kept)
 
 
 def _description(block: torch.nn.Module) -> tuple[object, ...]:
@@ -70,26 +121,52 @@ def _description(block: torch.nn.Module) -> tuple[object, ...]:
     return tuple(found)
 
 
-def grow(graph: ir.Graph, stacks: Mapping[str, int], spec: GraphSpec) -> None:
-    """Repeat the third block of each stack in a traced graph, in place.
+def grow(graph: ir.Graph, stacks: Mapping[str, Stack], spec: GraphSpec) -> None:
+    """Repeat blocks of each stack in a traced graph, in place.
 
     Before: b0 -> b1 -> b2 -> rest
     After:  b0 -> b1 -> b2 -> b2' -> b2'' -> rest
 
     A copy reads from the block before it what b2 reads from b1, shares what b1 and b2 share,
-    and has weights and cache ports of its own number.
+    and has weights and cache ports of its own number. What the rest is may be blocks of
+    another kind, with runs of their own.
 
     Args:
-        graph: traced with `TRACED` blocks, unbound.
-        stacks: how many blocks each stack has, by the path of its modules.
+        graph: traced with the blocks that are kept, unbound.
+        stacks: the stacks, by the path of their modules.
         spec: the interface of the whole model.
 
     Raises:
         UnlikeBlocksError: b1 and b2 are not the same but for their number.
     """
-    for path, count in stacks.items():
-        _Stack(graph, path).grow(count)
+    for path, stack in stacks.items():
+        _renumber(graph, path, stack.kept)
+        for at in range(2, len(stack.kept)):
+            until = (*stack.kept, stack.count)[at + 1]
+            _Run(graph, path, stack.kept[at - 2 : at + 1]).grow(until)
     _order_ports(graph, spec)
+
+
+def _renumber(graph: ir.Graph, path: str, kept: tuple[int, ...]) -> None:
+    """Give the blocks that were traced the numbers they have in the whole model.
+
+    Raises:
+        UnlikeBlocksError: a block with a cache has another number there.
+    """
+    for traced, number in reversed(list(enumerate(kept))):
+        if traced == number:
+            continue
+        own = re.compile(rf"{re.escape(path)}\.{traced}(?=\.|'|$)")
+        for node in graph:
+            if not own.match(module_path(node)):
+                continue
+            if any(_PORT.match(str(v.name)) for v in (*node.inputs, *node.outputs) if v):
+                raise UnlikeBlocksError(f"block {number} of {path} has a cache")
+            scopes = node.metadata_props[SCOPES]
+            node.metadata_props[SCOPES] = own.sub(f"{path}.{number}", scopes)
+        for value in list(graph.initializers.values()):
+            if value.name is not None and own.match(value.name):
+                value.name = own.sub(f"{path}.{number}", value.name)
 
 
 def _order_ports(graph: ir.Graph, spec: GraphSpec) -> None:
@@ -106,24 +183,36 @@ class _Source:
     value: ir.Value | None
 
 
-class _Stack:
-    """The blocks of one stack in a graph."""
+# Of a run's blocks: the one before the alike ones, and those.
+_FIRST, _SECOND, _THIRD = range(3)
 
-    def __init__(self, graph: ir.Graph, path: str) -> None:
+
+class _Run:
+    """Two alike blocks of a stack, and the one before them.
+
+    Args:
+        graph: where they are.
+        path: of the stack.
+        numbers: of the three.
+    """
+
+    def __init__(self, graph: ir.Graph, path: str, numbers: tuple[int, ...]) -> None:
         self.graph = graph
         self.path = path
-        self.blocks: list[list[ir.Node]] = [[] for _ in range(TRACED)]
-        number = re.compile(rf"{re.escape(path)}\.(\d+)(\.|$)")
+        _, self.second, self.third = numbers
+        blocks: dict[int, list[ir.Node]] = {number: [] for number in numbers}
+        pattern = re.compile(rf"{re.escape(path)}\.(\d+)(\.|$)")
         for node in graph:
-            if found := number.match(module_path(node)):
-                self.blocks[int(found[1])].append(node)
+            if (found := pattern.match(module_path(node))) and int(found[1]) in blocks:
+                blocks[int(found[1])].append(node)
+        self.blocks = list(blocks.values())
         # A value of the second block and its twin in the third.
         self.twins: dict[ir.Value, ir.Value] = {}
 
-    def grow(self, count: int) -> None:
-        """Append blocks until there are `count`."""
+    def grow(self, until: int) -> None:
+        """Append blocks up to the number `until`, which is the next that is there."""
         third = self.blocks[_THIRD]
-        if count <= TRACED or not third:
+        if until == self.third + 1 or not third:
             return
         sources = self._compare()
         self._check_readers()
@@ -134,7 +223,7 @@ class _Stack:
         }
         previous = {value: value for value in outside}
         after = third[-1]
-        for number in range(TRACED, count):
+        for number in range(self.third + 1, until):
             previous = self._append(number, sources, previous, after)
             after = next(reversed(previous.values())).producer() or after
         for value, uses in outside.items():
@@ -165,12 +254,12 @@ class _Stack:
                 raise UnlikeBlocksError(f"{one.name} and {two.name} in {self.path}")
             return _Source("own", two)
         if two in self.twins:
-            if one.producer() not in set(self.blocks[0]):
+            if one.producer() not in set(self.blocks[_FIRST]):
                 raise UnlikeBlocksError(f"{one.name} and {two.name} in {self.path}")
             return _Source("previous", self.twins[two])
         if one is two:
             return _Source("shared", two)
-        if two.name is not None and one.name == self._renumbered(two.name, _SECOND):
+        if two.name is not None and one.name == self._renumbered(two.name, self.second):
             return _Source("numbered", two)
         if _same_constant(one, two):
             return _Source("shared", two)
@@ -185,11 +274,11 @@ class _Stack:
 
     def _renumbered(self, name: str, number: int) -> str | None:
         """Return the third block's name of a weight or port with another number."""
-        prefix = f"{self.path}.{_THIRD}."
+        prefix = f"{self.path}.{self.third}."
         if name.startswith(prefix):
             return f"{self.path}.{number}.{name.removeprefix(prefix)}"
         port = _PORT.match(name)
-        if port and int(port[2]) == _THIRD:
+        if port and int(port[2]) == self.third:
             return f"{port[1]}.{number}.{name[port.end() :]}"
         return None
 
@@ -250,7 +339,7 @@ class _Stack:
             version=node.version,
             metadata_props={
                 SCOPES: re.sub(
-                    rf"{re.escape(self.path)}\.{_THIRD}\b",
+                    rf"{re.escape(self.path)}\.{self.third}\b",
                     f"{self.path}.{number}",
                     node.metadata_props[SCOPES],
                 )

@@ -14,25 +14,31 @@ from transformers.activations import NewGELUActivation
 
 from eptc.architectures import Architecture, architecture, head_is_tied
 from eptc.errors import BaseModelError
+from eptc.ir.prompts import PromptLayout
 
-__all__ = ["build", "canonical_parameters", "fake", "keep_torch_state"]
+__all__ = ["PROMPTED_LOWERINGS", "build", "canonical_parameters", "fake", "keep_torch_state"]
 
+# By model type: what gives a model its prompts, and lowers it then.
+PROMPTED_LOWERINGS = {"t5": "eptc.lower.prompted_t5", "llama": "eptc.lower.prompted_llama"}
 # Rotary embeddings whose frequencies depend on the length of the input at run time.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def build(config: Any, *, tied_head: bool | None = None) -> torch.nn.Module:
+def build(
+    config: Any, *, tied_head: bool | None = None, prompts: PromptLayout | None = None
+) -> torch.nn.Module:
     """Build the task model of a configuration on the meta device, in eval mode.
 
     Args:
         config: a transformers configuration; it is copied, never changed.
         tied_head: whether the output projection is the embedding; None: as the configuration
             says (`eptc.architectures.head_is_tied`).
+        prompts: the prompts before its text, if it has any.
 
     Raises:
         BaseModelError: the model type is unknown, or an option cannot be lowered.
     """
-    arch = architecture(config)
+    arch = architecture(config, prompted=prompts is not None)
     config = _plain(config)
     _check(config)
     tied = head_is_tied(config) if tied_head is None else tied_head
@@ -43,6 +49,8 @@ def build(config: Any, *, tied_head: bool | None = None) -> torch.nn.Module:
         model: torch.nn.Module = task_class(config).eval()
         if arch.head and not tied:
             _untie(model, arch)
+        if prompts is not None:
+            importlib.import_module(PROMPTED_LOWERINGS[arch.model_type]).install(model, prompts)
     _recompute_buffers(model)
     _use_gelu(model)
     return model

@@ -12,7 +12,16 @@ import onnx_ir as ir
 
 from eptc.tensors import Array, LazyTensor, as_dtype, numpy_dtype
 
-__all__ = ["PACKED", "PART", "Piece", "WeightTensor", "bound", "derive", "join", "split"]
+__all__ = [
+    "PACKED",
+    "PART",
+    "Piece",
+    "WeightTensor",
+    "bound",
+    "derive",
+    "join",
+    "split",
+]
 
 # Between the names of the parts in the name of a packed weight: no parameter's name has it.
 PACKED = "+"

@@ -9,7 +9,7 @@ from eptc.nn.config import EptConfig
 from eptc.nn.linear import EptLinear
 from eptc.nn.model import EptModel
 from eptc.nn.reference import load_reference
-from eptc.nn.routing import Gates, Route, Router, TaskRouter
+from eptc.nn.routing import Gates, Route, Router, TaskRouter, TokenRouter
 from eptc.nn.rules import BaseInfo, GateConfig, ModuleConfig, ScaleConfig
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Router",
     "ScaleConfig",
     "TaskRouter",
+    "TokenRouter",
     "base_sha256",
     "load_base",
     "load_reference",

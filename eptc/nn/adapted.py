@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +15,24 @@ from eptc.tasks import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AdaptedLinear", "ReferenceModel"]
+__all__ = ["AdaptedLinear", "ReferenceModel", "Undecided"]
+
+
+class Undecided:
+    """Rows of a batch in which a choice of experts was within rounding of another.
+
+    Other arithmetic may choose otherwise there, and be as right.
+
+    Attributes:
+        rows: their positions.
+    """
+
+    def __init__(self) -> None:
+        self.rows: set[int] = set()
+
+    def note(self, close: Tensor) -> None:
+        """Take note of choices [batch, ...] that were close."""
+        self.rows |= set(close.flatten(1).any(1).nonzero().flatten().tolist())
 
 
 class AdaptedLinear(nn.Module, abc.ABC):
@@ -55,6 +73,11 @@ class AdaptedLinear(nn.Module, abc.ABC):
         """How many experts a router that reads the input chooses from; 0 where none does."""
         return 0
 
+    @property
+    def folds(self) -> bool:
+        """Whether an engine can have the branches in its weight: no gate reads the input."""
+        return not self.routed_experts
+
     @abc.abstractmethod
     def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:
         """Return what the branches add [..., out] for x [..., in].
@@ -83,11 +106,13 @@ class ReferenceModel(nn.Module, abc.ABC):
         hf: the Hugging Face model; use it inside `with model.task(name):`.
         layers: the adapted linears, by their full names.
         heads: per-task modules, by the full name of the module they stand for.
+        prompts: positions that prompts before the text take.
     """
 
     hf: PreTrainedModel
     layers: Mapping[str, AdaptedLinear]
     heads: Mapping[str, Any]
+    prompts: int = 0
 
     @property
     @abc.abstractmethod
@@ -97,6 +122,11 @@ class ReferenceModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def task(self, task: str | int) -> AbstractContextManager[int]:
         """Make a task the active one, by name, alias or id; yield its id."""
+
+    @contextlib.contextmanager
+    def undecided(self) -> Iterator[Undecided]:
+        """Yield what takes note of choices within rounding until the context is left."""
+        yield Undecided()
 
     @abc.abstractmethod
     def plain_name(self, name: str, task_id: int) -> str:

@@ -43,7 +43,8 @@ class EptConfig:
         rank: rank r of A and B.
         tasks: in the order of their ids.
         scale: the factor of every expert; alpha/r with alpha 16 where not given.
-        gate: how gates follow from logits; the variant's own where not given.
+        gate: what routers read and how gates follow from logits; the variant's own where not
+            given.
         sharing: whether each linear has its own A and B, or the model one pair (paper only).
         modules: what differs in single linears, by their full names.
         base: which base model the checkpoint belongs to.

@@ -35,7 +35,8 @@ def initialise(layer: EptLinear, generator: torch.Generator) -> None:
     N(0, 0.01^2). Paper: kernels zero, so training starts at the base model; embeddings
     N(0, temperature^2 / 2). With the router's Kaiming weights (variance 2 / in) the logits over
     the temperature then have unit variance: tasks differ from the start, and no gate is so
-    close to 0 or 1 that its gradient vanishes.
+    close to 0 or 1 that its gradient vanishes. A router that reads x, whose variance is near 1
+    already, gets weights N(0, temperature^2 / in) to the same end, and embeddings of x's size.
     """
     released = layer.config.variant == "released"
     for kernel in layer.experts.kernels:
@@ -44,9 +45,15 @@ def initialise(layer: EptLinear, generator: torch.Generator) -> None:
             nn.init.kaiming_uniform_(kernel.data.view(shape), a=math.sqrt(5), generator=generator)
         else:
             nn.init.zeros_(kernel)
-    nn.init.kaiming_normal_(layer.router.weight, nonlinearity="relu", generator=generator)
+    temperature = layer.config.gates.temperature
+    reads_x = layer.config.gates.router_input != "task"
+    if reads_x:
+        std = temperature * layer.in_features**-0.5
+        nn.init.normal_(layer.router.weight, std=std, generator=generator)
+    else:
+        nn.init.kaiming_normal_(layer.router.weight, nonlinearity="relu", generator=generator)
     if layer.router.bias is not None:
         bound = layer.in_features**-0.5
         nn.init.uniform_(layer.router.bias, -bound, bound, generator=generator)
-    std = 0.01 if released else layer.config.gates.temperature / math.sqrt(2)
+    std = 0.01 if released else 1.0 if reads_x else temperature / math.sqrt(2)
     nn.init.normal_(layer.task_embedding, std=std, generator=generator)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from eptc.errors import CheckpointError, OptionError, TaskError
-from eptc.nn.adapted import AdaptedLinear
+from eptc.nn.adapted import AdaptedLinear, Undecided
 from eptc.nn.config import EptConfig
 from eptc.nn.experts import Experts, Factors, PaperExperts, ReleasedExperts
 from eptc.nn.losses import contrastive_loss
-from eptc.nn.routing import Route, Router, TaskRouter
+from eptc.nn.routing import Route, Router, TaskRouter, TokenRouter
 
 __all__ = ["EptLinear", "TaskContext", "fill_parameter"]
 
@@ -34,11 +34,13 @@ class TaskContext:
         task_id: the task; None outside a forward.
         wanted: paths of the linears whose contrastive loss is asked for.
         terms: where they leave it, by path.
+        undecided: takes note of tokens' routes within rounding; None where nobody asks.
     """
 
     task_id: int | None = None
     wanted: frozenset[str] = frozenset()
     terms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    undecided: Undecided | None = None
 
     @property
     def active(self) -> int:
@@ -90,7 +92,8 @@ class EptLinear(AdaptedLinear):
         self.config = config
         self.context = context
         self.experts = _experts(base, config, path, factors)
-        self.router: Router = TaskRouter(
+        kind = TaskRouter if config.gates.router_input == "task" else TokenRouter
+        self.router: Router = kind(
             base.in_features,
             len(config.kernel_sizes),
             config.top_k,
@@ -118,6 +121,8 @@ class EptLinear(AdaptedLinear):
         if self.path in self.context.wanted:
             loss = contrastive_loss(x, self.task_embedding, self.context.active)
             self.context.terms[self.path] = loss
+        if self.context.undecided is not None and isinstance(self.router, TokenRouter):
+            self.context.undecided.note(self.router.close(x, self._embedding(None)))
         return cast("Tensor", (y + self.delta(x)).to(y.dtype))
 
     def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:
@@ -134,7 +139,30 @@ class EptLinear(AdaptedLinear):
             TaskError: no task is given and none is active.
         """
         gates, experts = self.router(x, self._embedding(task_id))
-        outputs = self.experts(self.dropout(x), experts)
+        return self._mix(self.dropout(x), gates, experts)
+
+    @property
+    def routed_experts(self) -> int:
+        """How many experts a router that reads the input chooses from; 0 where none does."""
+        return 0 if isinstance(self.router, TaskRouter) else len(self.experts.sizes)
+
+    @torch.no_grad()
+    def gates(self, x: Tensor, task_id: int | None = None) -> Tensor:
+        """Return the gates [..., N] of an input x [..., in]; 0 for experts not chosen.
+
+        Raises:
+            TaskError: no task is given and none is active.
+        """
+        values = self.router(x, self._embedding(task_id)).values
+        return cast("Tensor", values).expand(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Return what the branch adds [..., out] for x [..., in] under given gates [..., N]."""
+        return self._mix(x, gates, range(len(self.experts.sizes)))
+
+    def _mix(self, x: Tensor, gates: Tensor, experts: Sequence[int]) -> Tensor:
+        outputs = self.experts(x, experts)
         total: Tensor | None = None
         for expert, output in zip(experts, outputs, strict=True):
             term = output * (gates[..., expert, None] * self.widths[expert])

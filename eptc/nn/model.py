@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eptc.errors import BaseModelError, CheckpointError, OptionError
 from eptc.nn import losses, native, released
-from eptc.nn.adapted import ReferenceModel
+from eptc.nn.adapted import ReferenceModel, Undecided
 from eptc.nn.base import base_sha256, is_classifier
 from eptc.nn.config import EptConfig
 from eptc.nn.heads import fill_heads, install_heads
@@ -159,6 +159,15 @@ class EptModel(ReferenceModel):
             yield self._context.task_id
         finally:
             self._context.task_id = before
+
+    @contextlib.contextmanager
+    def undecided(self) -> Iterator[Undecided]:
+        """Yield what takes note of tokens' routes within rounding until the context is left."""
+        before, self._context.undecided = self._context.undecided, Undecided()
+        try:
+            yield self._context.undecided
+        finally:
+            self._context.undecided = before
 
     def forward(
         self, *, task: str | int | None = None, labels: Tensor | None = None, **inputs: Any

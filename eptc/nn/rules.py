@@ -27,6 +27,7 @@ __all__ = [
 Variant = Literal["released", "paper"]
 Sharing = Literal["per-linear", "model"]
 Normalization = Literal["softmax", "sum", "none"]
+RouterInput = Literal["task", "token", "token+task"]
 ScaleRule = Literal["alpha/r", "alpha/sqrt(r)", "d/T"]
 
 
@@ -82,18 +83,19 @@ class GateConfig:
     """How an expert's gate follows from the router's logits.
 
     Args:
-        router_input: what the router reads; `task` is the task embedding alone.
+        router_input: what the router reads: the task's embedding e alone (`task`), the linear's
+            input x at each position (`token`), or x + e (`token+task`).
         temperature: divides the logits (no unit).
         normalization: of the kept probabilities: `softmax` of them (released code), division by
             their `sum` (paper), or `none`.
     """
 
-    router_input: Literal["task"] = "task"
+    router_input: RouterInput = "task"
     temperature: float = 0.05
     normalization: Normalization = "sum"
 
     def __post_init__(self) -> None:
-        choice(self.router_input, ("task",), "gate.router_input")
+        choice(self.router_input, get_args(RouterInput), "gate.router_input")
         positive(self.temperature, "gate.temperature")
         choice(self.normalization, get_args(Normalization), "gate.normalization")
 

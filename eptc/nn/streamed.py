@@ -97,8 +97,8 @@ class StreamedModel:
             outputs: what it returns for each is put here at the end.
             stored: of modules, by full name, what gives the weight to compute with for their own:
                 the same as it is stored somewhere in fewer bits. That of an adapted linear is the
-                sum of the base's and of the matrix that the experts stand for; other adapted
-                linears add up two outputs.
+                sum of the base's and of the matrix that the experts stand for; linears that route
+                on their input, and other adapted ones, add up two outputs.
 
         Raises:
             TaskError: there is no such task.
@@ -141,7 +141,7 @@ def _replaced(
             assert isinstance(weight, Tensor)
             if id(weight) in kept:
                 before.append((weight, weight.clone()))
-            folded = isinstance(module, AdaptedLinear)
+            folded = isinstance(module, AdaptedLinear) and not module.routed_experts
             weight.copy_(stored[name](weight + module.dense() if folded else weight))
             if folded:
                 module.__dict__["delta"] = _nothing

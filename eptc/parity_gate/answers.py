@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,14 +16,21 @@ from eptc.parity_gate.scores import score
 from eptc.runtime import Engine
 from eptc.tasks import Task
 
-__all__ = ["CLAIMED", "Answers", "Budget", "answers", "compare_answers", "right_answers"]
+__all__ = [
+    "CLAIMED", "Answers", "Budget", "answers", "compare_answers", "from_logs", "right_answers",
+    "sure",
+]  # fmt: skip
 
 Float64 = npt.NDArray[np.float64]
 
 # Rows from which on a drop is a claim about the task, not about these rows.
 CLAIMED = 1000
-# Probabilities below this are taken for it.
-_SMALLEST = 1e-30
+# Log probabilities below this are taken for it: no engine tells them apart.
+_SMALLEST = math.log(1e-30)
+# What rounding alone moves scores by over a whole model, relative to the largest of a row: of sums
+# in float32, and of weights that are stored in 16 bits (a step or two of that type).
+_ROUNDING = {"fp16-weights": 2e-3, "bf16-weights": 1.6e-2}
+_FLOAT32 = 2e-5
 _RESAMPLES = 1000
 # What a number read from decimals may be off by.
 _TINY = 1e-9
@@ -30,16 +38,18 @@ _TINY = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What an engine answers to labelled examples.
+    """What an engine, or the reference, answers to labelled examples.
 
     Args:
         chosen: a label's index, or a regression's value, for each row.
         scores: log probabilities of the labels, their mean taken off [rows, labels]; the values
             of a regression [rows, 1].
+        undecided: rows in which a choice of experts was within rounding of another.
     """
 
     chosen: Sequence[Any]
     scores: Float64
+    undecided: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +91,30 @@ class Budget:
 
 
 def answers(engine: Engine, examples: Sequence[Example]) -> Answers:
-    """Ask an engine about examples of its task, cut as in training where they are too long."""
-    found = engine.classify(list(examples), truncate=True)
+    """Ask an engine about examples of its task, cut as in training where they are too long.
+
+    Where the rows of a batch change one another's answers each example is asked alone.
+    """
+    size = 1 if engine.manifest.routing.mode == "batch" else 32
+    found = engine.classify(list(examples), truncate=True, batch_size=size)
     task = engine.task
     if task is not None and task.kind == "regression":
         values = np.array([answer.value for answer in found], np.float64)
         return Answers(values.tolist(), values[:, None])
-    probabilities = np.array([answer.probabilities for answer in found], np.float64)
-    logs = np.log(np.maximum(probabilities, _SMALLEST))
-    return Answers([answer.index for answer in found], logs - logs.mean(axis=1, keepdims=True))
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.array([answer.probabilities for answer in found], np.float64))
+    return from_logs([answer.index for answer in found], logs)
+
+
+def from_logs(chosen: Sequence[Any], logs: Float64) -> Answers:
+    """Return answers to a task with labels.
+
+    Args:
+        chosen: a label's index for each row.
+        logs: log probabilities of the labels [rows, labels].
+    """
+    logs = np.maximum(logs, _SMALLEST)
+    return Answers(chosen, logs - logs.mean(axis=1, keepdims=True))
 
 
 def right_answers(task: Task, examples: Sequence[Example]) -> list[Any]:
@@ -99,20 +124,43 @@ def right_answers(task: Task, examples: Sequence[Example]) -> list[Any]:
     return [task.labels.index(example["label"]) for example in examples]
 
 
-def compare_answers(
-    task: Task, want: Answers, got: Answers, labels: Sequence[Any]
-) -> dict[str, Any]:
-    """Compare an engine's answers with the exact engine's, paired by row.
+def sure(want: Answers, error: float, precision: str) -> npt.NDArray[np.bool_]:
+    """Return on which rows the reference is sure of its label [rows].
 
-    The reference is sure of a label where it leads by more than twice the error of the scores,
-    their root mean square over all rows and labels; and wherever it leads by half of what is usual
-    for it, however large the error is: an engine that is wrong everywhere makes no row unsure.
+    It is where it leads by more than twice the error of the scores; and wherever it leads by half
+    of what is usual for it, however large the error is: an engine that is wrong everywhere makes
+    no row unsure. Nowhere is it by what rounding may move, nor where a choice of experts was
+    within rounding of another.
+
+    Args:
+        want: the reference's answers to a task with labels.
+        error: of the engine's scores: root mean square over all rows and labels.
+        precision: the engine's.
+    """
+    decided = np.array([row not in want.undecided for row in range(len(want.scores))], bool)
+    if want.scores.shape[1] < 2:
+        return decided
+    best = np.sort(want.scores, axis=1)[:, ::-1]
+    margin = best[:, 0] - best[:, 1]
+    rounding = _ROUNDING.get(precision, _FLOAT32) * np.maximum(1, np.abs(best).max(axis=1))
+    found: npt.NDArray[np.bool_] = margin > np.maximum(
+        rounding, min(2 * error, float(np.median(margin)) / 2)
+    )
+    found &= decided
+    return found
+
+
+def compare_answers(
+    task: Task, want: Answers, got: Answers, labels: Sequence[Any], *, precision: str = "fp32"
+) -> dict[str, Any]:
+    """Compare an engine's answers with the reference's, paired by row.
 
     Args:
         task: the task.
-        want: the exact engine's answers.
-        got: the other's.
+        want: the reference's answers: the exact engine's, or the PyTorch model's.
+        got: the engine's.
         labels: the right ones.
+        precision: the engine's, as its manifest names it; see `sure`.
 
     Returns:
         JSON values: `rows`, `metric`, `engine`, `reference`, `drop` (of the metric, positive
@@ -123,13 +171,10 @@ def compare_answers(
     metric, ours = score(task, got.chosen, labels)
     _, theirs = score(task, want.chosen, labels)
     error = float(np.sqrt(np.mean((got.scores - want.scores) ** 2)))
-    flips = np.zeros(len(labels), bool)
-    sure = flips
+    flips = counted = np.zeros(len(labels), bool)
     if task.kind != "regression":
         flips = np.array(got.chosen) != np.array(want.chosen)
-        best = np.sort(want.scores, axis=1)[:, ::-1]
-        margin = best[:, 0] - best[:, 1]
-        sure = margin > min(2 * error, float(np.median(margin)) / 2)
+        counted = flips & sure(want, error, precision)
     return {
         "rows": len(labels),
         "metric": metric,
@@ -139,7 +184,7 @@ def compare_answers(
         "drop_interval": _interval(task, want, got, labels),
         "claimed": len(labels) >= CLAIMED,
         "flips": int(flips.sum()),
-        "flips_beyond_noise": int((flips & sure).sum()),
+        "flips_beyond_noise": int(counted.sum()),
         "error": float(f"{error:.2g}"),
         "cosine": float(f"{_cosine(want.scores, got.scores):.6f}"),
     }

@@ -14,6 +14,7 @@ from eptc.errors import ParityError
 from eptc.parity_gate.partition import PAST, PRESENT, Part, Partition
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.ort_errors import ort_errors
+from eptc.runtime.session import keep_products_exact
 from eptc.runtime.spec import GraphSpec, TensorSpec
 
 __all__ = ["Piece", "Run", "Runner", "as_past"]
@@ -47,7 +48,8 @@ class Run:
     Args:
         what: the way and the batch, for the report.
         pieces: one after the other.
-        cached: what another graph has cached for this one, by the names of its inputs.
+        cached: what another graph has cached for this one, by the names of its inputs, as that
+            graph's nodes are run.
     """
 
     what: str
@@ -72,7 +74,12 @@ class Runner:
         _check_interface(partition, spec)
 
     def run(
-        self, part: Part, runs: Sequence[Run], states: Sequence[Array | None]
+        self,
+        part: Part,
+        runs: Sequence[Run],
+        states: Sequence[Array | None],
+        *,
+        published: bool = False,
     ) -> list[dict[str, Array]]:
         """Return the outputs of a part for each run, pieces put together again.
 
@@ -81,6 +88,8 @@ class Runner:
             runs: the batches.
             states: the reference's state [batch, tokens, width] before the part, for each run;
                 None for a part that reads tokens.
+            published: whether activations are rounded as in the file; what other parts read of
+                this one is what it makes without.
 
         Raises:
             ParityError: the part does not load or run, or reads a cache it has not filled.
@@ -93,13 +102,14 @@ class Runner:
             for piece in run.pieces:
                 feeds = self._feeds(part, piece, state, cache)
                 if session is None:
-                    session = self._open(part, feeds)
+                    session = self._open(part, feeds, published)
                 try:
                     values = session.run(list(part.outputs), feeds)
                 except ort_errors() as error:
                     raise self._refused(part, f"does not run on {run.what}", error) from error
                 made = dict(zip(part.outputs, values, strict=True))
-                piece.shared |= {n: made[n] for n in part.outputs if n not in part.result}
+                if not published:
+                    piece.shared |= {n: made[n] for n in part.outputs if n not in part.result}
                 cache |= as_past(made)
                 outputs.append(made)
             whole = [n for n in part.outputs if n in part.result or n in self._answers]
@@ -135,17 +145,17 @@ class Runner:
         # Before the blocks only its length is read.
         return _zeros(self.caches[name], piece)
 
-    def _open(self, part: Part, feeds: Mapping[str, Array]) -> Any:
+    def _open(self, part: Part, feeds: Mapping[str, Array], published: bool) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL
         options.intra_op_num_threads = usable_cpus()
         options.add_session_config_entry(_WEIGHTS, str(self._directory))
+        keep_products_exact(options)
+        model = self.partition.serialize(part, feeds, published=published)
         try:
-            return onnxruntime.InferenceSession(
-                self.partition.serialize(part, feeds), options, providers=["CPUExecutionProvider"]
-            )
+            return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except ort_errors() as error:
             raise self._refused(part, "does not load", error) from error
 

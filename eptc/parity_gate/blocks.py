@@ -15,18 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from eptc.checkpoint import Checkpoint
+from eptc.nn.frozen import freeze
 from eptc.nn.streamed import StreamedModel
 from eptc.parity_gate.block_probes import few, make_batch
 from eptc.parity_gate.block_runs import Runner
-from eptc.parity_gate.block_walk import STATE, Walk
-from eptc.parity_gate.compare import Comparison
+from eptc.parity_gate.block_walk import STATE, Walk, rounded_bound
 from eptc.parity_gate.gate import make_probes, with_outcomes
 from eptc.parity_gate.interface import check_manifest
-from eptc.parity_gate.outputs import Decision
 from eptc.parity_gate.partition import Partition
 from eptc.parity_gate.probes import Example
-from eptc.parity_gate.reference import stream_reference
-from eptc.parity_gate.report import ParityReport
+from eptc.parity_gate.reference import frozen_gates, stream_reference
+from eptc.parity_gate.report import AsPublished, ParityReport
 from eptc.parity_gate.weights import check_stored
 from eptc.runtime import Manifest
 from eptc.runtime.inputs import prepare
@@ -54,7 +53,8 @@ def prove_blocks(
     """Run the gates of `prove` with one block of either side in memory at a time.
 
     The weights are read twice: to be compared, and to run the reference. The first block that
-    fails is the last.
+    fails is the last. A block that rounds activations runs twice: with activations in float32,
+    under a bound that shows what else is wrong, and as it is published, under its precision's.
 
     Args:
         directory: the bundle's folder.
@@ -77,6 +77,7 @@ def prove_blocks(
     progress("parity: read the checkpoint")
     reference = stream_reference(source)
     model = reference.model
+    freeze(model, frozen_gates(manifest))
     task_id = resolve(task, model.tasks)
     check_manifest(manifest, model, task_id)
     runners = {
@@ -90,24 +91,22 @@ def prove_blocks(
     text = _BundleText.open(directory, manifest)
     probes, tokenized = make_probes(text, model, task_id, tokenizer, examples)
     batches = [make_batch(manifest, probe) for probe in few(probes, given=examples is not None)]
-    walk = Walk(reference, task_id, runners, batches)
+    rounded = rounded_bound(manifest.precision)
+    walk = Walk(reference, task_id, runners, batches, rounded)
     report = ParityReport(
         (), STATE, dict(layers or {}), weights, (), (), tokenized, mode="block by block"
     )
     if walk.stored:
         said = "PyTorch model, float32, weights as they are stored"
-        if any(runner.partition.rounds for runner in runners.values()):
-            said += "; the engine's blocks compared with activations that are not rounded"
         report = dataclasses.replace(report, reference=said)
+    parts = [part for runner in runners.values() for part in runner.partition.parts.values()]
+    if any(part.rounds for part in parts):
+        report = dataclasses.replace(report, published=AsPublished(rounded))
     for batch in batches:
         report = with_outcomes(report, batch.probe, [])
-    for outcomes in walk.outcomes(progress):
-        report = dataclasses.replace(
-            report,
-            tensors=(*report.tensors, *(o for o in outcomes if isinstance(o, Comparison))),
-            decisions=(*report.decisions, *(o for o in outcomes if isinstance(o, Decision))),
-        )
-        if not report.passed:
+    for found in walk.outcomes(progress):
+        report = report.extended(found.exact, found.published)
+        if not found.sound:
             break
     return report
 

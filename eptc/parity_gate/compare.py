@@ -84,6 +84,8 @@ class Comparison:
         want: the reference's.
         cosine: of the angle between both, flattened.
         least_cosine: the smallest that passes.
+        left_out: rows that were not compared, since the reference's own routes through them are
+            within rounding of others.
     """
 
     what: str
@@ -95,6 +97,12 @@ class Comparison:
     want: float
     cosine: float
     least_cosine: float = -1.0
+    left_out: int = 0
+
+    @property
+    def compared(self) -> bool:
+        """Whether there was a row to compare."""
+        return not self.shape or self.left_out < self.shape[0]
 
     @property
     def passed(self) -> bool:

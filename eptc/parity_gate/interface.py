@@ -39,11 +39,12 @@ class Tokenizes(Protocol):
         """Return input_ids, attention_mask[, token_type_ids], int64 [batch, longest text]."""
 
 
-def position_limit(model: Any) -> int | None:
-    """Return how many positions a Hugging Face model has; None where they are relative.
+def position_limit(reference: ReferenceModel) -> int | None:
+    """Return how many positions the reference has for text; None where they are relative.
 
     A learned table says so itself; rows up to its padding row are never used (RoBERTa).
     """
+    model = reference.hf
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
             padding = module.padding_idx
@@ -51,7 +52,7 @@ def position_limit(model: Any) -> int | None:
     if model.config.is_encoder_decoder:
         return None
     limit = getattr(model.config, "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    return None if limit is None else int(limit) - reference.prompts
 
 
 def check_manifest(manifest: Manifest, reference: ReferenceModel, task_id: int) -> None:
@@ -60,7 +61,7 @@ def check_manifest(manifest: Manifest, reference: ReferenceModel, task_id: int) 
     Raises:
         ParityError: another task, length limit, or start or stop token.
     """
-    task, positions = reference.tasks[task_id], position_limit(reference.hf)
+    task, positions = reference.tasks[task_id], position_limit(reference)
     _same("task", manifest.task, task)
     if manifest.tokenizer is not None:
         limits = [limit for limit in (task.max_length, positions) if limit is not None]

@@ -77,7 +77,7 @@ class LayerGate:
         self._wanted = reference.wanted
 
     def check(self, model: AdaptedModel, stage: str) -> float:
-        """Return the largest deviation of a linear as a fraction of its bound.
+        """Return the largest deviation of a linear as a fraction of its bound; 0 without adapters.
 
         Args:
             model: the IR after `stage`.
@@ -92,7 +92,7 @@ class LayerGate:
                 f"after {stage}, {odd[0]} is adapted on one side only",
                 expected=f"the same {len(self._wanted)} linears as the reference adapts",
             )
-        return max(
+        errors = [
             self._check_linear(
                 path,
                 self.probe.output(model, path, self.task_id),
@@ -100,7 +100,8 @@ class LayerGate:
                 stage,
             )
             for path in self._wanted
-        )
+        ]
+        return max(errors, default=0.0)
 
     def _check_linear(self, path: str, output: LinearOutput, roundoff: float, stage: str) -> float:
         (want, largest), got = self._wanted[path], output.total

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from eptc.nn.adapted import ReferenceModel
+from eptc.nn.adapted import ReferenceModel, Undecided
 from eptc.parity_gate.compare import Bound, Comparison, compare
 from eptc.parity_gate.probes import Ints, Probe
 from eptc.runtime import Engine
@@ -67,19 +67,35 @@ def check_outputs(
         "encoder-decoder": _encoder_decoder,
         "decoder-only": _decoder_only,
     }[kind]
-    with torch.no_grad(), reference.task(task):
-        yield from check(engine, reference.hf, probe, bound)
+    with torch.no_grad(), reference.task(task), reference.undecided() as undecided:
+        yield from check(engine, reference.hf, probe, bound, undecided)
+
+
+def _compare(
+    what: str,
+    got: Float32,
+    want: Float32,
+    bound: Bound,
+    undecided: Undecided,
+    where: npt.NDArray[np.bool_] | None = None,
+) -> Comparison:
+    """Compare the rows through which the reference's routes are not within rounding of others."""
+    if undecided.rows:
+        sure = np.array([row not in undecided.rows for row in range(len(want))])
+        where = sure if where is None else where & sure[:, None]
+    left_out = len(undecided.rows)
+    return dataclasses.replace(compare(what, got, want, bound, where), left_out=left_out)
 
 
 def _classifier(
-    engine: Engine, model: Any, probe: Probe, bound: Bound
+    engine: Engine, model: Any, probe: Probe, bound: Bound, undecided: Undecided
 ) -> Iterator[Comparison | Decision]:
     want = model(**_torch(probe)).logits.numpy()
     got = engine.run(probe.feeds())["logits"]
-    comparison = compare(f"logits, {probe.name}", got, want, bound)
+    comparison = _compare(f"logits, {probe.name}", got, want, bound, undecided)
     yield comparison
     if want.shape[1] > 1:
-        for row in range(len(want)):
+        for row in sorted({*range(len(want))} - undecided.rows):
             yield decide(probe.name, row, 0, got[row], want[row], 2 * comparison.bound)
 
 
@@ -90,16 +106,19 @@ def decide(probe: str, row: int, step: int, got: Float32, want: Float32, noise: 
 
 
 def _encoder_decoder(
-    engine: Engine, model: Any, probe: Probe, bound: Bound
+    engine: Engine, model: Any, probe: Probe, bound: Bound, undecided: Undecided
 ) -> Iterator[Comparison | Decision]:
     inputs = _torch(probe)
     encoded = engine.run(probe.feeds(), "encoder")
     states = model.get_encoder()(**inputs)
     hidden = states.last_hidden_state.numpy()
-    valid = probe.attention_mask.astype(bool)
-    yield compare(
-        f"encoder state, {probe.name}", encoded["last_hidden_state"], hidden, bound, valid
-    )
+    # Prompts before the text are never padding.
+    ones = np.ones((len(hidden), hidden.shape[1] - probe.shape[1]), np.int64)
+    valid = np.concatenate([ones, probe.attention_mask], axis=1).astype(bool)
+    yield _compare(
+        f"encoder state, {probe.name}", encoded["last_hidden_state"], hidden, bound, undecided,
+        valid,
+    )  # fmt: skip
 
     rows: list[list[int]] = []
     if probe.answer is not None:
@@ -113,21 +132,22 @@ def _encoder_decoder(
         decoder_input_ids=torch.from_numpy(fed),
     )
     want, length = output.logits.numpy(), fed.shape[1]
-    comparison = compare(
+    comparison = _compare(
         f"logits at once, {probe.name}",
         _decode(engine, encoded, probe, fed, [length]),
         want,
         bound,
+        undecided,
     )
     yield comparison
     if probe.answer is not None:
         half = length // 2
         pieces = _decode(engine, encoded, probe, fed, [1, half, length - half - 1])
-        yield compare(f"logits in pieces, {probe.name}", pieces, want, bound)
+        yield _compare(f"logits in pieces, {probe.name}", pieces, want, bound, undecided)
     elif probe.synthetic:
         stepwise = _decode(engine, encoded, probe, fed, [1] * length)
-        yield compare(f"logits with cache, {probe.name}", stepwise, want, bound)
-    yield from _choices(engine, probe, rows, want, 2 * comparison.bound)
+        yield _compare(f"logits with cache, {probe.name}", stepwise, want, bound, undecided)
+    yield from _choices(engine, probe, rows, want, 2 * comparison.bound, undecided)
 
 
 def _starts(engine: Engine, batch: int) -> Ints:
@@ -161,48 +181,85 @@ def _decode(
 
 
 def _decoder_only(
-    engine: Engine, model: Any, probe: Probe, bound: Bound
+    engine: Engine, model: Any, probe: Probe, bound: Bound, undecided: Undecided
 ) -> Iterator[Comparison | Decision]:
     rows, written = _written(engine, probe)
     sequence = np.concatenate([probe.input_ids, written], axis=1)
-    prompt = probe.shape[1]
     mask = np.concatenate([probe.attention_mask, np.ones_like(written)], axis=1)
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    output = model(
-        input_ids=torch.from_numpy(sequence),
-        attention_mask=torch.from_numpy(mask),
-        position_ids=torch.from_numpy(positions),
-    )
-    want, valid = output.logits.numpy(), mask.astype(bool)
+    fed = _Fed(sequence, mask, positions)
+    prompt, valid = probe.shape[1], mask.astype(bool)
+    half = (prompt + 1) // 2
+    ways = {"at once": [sequence.shape[1]]}
+    # Where a route is chosen anew at each step, answers depend on how a sequence is cut: both
+    # sides are then run in the same steps. Else the reference is run once.
+    stepwise = _coupled(engine, model)
+    if probe.synthetic:
+        ways["in pieces"] = [half, sequence.shape[1] - half]
+    if probe.synthetic or stepwise:
+        ways["with cache"] = [prompt] + [1] * written.shape[1]
+    want, noise = fed.through(model, ways["at once"]), 0.0
+    for way, steps in ways.items():
+        if stepwise:
+            want = fed.through(model, steps)
+        got = fed.into(engine, steps)
+        what = f"logits {way}, {probe.name}"
+        comparison = _compare(what, got, want, bound, undecided, valid)
+        yield comparison
+        noise = 2 * comparison.bound
+    # The last of the ways is the one the engine wrote in.
+    yield from _choices(engine, probe, rows, want[:, prompt - 1 : -1], noise, undecided)
 
-    def continued(steps: list[int]) -> Float32:
-        cache = _empty_cache(engine, "model", len(sequence), set())
-        logits, start = [], 0
+
+def _coupled(engine: Engine, model: Any) -> bool:
+    """Whether the tokens of a step change one another's answers.
+
+    An engine whose routers are to be frozen is compared before they are.
+    """
+    mode = engine.manifest.routing.mode
+    if mode == "frozen":
+        return any(getattr(module, "routed_experts", 0) for module in model.modules())
+    return mode in ("batch", "per-sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fed:
+    """What a decoder is fed, in steps: ids, mask and positions [batch, length]."""
+
+    ids: Ints
+    mask: Ints
+    positions: Ints
+
+    def _pieces(self, steps: list[int]) -> Iterator[dict[str, Ints]]:
+        start = 0
         for length in steps:
             end = start + length
-            feeds = {
-                "input_ids": sequence[:, start:end],
-                "attention_mask": mask[:, :end],
-                "position_ids": positions[:, start:end],
-                **cache,
+            yield {
+                "input_ids": self.ids[:, start:end],
+                "attention_mask": self.mask[:, :end],
+                "position_ids": self.positions[:, start:end],
             }
-            outputs = engine.run(feeds)
+            start = end
+
+    def into(self, engine: Engine, steps: list[int]) -> Float32:
+        """Return the engine's logits, its cache handed from step to step."""
+        cache = _empty_cache(engine, "model", len(self.ids), set())
+        logits = []
+        for piece in self._pieces(steps):
+            outputs = engine.run({**piece, **cache})
             logits.append(outputs["logits"])
             cache |= _past(outputs)
-            start = end
         return np.concatenate(logits, axis=1)
 
-    comparison = compare(
-        f"logits at once, {probe.name}", continued([sequence.shape[1]]), want, bound, valid
-    )
-    yield comparison
-    if probe.synthetic:
-        half = (prompt + 1) // 2
-        pieces = continued([half, sequence.shape[1] - half])
-        yield compare(f"logits in pieces, {probe.name}", pieces, want, bound, valid)
-        stepwise = continued([prompt] + [1] * written.shape[1])
-        yield compare(f"logits with cache, {probe.name}", stepwise, want, bound, valid)
-    yield from _choices(engine, probe, rows, want[:, prompt - 1 : -1], 2 * comparison.bound)
+    def through(self, model: Any, steps: list[int]) -> Float32:
+        """Return the reference's logits, its own cache handed from step to step."""
+        cache, logits = None, []
+        for piece in self._pieces(steps):
+            inputs = {name: torch.from_numpy(array) for name, array in piece.items()}
+            output = model(**inputs, past_key_values=cache, use_cache=len(steps) > 1)
+            logits.append(output.logits.numpy())
+            cache = output.past_key_values
+        return np.concatenate(logits, axis=1)
 
 
 def _empty_cache(engine: Engine, graph: str, batch: int, given: set[str]) -> dict[str, Any]:
@@ -252,7 +309,12 @@ def _written(engine: Engine, probe: Probe) -> tuple[list[list[int]], Ints]:
 
 
 def _choices(
-    engine: Engine, probe: Probe, rows: list[list[int]], logits: Float32, noise: float
+    engine: Engine,
+    probe: Probe,
+    rows: list[list[int]],
+    logits: Float32,
+    noise: float,
+    undecided: Undecided,
 ) -> Iterator[Decision]:
     """Compare the engine's own greedy tokens with the reference's choices.
 
@@ -262,11 +324,14 @@ def _choices(
         rows: the tokens that the engine wrote.
         logits: the reference's, after the tokens before [batch, n, vocabulary].
         noise: margins up to this may go either way.
+        undecided: rows that are left out.
     """
     generation = engine.manifest.generation
     assert generation is not None
     stops = generation.eos_token_id
     for row, tokens in enumerate(rows):
+        if row in undecided.rows:
+            continue
         ended = False
         for step, token in enumerate(tokens):
             choice = logits[row, step]

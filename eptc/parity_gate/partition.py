@@ -41,6 +41,7 @@ class Part:
             tokens; where there are several, the state is their sum.
         outputs: everything it computes for others: outputs of the graph among them.
         result: those of the outputs that other parts read as their state.
+        rounds: whether its nodes round activations to 8 bits.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Part:
     state: tuple[str, ...]
     outputs: tuple[str, ...]
     result: tuple[str, ...]
+    rounds: bool
 
 
 class Partition:
@@ -128,7 +130,9 @@ class Partition:
         return AFTER if latest in self.blocks else latest
 
     def _cut(self, names: Sequence[str]) -> dict[str, Part]:
-        reads = {name: self._reads(name) for name in names}
+        reads, nodes = {}, {}
+        for name in names:
+            reads[name], nodes[name] = self._reads(name)
         read = {v for values in reads.values() for v in values}
         parts = {}
         for name in names:
@@ -147,11 +151,12 @@ class Partition:
                 tuple(str(v.name) for v in state),
                 tuple(str(v.name) for v in outputs),
                 tuple(str(v.name) for v in outputs if v in read and v.producer() in self._known),
+                rounds(nodes[name]),
             )
         return parts
 
-    def _reads(self, name: str) -> list[ir.Value]:
-        """Return what a part reads from outside: each value once, in the order of its nodes."""
+    def _reads(self, name: str) -> tuple[list[ir.Value], set[ir.Node]]:
+        """Return what a part reads from outside, in the order of its nodes, and those nodes."""
         reads: dict[ir.Value, None] = {}
         pending = [node for node in reversed(self._nodes) if self._place.get(node) == name]
         seen: set[ir.Node] = set()
@@ -168,7 +173,7 @@ class Partition:
                     reads.setdefault(value)
                 else:
                     pending.append(producer)
-        return list(reads)
+        return list(reads), seen
 
     def _check_order(self, name: str, state: Sequence[ir.Value]) -> None:
         """Check that a part reads the state of the part before it, and of no other."""
@@ -207,29 +212,26 @@ class Partition:
         """The weights that are stored as integers, by name."""
         return {weight.name: weight for weight in quantized(self._graph)}
 
-    @property
-    def rounds(self) -> bool:
-        """Whether nodes round what they compute with to fewer bits."""
-        return rounds(self._nodes)
-
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """Return a copy of a weight; its file is not held open."""
         tensor = self._graph.initializers[name].const_value
         assert tensor is not None
         return read(tensor)
 
-    def serialize(self, part: Part, arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
+    def serialize(
+        self, part: Part, arrays: Mapping[str, np.ndarray[Any, Any]], *, published: bool = False
+    ) -> bytes:
         """Return a part as an ONNX model whose weights stay where the graph's are.
-
-        Activations that a node would round to 8 bits stay float32: that rounding would hide what
-        else is wrong.
 
         Args:
             part: one of the parts.
             arrays: what it reads, for the types of values between parts.
+            published: whether nodes are those of the file; else activations that they would round
+                to 8 bits stay float32: that rounding would hide what else is wrong.
         """
         graph = ir.convenience.extract(self._graph, part.inputs, part.outputs)
-        without_rounding(graph)
+        if not published:
+            without_rounding(graph)
         declared = {value.name for value in self._graph.inputs}
         for value in graph.inputs:
             if value.name not in declared:

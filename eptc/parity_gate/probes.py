@@ -152,6 +152,7 @@ def synthetic(
     token_types: int,
     left: bool,
     answers: int | None = None,
+    rows: int = 0,
     seed: int = 0,
 ) -> list[Probe]:
     """Return seeded tokens in shapes that text may not give.
@@ -166,11 +167,14 @@ def synthetic(
         left: whether padding stands on the left.
         answers: the start token of answers to feed a decoder, longer than it would write; None:
             no such probe.
+        rows: of one more batch, where the model treats that many in a way of their own.
         seed: of the tokens.
     """
     rng = np.random.default_rng(seed)
     longest = min(limit or LONGEST, LONGEST)
     shapes = [(1, 1), (3, 1), (1, 2), (2, 17), (4, 33), (1, longest)]
+    if rows:
+        shapes.append((rows, 5))
     probes = []
     for batch, length in [(batch, min(length, longest)) for batch, length in shapes]:
         ids = rng.integers(0, vocab_size, (batch, length), dtype=np.int64)

@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eptc.parity_gate.compare import Bound, Comparison
 from eptc.parity_gate.outputs import Decision
 
-__all__ = ["ParityReport"]
+__all__ = ["AsPublished", "ParityReport", "furthest"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AsPublished:
+    """Parts of an engine that round activations, run with the nodes that are published.
+
+    Args:
+        bound: of each.
+        tensors: every comparison.
+    """
+
+    bound: Bound
+    tensors: tuple[Comparison, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the manifest says of it."""
+        if not self.tensors:
+            return {"tensors": 0}
+        worst = furthest(self.tensors)
+        return {
+            "tensors": len(self.tensors),
+            "largest_error": _digits(worst.error),
+            "its_bound": _digits(worst.bound),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "bound": dataclasses.asdict(self.bound),
+            "tensors": [_entry(comparison) for comparison in self.tensors],
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +58,8 @@ class ParityReport:
         scores: metric of engine and reference on labelled data, where there was some.
         reference: what the engine was compared with.
         mode: `whole model`, or `block by block` where each block was given the reference's state.
+        published: block by block, of an engine that rounds activations, its blocks as they are
+            published; in `tensors` they compute with activations in float32.
     """
 
     probes: tuple[Mapping[str, Any], ...]
@@ -39,11 +72,44 @@ class ParityReport:
     scores: Mapping[str, Any] | None = None
     reference: str = "unfolded PyTorch model, float32"
     mode: str = "whole model"
+    published: AsPublished | None = None
+
+    def extended(
+        self,
+        outcomes: Sequence[Comparison | Decision],
+        published: Sequence[Comparison] = (),
+    ) -> ParityReport:
+        """Return a report with more outcomes; those of published blocks apart."""
+        rounded = self.published
+        if rounded is not None:
+            rounded = dataclasses.replace(rounded, tensors=(*rounded.tensors, *published))
+        return dataclasses.replace(
+            self,
+            tensors=(*self.tensors, *(o for o in outcomes if isinstance(o, Comparison))),
+            decisions=(*self.decisions, *(o for o in outcomes if isinstance(o, Decision))),
+            published=rounded,
+        )
 
     @property
     def worst(self) -> Comparison:
         """The comparison that came nearest to its bound, or went furthest past it."""
-        return max(self.tensors, key=lambda c: (c.error / c.bound) if c.bound else c.error)
+        return furthest(self.tensors)
+
+    @property
+    def judged(self) -> tuple[Bound, tuple[Comparison, ...]]:
+        """The comparisons that say whether it has passed, and their bound.
+
+        Those of published blocks where one of them failed: it ran because the others had passed.
+        """
+        rounded = self.published
+        if rounded is not None and not all(c.passed for c in rounded.tensors):
+            return rounded.bound, rounded.tensors
+        return self.bound, self.tensors
+
+    @property
+    def left_out(self) -> int:
+        """Rows of outputs, over all tensors, that were not compared (`Comparison.left_out`)."""
+        return sum(c.left_out for c in self.tensors)
 
     @property
     def passed(self) -> bool:
@@ -51,11 +117,16 @@ class ParityReport:
 
         A report without a single tensor compared nothing, and has not passed.
         """
-        agree = bool(self.tensors) and all(c.passed for c in self.tensors)
+        agree = any(c.compared for c in self.tensors) and all(c.passed for c in self.tensors)
+        if self.published is not None:
+            # A part that rounds and was never run so has proven nothing.
+            agree = agree and bool(self.published.tensors)
+            agree = agree and all(c.passed for c in self.published.tensors)
         return agree and not any(d.flipped for d in self.decisions)
 
     def summary(self) -> dict[str, Any]:
         """Return what the manifest says of it."""
+        published = {} if self.published is None else {"as_published": self.published.summary()}
         return {
             "verified": True,
             "passed": self.passed,
@@ -67,8 +138,10 @@ class ParityReport:
             "decisions": len(self.decisions),
             "flips": sum(d.flipped for d in self.decisions),
             "ties": sum(not d.agrees and not d.flipped for d in self.decisions),
+            "rows_left_out": self.left_out,
             "synthetic_probes": sum(bool(probe["synthetic"]) for probe in self.probes),
             "text_probes": sum(not probe["synthetic"] for probe in self.probes),
+            **published,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -80,18 +153,8 @@ class ParityReport:
             "texts_tokenized_equally": self.tokenized,
             "layers": {stage: _digits(error) for stage, error in self.layers.items()},
             "weights": _digits(self.weights),
-            "tensors": [
-                {
-                    "what": c.what,
-                    "shape": list(c.shape),
-                    "error": _digits(c.error),
-                    "bound": _digits(c.bound),
-                    "worst": list(c.worst),
-                    "cosine": _digits(c.cosine, 6),
-                    "passed": c.passed,
-                }
-                for c in self.tensors
-            ],
+            "tensors": [_entry(comparison) for comparison in self.tensors],
+            **({} if self.published is None else {"as_published": self.published.to_json()}),
             "undecided": [
                 dataclasses.asdict(d) | {"margin": _digits(d.margin), "noise": _digits(d.noise)}
                 for d in self.decisions
@@ -99,6 +162,24 @@ class ParityReport:
             ],
             "scores": self.scores,
         }
+
+
+def furthest(tensors: Sequence[Comparison]) -> Comparison:
+    """Return the comparison that came nearest to its bound, or went furthest past it."""
+    return max(tensors, key=lambda c: (c.error / c.bound) if c.bound else c.error)
+
+
+def _entry(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "what": comparison.what,
+        "shape": list(comparison.shape),
+        "error": _digits(comparison.error),
+        "bound": _digits(comparison.bound),
+        "rows_left_out": comparison.left_out,
+        "worst": list(comparison.worst),
+        "cosine": _digits(comparison.cosine, 6),
+        "passed": comparison.passed,
+    }
 
 
 def _digits(value: float, digits: int = 2) -> float | str:

@@ -1,7 +1,7 @@
 """Where an engine rounds what it computes with to 8 bits, and the same without that.
 
 Rounding a block's activations moves its state by more than many a fault does, so block by block
-they stay float32: what is compared are the weights and how they are used.
+they first stay float32: what is compared are the weights and how they are used.
 """
 
 from __future__ import annotations

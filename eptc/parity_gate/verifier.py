@@ -21,11 +21,12 @@ from typing import Any, Protocol
 from eptc import checkpoint, text
 from eptc.errors import BundleError, EptcError, InternalError, OptionError, ParityError
 from eptc.nn.adapted import ReferenceModel
+from eptc.nn.frozen import frozen
 from eptc.parity_gate.blocks import prove_blocks
 from eptc.parity_gate.gate import prove
 from eptc.parity_gate.layers import LayerOutputs, layer_outputs
 from eptc.parity_gate.probes import Example
-from eptc.parity_gate.reference import load_reference, stream_reference
+from eptc.parity_gate.reference import frozen_gates, load_reference, stream_reference
 from eptc.parity_gate.report import ParityReport
 from eptc.runtime import Engine, load_manifest
 from eptc.tasks import resolve
@@ -96,17 +97,24 @@ class LocalVerifier:
     def layers(self) -> LayerOutputs:
         """Return what the reference's adapted linears give."""
         subject = self._subject
-        if subject.by_block:
-            streamed = stream_reference(subject.source)
-            task_id = resolve(subject.task, streamed.model.tasks)
-            return layer_outputs(streamed.model, task_id, streamed.loaded)
-        # The reference finds the task by itself: a reader that mixes up tasks is found out.
-        return layer_outputs(self.reference, resolve(subject.task, self.reference.tasks))
+        with subject.source.format.blamed("its reference fails"):
+            if subject.by_block:
+                streamed = stream_reference(subject.source)
+                task_id = resolve(subject.task, streamed.model.tasks)
+                return layer_outputs(streamed.model, task_id, streamed.loaded)
+            # The reference finds the task by itself: a reader that mixes up tasks is found out.
+            return layer_outputs(self.reference, resolve(subject.task, self.reference.tasks))
 
     def prove(
         self, directory: Path, layers: Mapping[str, float], progress: Progress
     ) -> ParityReport:
         """Compare the bundle in a folder with the reference."""
+        with self._subject.source.format.blamed("its reference cannot be compared with"):
+            return self._prove(directory, layers, progress)
+
+    def _prove(
+        self, directory: Path, layers: Mapping[str, float], progress: Progress
+    ) -> ParityReport:
         subject = self._subject
         options: dict[str, Any] = {
             "examples": subject.examples, "layers": layers, "progress": progress,
@@ -121,8 +129,13 @@ class LocalVerifier:
         except BundleError as error:
             raise ParityError(f"the engine that was written does not load: {error}") from error
         task_id = resolve(subject.task, self.reference.tasks)
-        with engine:
-            return prove(directory, engine, self.reference, task_id, self.tokenizer, **options)
+        gates = frozen_gates(engine.manifest)
+        with engine, frozen(self.reference, gates):
+            report = prove(directory, engine, self.reference, task_id, self.tokenizer, **options)
+        if gates:
+            said = f"{report.reference}, its gates replaced by the same means"
+            report = dataclasses.replace(report, reference=said)
+        return report
 
     def close(self) -> None:
         """Free the reference."""
@@ -142,7 +155,12 @@ class RemoteVerifier:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self._connection = Connection(ours.detach())
-        self._send(subject)
+        try:
+            with subject.source.format.blamed("what it read cannot be pickled"):
+                self._send(subject)
+        except EptcError:
+            self.close()
+            raise
         self._layers: LayerOutputs | None = None
 
     def layers(self) -> LayerOutputs:

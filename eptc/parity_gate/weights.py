@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,9 @@ def check_stored(
         layers: the adapted linears, by their full names; their base need not be in memory.
         task_id: the task, by the reference's own list.
     """
-    adapted = {
-        f"{path}.weight": layer for path, layer in layers.items() if not layer.routed_experts
-    }
+    adapted = {f"{path}.weight": layer for path, layer in layers.items() if layer.folds}
     seen, worst = set(), 0.0
-    for name, array in _unpacked(_stored(directory, files), parameters):
+    for name, array in _unpacked(_stored(directory, files), parameters, layers):
         if name in parameters:
             seen.add(name)
             worst = max(worst, _check_one(name, array, parameters, adapted, task_id))
@@ -128,22 +126,30 @@ def _stored(directory: Path, files: list[str]) -> Iterator[tuple[str, Array | De
 
 
 def _unpacked(
-    stored: Iterable[tuple[str, Array | Decoder]], parameters: Mapping[str, Float32]
+    stored: Iterable[tuple[str, Array | Decoder]],
+    parameters: Mapping[str, Float32],
+    layers: Collection[str],
 ) -> Iterator[tuple[str, Array | Decoder]]:
-    """Yield the parts of packed weights by their own names, other weights as they are."""
+    """Yield the parts of packed weights by their own names, other weights as they are.
+
+    Bases of routed branches, all of one rank, may be packed with them: they are no parameters.
+    """
     for name, found in stored:
         parts = name.split(PACKED)
         if len(parts) == 1 or PART in name:
             yield name, found
             continue
-        if lost := [part for part in parts if part not in parameters]:
+        bases = [part for part in parts if part not in parameters]
+        if lost := [part for part in bases if part.rpartition(".branch.")[0] not in layers]:
             raise ParityError(
                 f"the engine packs {lost[0]} into {name}, and the reference has no such weight",
                 fix="this is a bug in the pass that packs: report it",
             )
-        widths = [parameters[part].shape[0] for part in parts]
         shape = (found.columns, len(found)) if isinstance(found, Decoder) else found.shape
-        if len(shape) != 2 or shape[1] != sum(widths):
+        known = sum(parameters[part].shape[0] for part in parts if part in parameters)
+        rank = (shape[-1] - known) // len(bases) if bases else 0
+        widths = [parameters[p].shape[0] if p in parameters else rank for p in parts]
+        if len(shape) != 2 or shape[1] != sum(widths) or (bases and rank < 1):
             raise ParityError(
                 f"the weight {name} in the engine has the shape {list(shape)}",
                 expected=f"{sum(widths)} columns: {' + '.join(map(str, widths))}",

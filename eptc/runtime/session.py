@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from eptc.runtime.providers import Request
 
-__all__ = ["open_session"]
+__all__ = ["keep_products_exact", "open_session"]
 
 _FATAL: Final = 4  # ONNX Runtime's errors are raised; its log would only say them twice
 
@@ -65,9 +65,7 @@ def open_session(
     options.enable_mem_pattern = False
     for key, value in _CONFIG.items():
         options.add_session_config_entry(key, value)
-    if saturates():
-        # int8 weights are made unsigned when the graph is loaded: slower, and right.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    keep_products_exact(options)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_as is not None:
@@ -92,6 +90,15 @@ def open_session(
             fix="look at ONNX Runtime's log, or ask for fewer providers",
         )
     return session
+
+
+def keep_products_exact(options: Any) -> None:
+    """Set the option that keeps sums of 8-bit products right where this processor's may overflow.
+
+    int8 weights are made unsigned when the graph is loaded: slower, and right.
+    """
+    if saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
 
 
 def _saving(data: str, external_from: int) -> dict[str, str]:

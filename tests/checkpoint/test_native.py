@@ -15,6 +15,8 @@ import safetensors.numpy
 from eptc import checkpoint
 from eptc.checkpoint.native import SCHEMA_VERSION, read_config
 from eptc.errors import CheckpointError, OptionError, TaskError
+from eptc.ir import Routed
+from eptc.runtime.routing import RoutingSpec
 
 Float64 = npt.NDArray[np.float64]
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
@@ -105,6 +107,69 @@ def test_formula(
             assert np.linalg.matrix_rank(dense) <= branch.delta.rank_bound
 
 
+@pytest.mark.parametrize("router_input", ["token", "token+task"])
+@pytest.mark.parametrize("normalization", ["sum", "softmax", "none"])
+def test_routers_that_read_tokens(
+    write_paper: Callable[..., Any], router_input: str, normalization: str
+) -> None:
+    """The gates of each task, and the experts, from the tensors alone."""
+    gate = {"router_input": router_input, "temperature": 0.5, "normalization": normalization}
+    written = write_paper({UP: (50, 37), DOWN: (37, 50)}, (2, 3, 3, 4), gate=gate)
+    contents = checkpoint.read(written.ckpt, written.base).contents
+
+    assert contents.routing == RoutingSpec("token", reads_padding=False)
+    for path, adapter in contents.adapters.items():
+        router = adapter.input_router
+        assert router is not None
+        assert router.reads_task is (router_input == "token+task")
+        assert [b.gate.expert for b in adapter.branches if isinstance(b.gate, Routed)] == [
+            0, 1, 2, 3,
+        ]  # fmt: skip
+        parts = {name.removeprefix(f"{path}."): t for name, t in written.tensors.items()}
+        x = np.random.default_rng(4).standard_normal((2, 5, parts["router.weight"].shape[1]))
+        for task_id in range(3):
+            u = x + parts["task_embedding"][task_id] if "+" in router_input else x
+            logits = u @ parts["router.weight"].T.astype(np.float64) / 0.5
+            p = np.exp(logits)
+            p /= p.sum(-1, keepdims=True)
+            first = np.sort(p, axis=-1)[..., -2:]
+            kept = np.where(p >= first[..., :1], p, 0.0)
+            if normalization == "sum":
+                kept /= first.sum(-1, keepdims=True)
+            elif normalization == "softmax":
+                kept = np.where(kept > 0, np.exp(kept) / np.exp(first).sum(-1, keepdims=True), 0.0)
+            found = router.for_task(task_id).gates(x)
+            np.testing.assert_allclose(found, kept, rtol=0, atol=1e-9)
+        rank, scale = written.config["rank"], written.config["scale"]
+        assert {branch.scale for branch in adapter.branches} == {scale["alpha"] / rank}
+
+
+@pytest.mark.parametrize(
+    ("router_input", "routing", "words"),
+    [
+        ("task", "frozen", "routers read the task"),
+        ("task", "batch", "routers read the task"),
+        ("token", "batch", "routers read the token"),
+        ("token+task", "per-sample", "exact or frozen"),
+    ],
+)
+def test_routing_that_a_pyramid_does_not_have(
+    write_paper: Callable[..., Any], router_input: str, routing: Any, words: str
+) -> None:
+    gate = {**_GATE, "router_input": router_input}
+    written = write_paper({UP: (50, 37)}, (2, 3), gate=gate)
+    with pytest.raises(OptionError, match=words):
+        checkpoint.read(written.ckpt, written.base, routing=routing)
+
+
+def test_the_released_variant_reads_the_task(write_paper: Callable[..., Any]) -> None:
+    gate = {"router_input": "token", "temperature": 1.0, "normalization": "softmax"}
+    written = write_paper({UP: (50, 37)}, (2, 3), gate=gate)
+    _damaged(written, _set("variant", value="released"))
+    with pytest.raises(CheckpointError, match="'released' and a router that reads 'token'"):
+        checkpoint.read(written.ckpt, written.base)
+
+
 def test_every_tensor_is_taken_once(write_paper: Callable[..., Any]) -> None:
     written = write_paper({UP: (50, 37), DOWN: (37, 50)}, (2, 3), sharing="model")
     contents = checkpoint.read(written.ckpt, written.base).contents
@@ -148,7 +213,7 @@ def _set(*path: Any, value: Any) -> Callable[[dict[str, Any]], object]:
         (_set("top_k", value=2.0), "top_k: 2.0 is not of type 'integer'"),
         (_set("top_k", value=3), "top_k 3 of 2 experts"),
         (_set("rank", value=5), r"expected: \[5, any\]"),
-        (_set("gate", "router_input", value="token"), "cannot be compiled yet"),
+        (_set("gate", "router_input", value="tokens"), "gate/router_input"),
         (_set("gate", "temperature", value=0), "gate/temperature"),
         (_set("gate", "temperature", value=math.nan), "not finite"),
         (_set("scale", "alpha", value=math.inf), "not finite"),

@@ -84,9 +84,13 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> tuple[Dataset, ...]:
     return made
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize(
+    ("variant", "router_input"),
+    [("paper", "task"), ("paper", "token"), ("paper", "token+task"), ("released", "task")],
+)
 def test_the_script_trains_scores_and_saves(
     variant: str,
+    router_input: str,
     base: Path,
     datasets: tuple[Dataset, ...],
     tmp_path: Path,
@@ -94,9 +98,8 @@ def test_the_script_trains_scores_and_saves(
 ) -> None:
     output = tmp_path / "checkpoint"
 
-    code = train_multitask.main(
-        ["--output", str(output), "--base", str(base), "--steps", "12", "--variant", variant]
-    )
+    options = ["--output", str(output), "--base", str(base), "--steps", "12"]
+    code = train_multitask.main([*options, "--variant", variant, "--router-input", router_input])
 
     printed = capsys.readouterr().out
     assert code == 0, printed
@@ -106,6 +109,7 @@ def test_the_script_trains_scores_and_saves(
     assert [score["task"] for score in scores] == [task.name for task in TASKS]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     loaded = EptModel.load(output, base)
+    assert loaded.config.gates.router_input == router_input
     again = [evaluate(loaded, tokenizer, data).score for data in datasets]
     assert again == pytest.approx([score["score"] for score in scores], rel=1e-6)
 
@@ -135,6 +139,18 @@ def test_enough_steps_learn_the_synthetic_classes(
     for data, score in zip(datasets, scores, strict=True):
         if data.task.kind == "classification":
             assert score["score"] > baseline(data) + 0.3, score
+
+
+def test_the_released_variant_routes_on_the_task_alone(
+    base: Path, datasets: tuple[Dataset, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert datasets
+    options = ["--output", str(tmp_path / "c"), "--base", str(base), "--variant", "released"]
+
+    code = train_multitask.main([*options, "--router-input", "token"])
+
+    assert code == 2
+    assert "'released' has the gate" in capsys.readouterr().err
 
 
 def test_a_base_that_is_not_there_is_an_error_with_a_fix(

@@ -15,6 +15,8 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
@@ -36,6 +38,27 @@ _ENCODER = {
     "intermediate_size": 80,
     "max_position_embeddings": 64,
     "num_labels": 3,
+}
+# As DeBERTa-v3, but that lengths up to 33 reach beyond its buckets and its farthest position.
+_DEBERTA = {
+    "relative_attention": True,
+    "position_biased_input": False,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_buckets": 8,
+    "max_relative_positions": 24,
+}
+# What other checkpoints of the same class set otherwise.
+_DEBERTA_KINDS: dict[str, dict[str, Any]] = {
+    "deberta": {},
+    "deberta-own-keys": {"share_att_key": False, "type_vocab_size": 2},
+    "deberta-no-buckets": {"position_buckets": -1, "norm_rel_ebd": "none"},
+    "deberta-to-position": {"pos_att_type": ["c2p"], "position_biased_input": True},
+    "deberta-from-position": {"pos_att_type": ["p2c"], "share_att_key": False},
+    "deberta-absolute": {"relative_attention": False, "position_biased_input": True},
+    "deberta-convolution": {"conv_kernel_size": 3, "conv_act": "gelu"},
+    "deberta-narrow-embedding": {"embedding_size": 32, "position_buckets": 7},
 }
 _T5 = {
     "vocab_size": 70,
@@ -70,6 +93,9 @@ def _configuration(name: str) -> tuple[Any, Any]:
     if name == "roberta":
         config = RobertaConfig(**_ENCODER, type_vocab_size=1, pad_token_id=1)
         return RobertaForSequenceClassification, config
+    if name in _DEBERTA_KINDS:
+        settings = {**_ENCODER, **_DEBERTA, **_DEBERTA_KINDS[name]}
+        return DebertaV2ForSequenceClassification, DebertaV2Config(**settings)
     if name == "t5":
         return T5ForConditionalGeneration, T5Config(**_T5)
     if name == "t5-gated-untied":

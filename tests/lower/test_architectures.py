@@ -11,6 +11,7 @@ from eptc.architectures import ARCHITECTURES, architecture, canonical_name, head
 from eptc.errors import BaseModelError
 
 BERT, ROBERTA = {"model_type": "bert"}, {"model_type": "roberta"}
+DEBERTA = {"model_type": "deberta-v2"}
 T5, T5_V11 = {"model_type": "t5"}, {"model_type": "t5", "tie_word_embeddings": False}
 LLAMA, TIED_LLAMA = (
     {"model_type": "llama", "tie_word_embeddings": False},
@@ -34,6 +35,10 @@ NAMES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "roberta bare pooler": (ROBERTA, "pooler.dense.weight", None),
     "roberta lm head": (ROBERTA, "lm_head.dense.weight", None),
     "roberta classifier": (ROBERTA, "classifier.out_proj.bias", "classifier.out_proj.bias"),
+    "deberta bare": (DEBERTA, "encoder.LayerNorm.bias", "deberta.encoder.LayerNorm.bias"),
+    "deberta pooler": (DEBERTA, "pooler.dense.weight", "pooler.dense.weight"),
+    "deberta generator": (DEBERTA, "lm_predictions.lm_head.bias", None),
+    "deberta discriminator": (DEBERTA, "mask_predictions.dense.weight", None),
     "t5 shared": (T5, "shared.weight", "shared.weight"),
     "t5 encoder embedding": (T5, "encoder.embed_tokens.weight", "shared.weight"),
     "t5 decoder embedding": (T5_V11, "decoder.embed_tokens.weight", "shared.weight"),

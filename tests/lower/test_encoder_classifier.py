@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: the graph's logits are the model's."""
+"""BERT, RoBERTa and DeBERTa: the graph's logits are the model's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,21 @@ def feeds(
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 @pytest.mark.parametrize("length", [1, 7, 33])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert",
+        "roberta",
+        "deberta",
+        "deberta-own-keys",
+        "deberta-no-buckets",
+        "deberta-to-position",
+        "deberta-from-position",
+        "deberta-absolute",
+        "deberta-convolution",
+        "deberta-narrow-embedding",
+    ],
+)
 def test_logits(
     lowered: Callable[[str], Any],
     rng: np.random.Generator,

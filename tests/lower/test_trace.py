@@ -13,17 +13,18 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig, T5Config
+from transformers import BertConfig, DebertaV2Config, LlamaConfig, T5Config
 
 from eptc.errors import BaseModelError
 from eptc.lower import expected_parameters, trace
 
-ALL = ["bert", "roberta", "t5", "t5-gated-untied", "llama-tied", "llama-gqa"]
+ALL = ["bert", "roberta", "deberta", "t5", "t5-gated-untied", "llama-tied", "llama-gqa"]
 
 # Two layers (T5: three in the encoder). A rise means that noise came back into the graphs.
 NODES = {
     ("bert", "model"): 77,
     ("roberta", "model"): 82,
+    ("deberta", "model"): 118,
     ("t5", "encoder"): 133,
     ("t5", "decoder"): 141,
     ("t5-gated-untied", "encoder"): 139,
@@ -31,6 +32,8 @@ NODES = {
     ("llama-tied", "model"): 141,
     ("llama-gqa", "model"): 147,
 }
+# GatherElements does not broadcast its index: DeBERTa's is repeated once, for all layers.
+EXPANDS = {("deberta", "model"): 1}
 # One hidden layer each: what matters is that nothing else is in the way.
 SCRIPT = """
 import sys, tempfile
@@ -67,7 +70,8 @@ def test_graphs_are_valid_and_clean(lowered: Callable[[str], Any], name: str) ->
         onnx.checker.check_model(path, full_check=True)
         operators = Counter(node.op_type for node in graph.graph)
         assert {node.domain for node in graph.graph} == {""}
-        assert not operators.keys() & {"If", "Loop", "Identity", "CastLike", "Expand", "Constant"}
+        assert not operators.keys() & {"If", "Loop", "Identity", "CastLike", "Constant"}
+        assert operators["Expand"] == EXPANDS.get((name, graph_name), 0)
         assert dict(graph.opset_imports) == {"": 20}
         assert operators.total() <= NODES[name, graph_name]
         assert not graph.functions
@@ -168,3 +172,18 @@ def test_refuses_an_encoder_that_is_a_decoder() -> None:
     config = BertConfig(hidden_size=32, num_attention_heads=4, is_decoder=True)
     with pytest.raises(BaseModelError, match="decoder"):
         expected_parameters(config)
+
+
+@pytest.mark.parametrize("buckets", [1, 40])
+def test_refuses_buckets_without_order(buckets: int) -> None:
+    config = DebertaV2Config(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        relative_attention=True,
+        pos_att_type=["c2p"],
+        position_buckets=buckets,
+        max_relative_positions=20,
+    )
+    with pytest.raises(BaseModelError, match=f"{buckets} position buckets"):
+        trace(config)

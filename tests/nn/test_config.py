@@ -119,7 +119,7 @@ def test_refuses_fields(changes: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: GateConfig("token"), "router_input is 'token'"),  # type: ignore[arg-type]
+        (lambda: GateConfig("tokens"), "router_input is 'tokens'"),  # type: ignore[arg-type]
         (lambda: GateConfig(temperature=0), "temperature is 0"),
         (lambda: GateConfig(temperature=float("nan")), "temperature is nan"),
         (lambda: GateConfig(normalization="max"), "normalization is 'max'"),  # type: ignore[arg-type]

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from eptc.errors import OptionError, TaskError
-from eptc.nn import EptConfig, EptLinear, GateConfig, Gates, Router, ScaleConfig, TaskRouter
+from eptc.errors import TaskError
+from eptc.nn import EptConfig, EptLinear, GateConfig, ScaleConfig, TaskRouter
 from eptc.nn.linear import TaskContext
 from eptc.tasks import Task
 
@@ -163,31 +163,6 @@ def test_probabilities_that_underflow_keep_their_order() -> None:
 
 def test_all_experts_kept_have_no_margin() -> None:
     assert layer(8, 8, (2, 2), top_k=2).route(0).margin == math.inf
-
-
-class EveryToken(Router):
-    """A router that reads x: what a token router will do."""
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Gates:
-        chosen, kept, log_p = self.select(x + embedding)
-        values = torch.zeros_like(log_p).scatter(-1, chosen, kept)
-        return Gates(values, tuple(range(values.shape[-1])))
-
-
-def test_a_router_may_read_x() -> None:
-    """Gates [..., N]: each token is the sum of its own experts."""
-    made = layer(24, 36, (2, 3, 4, 4))
-    router = EveryToken(24, 4, 2, GateConfig("task", 1.0, "sum"), bias=False)
-    router.weight = made.router.weight
-    made.router = router
-    x = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0))
-    gates = router(x, made.task_embedding[1]).values
-    assert gates.shape == (2, 3, 4)
-    matrices = torch.stack([made.experts.dense(i) for i in range(4)])
-    wanted = made.scaling * torch.einsum("ntk,koi,nti->nto", gates, matrices, x)
-    torch.testing.assert_close(made.delta(x, 1), wanted, rtol=1e-4, atol=1e-4)
-    with pytest.raises(OptionError, match="no route"):
-        made.route(1)
 
 
 def test_no_task_is_active() -> None:

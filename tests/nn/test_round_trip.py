@@ -46,6 +46,8 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "one A and B": {"sharing": "model"},
     "d/T": {"scale": ScaleConfig("d/T", denominator=4)},
     "root": {"scale": ScaleConfig("alpha/sqrt(r)", alpha=8.5), "top_k": 3},
+    "token": {"gate": GateConfig("token")},
+    "token and task": {"gate": GateConfig("token+task", 1.5, "softmax"), "sharing": "model"},
     "no normalization": {"gate": GateConfig("task", 0.5, "none"), "top_k": 1},
     "overrides": {"variant": "released", "modules": {QUERY: ModuleConfig(rank=6, alpha=3)}},
 }

@@ -15,9 +15,12 @@ import safetensors.torch
 import torch
 
 import eptc
-from eptc import checkpoint
+from eptc import checkpoint, text
 from eptc.errors import ParityError
 from eptc.ir import AdaptedModel
+from eptc.parity_gate import ParityReport
+from eptc.parity_gate.blocks import prove_blocks
+from eptc.runtime.manifest import load_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,18 @@ def _quiet() -> Iterator[None]:
 def as_subject() -> type[Subject]:
     """Return what makes a subject of two folders."""
     return Subject
+
+
+@pytest.fixture(scope="session")
+def prove_by_block() -> Callable[..., ParityReport]:
+    """Return a function that verifies a folder against a subject's first task, block by block."""
+
+    def run(subject: Subject, directory: Path, **more: Any) -> ParityReport:
+        source = subject.read()
+        tokenizer = text.find_tokenizer(source.path, source.base.path)
+        return prove_blocks(directory, load_manifest(directory), source, 0, tokenizer, **more)
+
+    return run
 
 
 @pytest.fixture

@@ -48,6 +48,15 @@ def test_an_engine_that_is_always_wrong() -> None:
     assert "500 of 1000 labels change" in str(Budget().exceeded(found))
 
 
+def test_nobody_is_sure_of_what_rounding_moves() -> None:
+    """However small the error is; more so where weights are stored in 16 bits."""
+    want = of([1e-5] + [0.01] * 9 + [9.0] * 90)
+    got = of([-1e-5] + [-0.01] + [0.01] * 8 + [9.0] * 90)
+    for precision, flips in (("fp32", 1), ("int8", 1), ("fp16-weights", 1), ("bf16-weights", 0)):
+        found = compare_answers(TASK, want, got, [1] * 100, precision=precision)
+        assert (found["flips"], found["flips_beyond_noise"]) == (2, flips)
+
+
 def test_interval_holds_the_drop() -> None:
     """Thirty flips the wrong way out of a thousand: three points, give or take one."""
     want, got = of([1.0] * 1000), of([-1.0] * 30 + [1.0] * 970)

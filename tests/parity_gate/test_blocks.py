@@ -21,10 +21,9 @@ import safetensors.numpy
 from eptc import bundle, lower, text
 from eptc.errors import ParityError
 from eptc.parity_gate import ParityReport, prove, refuse
-from eptc.parity_gate.blocks import prove_blocks
 from eptc.parity_gate.reference import load_reference
 from eptc.runtime import Engine
-from eptc.runtime.manifest import load_manifest, read_manifest
+from eptc.runtime.manifest import read_manifest
 
 Graphs = dict[str, ir.Model]
 Change = Callable[[Graphs], None]
@@ -52,16 +51,11 @@ def written(subject: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.fixture
-def check(subject: Any) -> Callable[..., ParityReport]:
-    """Return a function that verifies a folder against a subject, block by block."""
-
-    def run(of: Any, directory: Path, **more: Any) -> ParityReport:
-        found = subject(of) if isinstance(of, str) else of
-        source = found.read()
-        tokenizer = text.find_tokenizer(source.path, source.base.path)
-        return prove_blocks(directory, load_manifest(directory), source, 0, tokenizer, **more)
-
-    return run
+def check(subject: Any, prove_by_block: Any) -> Callable[..., ParityReport]:
+    """Return a function that verifies a folder against a subject, or its name, block by block."""
+    return lambda of, directory, **more: prove_by_block(
+        subject(of) if isinstance(of, str) else of, directory, **more
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -157,14 +157,19 @@ def test_scores(check: Any, bundle: Path, tmp_path: Path) -> None:
     answers[0] = {"good": "bad", "bad": "good"}[str(answers[0])]
     rows = [{"text": t, "label": a} for t, a in zip(texts, answers, strict=True)]
     report = check(bundle, data=write(tmp_path / "data.jsonl", *rows))
+    error = report.scores.pop("error")
+    assert 0 < error < 1e-5
     assert report.scores == {
         "rows": 5,
         "metric": "accuracy",
         "engine": 0.8,
         "reference": 0.8,
         "drop": 0.0,
+        "drop_interval": [0.0, 0.0],
+        "claimed": False,
         "flips": 0,
         "flips_beyond_noise": 0,
+        "cosine": 1.0,
     }
     assert [p["shape"][0] for p in report.probes if not p["synthetic"]] == [1, 1, 2, 5]
 
@@ -183,9 +188,9 @@ def test_flip_on_labelled_data(
     sound = parity_gate.reference_answers
 
     def answers(*arguments: Any) -> Any:
-        want, sure = sound(*arguments)
-        want[39] = 1 - want[39]
-        return want, sure
+        want = sound(*arguments)
+        want.scores[39] *= -1
+        return dataclasses.replace(want, chosen=want.scores.argmax(axis=1))
 
     monkeypatch.setattr("eptc.recheck.reference_answers", answers)
     with pytest.raises(ParityError, match="1 of 40 labels change where the reference is sure"):

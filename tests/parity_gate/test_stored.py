@@ -16,12 +16,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from eptc import job, lower, text
+from eptc import job, lower
 from eptc.bundle import write_manifest
 from eptc.errors import ParityError
 from eptc.lower.blocks import Blocks
 from eptc.parity_gate import ParityReport, refuse
-from eptc.parity_gate.blocks import prove_blocks
 from eptc.parity_gate.nearest import check_nearest
 from eptc.parity_gate.partition import Partition
 from eptc.parity_gate.reference import load_reference
@@ -29,7 +28,7 @@ from eptc.parity_gate.stored import Decoder, quantized
 from eptc.parity_gate.weights import check_weights
 from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.pipeline import graph_passes
-from eptc.runtime.manifest import load_manifest, read_manifest
+from eptc.runtime.manifest import read_manifest
 from eptc.tensors import ArrayTensor
 
 Array = npt.NDArray[Any]
@@ -60,6 +59,9 @@ def written(subject: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
                 patch.setattr(job, "graph_passes", lambda *_: steps)
                 out = tmp_path_factory.mktemp("stored") / "out"
                 bundle = subject(name).export(out, 0, verify=False, optimize_for=provider)
+            precision = "int8-weights" if options.get("bits") == 8 else "int4"
+            manifest = dataclasses.replace(bundle.manifest, precision=precision)
+            write_manifest(bundle.path, manifest)
             made[key] = bundle.path
         return made[key]
 
@@ -67,15 +69,9 @@ def written(subject: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.fixture
-def prove(subject: Any) -> Callable[..., ParityReport]:
+def prove(subject: Any, prove_by_block: Any) -> Callable[..., ParityReport]:
     """Return a function that verifies a folder against a subject, block by block."""
-
-    def run(name: str, directory: Path) -> ParityReport:
-        source = subject(name).read()
-        tokenizer = text.find_tokenizer(source.path, source.base.path)
-        return prove_blocks(directory, load_manifest(directory), source, 0, tokenizer)
-
-    return run
+    return lambda name, directory: prove_by_block(subject(name), directory)
 
 
 @pytest.fixture
@@ -138,8 +134,7 @@ def test_sound(written: Any, prove: Any, check: Any, what: str) -> None:
     report = prove(name, directory)
     refuse(report, "nothing is wrong with it")
     assert report.bound.relative == 3e-5
-    rounded = "activations that are not rounded" in report.summary()["reference"]
-    assert rounded is (options.get("accuracy_level", 4) == 4)
+    assert (report.published is not None) is (options.get("accuracy_level", 4) == 4)
     assert "weights as they are stored" in report.summary()["reference"]
     assert 0.9 < check(name, directory) <= 1.0
 
@@ -389,18 +384,20 @@ def test_fault_in_the_graph(written: Any, prove: Any, tmp_path: Path) -> None:
     assert next(c for c in report.tensors if not c.passed).what.startswith("model.layers.1")
 
 
-def test_levels_stay_in_the_bundle(written: Any) -> None:
-    """Blocks are proven without rounded activations; the graph that runs rounds them."""
+def test_blocks_with_and_without_rounding(written: Any) -> None:
+    """They are compared without rounded activations, and as the graph that runs rounds them."""
     directory = written("llama-tiny")
     partition = Partition(directory / "model.onnx", [["model.layers.0", "model.layers.1"]])
-    assert partition.rounds
     part = partition.parts["model.layers.0"]
+    assert part.rounds
     arrays = dict.fromkeys(part.inputs, np.zeros((1, 1, 64), np.float32))
-    cut = ir.from_proto(onnx.load_from_string(partition.serialize(part, arrays)))
-    nodes = [node for node in cut.graph if node.op_type == "MatMulNBits"]
-    assert nodes
-    assert not any("accuracy_level" in node.attributes for node in nodes)
-    assert partition.rounds, "the graph itself was changed"
+    # In this order: the graph itself stays as it is.
+    for published in (False, True):
+        content = partition.serialize(part, arrays, published=published)
+        graph = ir.from_proto(onnx.load_from_string(content)).graph
+        nodes = [node for node in graph if node.op_type == "MatMulNBits"]
+        assert nodes
+        assert all(("accuracy_level" in node.attributes) is published for node in nodes)
 
 
 def test_memory_of_a_comparison() -> None:

@@ -75,11 +75,11 @@ def test_a_failure_there_is_a_failure_here(
     copy_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference does not share the compiler's memory, nor a fault planted in it."""
-    from eptc.passes import fold_pyramid
+    from eptc.ir import folding
 
-    fold = fold_pyramid._fold
+    fold = folding._fold
     monkeypatch.setattr(planning, "_LARGE", 0)
-    monkeypatch.setattr(fold_pyramid, "_fold", lambda *given: fold(*given)[::-1].copy())
+    monkeypatch.setattr(folding, "_fold", lambda *given: fold(*given)[::-1].copy())
     with pytest.raises(ParityError, match="fold-pyramid"):
         _build(copy_native, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -337,8 +337,51 @@ def test_weights_that_float32_reads() -> None:
     assert casts.count("V") == 1
 
 
+# What a weight that float16 cannot hold keeps in float32: body, the weight, nodes.
+FAR = {
+    "a product": ("h = MatMul(x, V) i = MatMul(h, W) y = Relu(i)", "W", ["MatMul_1"]),
+    "a norm's scale": (
+        "h = MatMul(x, V) y = LayerNormalization(h, g)",
+        "g",
+        ["LayerNormalization"],
+    ),
+    "what is moved and added first": (
+        "h = MatMul(x, V) e = Gather(W, ids) s = Squeeze(e) i = Add(h, s) j = Mul(i, h) "
+        "y = Relu(j)",
+        "W",
+        ["Add", "Gather", "Mul", "Squeeze"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FAR)
+def test_weight_that_stays(what: str, tmp_path: Path) -> None:
+    """A weight beyond float16 and what computes with it; what is made of that is cast again."""
+    body, name, kept = FAR[what]
+    exact, half = model(body), model(body)
+    for m in (exact, half):
+        value = m.graph.initializers[name]
+        assert value.shape is not None
+        numbers = np.full(value.shape.numpy(), 0.5, np.float32)
+        numbers.flat[-1] = 7e4
+        value.const_value = None
+        bind({"model": m}, {name: ArrayTensor(name, numbers)})
+    step = CastHalf(ranges={name: 7e4})
+    plan = step.plan(half)
+    assert plan.pop(name) == "numbers up to 7e+04, beyond 65504"
+    assert plan == dict.fromkeys(kept, f"{name} has numbers up to 7e+04, beyond 65504")
+    convert(half, step)
+    types = {node.name: node.outputs[0].dtype for node in half.graph if node.op_type != "Cast"}
+    assert {n for n, dtype in types.items() if dtype == ir.DataType.FLOAT} == set(kept)
+    x = np.random.default_rng(0).normal(size=(3, 4), scale=1e-2).astype(np.float32)
+    feeds = {"x": x, "ids": np.array(3)}
+    given = {str(v.name): feeds[str(v.name)] for v in half.graph.inputs}
+    (want,), (got,) = run(exact, tmp_path / "exact", given), run(half, tmp_path / "half", given)
+    assert got == pytest.approx(want, rel=0, abs=2e-3 * float(np.abs(want).max()))
+
+
 def test_weight_beyond_float16() -> None:
-    """It is named when it is written; nothing becomes infinite in silence."""
+    """Where nothing is known of it, it is named when it is written: no infinity in silence."""
     m = model("y = MatMul(x, W)")
     m.graph.initializers["W"].const_value = None
     bind({"model": m}, {"W": ArrayTensor("W", np.full((4, 4), 7e4, np.float32))})

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir
-import onnxruntime
 import pytest
 
-from eptc import lower
 from eptc.pipeline import graph_passes, run_graph_passes
 from eptc.precision import OptimizeFor
-from eptc.tensors import ArrayTensor
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -38,66 +35,14 @@ FUSED: dict[tuple[str, OptimizeFor], dict[str, int]] = {
 }
 
 
-def config(name: str) -> Any:
-    from transformers import BertConfig, LlamaConfig, RobertaConfig, T5Config
-
-    encoder = {
-        "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 48, "num_labels": 3,
-    }  # fmt: skip
-    t5 = {"vocab_size": 40, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8}
-    if name == "bert":
-        return BertConfig(**encoder)
-    if name == "roberta":
-        return RobertaConfig(**encoder)
-    if name == "t5":
-        return T5Config(**t5)
-    if name == "gated-t5":
-        return T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    groups = 2 if name == "grouped-llama" else 4
-    return LlamaConfig(**encoder, num_key_value_heads=groups, max_position_embeddings=64)
-
-
-@pytest.fixture(scope="module")
-def traced() -> dict[str, Any]:
-    """Graphs without weights, and weights, by model: made once."""
-    return {}
-
-
-def graphs(traced: dict[str, Any], name: str) -> dict[str, onnx_ir.Model]:
-    """Return bound graphs of a model with random weights."""
-    if name not in traced:
-        shape = config(name)
-        rng = np.random.default_rng(0)
-        weights = {
-            key: ArrayTensor(key, rng.normal(size=size, scale=0.3).astype(np.float32))
-            for key, size in lower.expected_parameters(shape).items()
-        }
-        traced[name] = lower.trace(shape), weights
-    skeleton, weights = traced[name]
-    bound = {key: model.clone() for key, model in skeleton.items()}
-    lower.bind(bound, weights)
-    return bound
-
-
 class Engine:
     """Plain sessions on the graphs that a list of passes makes."""
 
-    def __init__(self, bound: dict[str, onnx_ir.Model], wanted: OptimizeFor, folder: Path) -> None:
-        folder.mkdir()
-        run_graph_passes(bound, graph_passes(wanted))
-        lower.write(bound, folder)
+    def __init__(self, graphs: dict[str, onnx_ir.Model], sessions: dict[str, Any]) -> None:
+        self.sessions = sessions
         self.operators = collections.Counter(
-            node.op_type for model in bound.values() for node in model.graph
+            node.op_type for model in graphs.values() for node in model.graph
         )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.sessions = {
-            key: onnxruntime.InferenceSession(
-                str(folder / f"{key}.onnx"), options, providers=["CPUExecutionProvider"]
-            )
-            for key in bound
-        }
 
     def run(self, graph: str, feeds: Arrays) -> Arrays:
         session = self.sessions[graph]
@@ -148,11 +93,15 @@ def outputs(engine: Engine, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int
 
 @pytest.mark.parametrize(("name", "provider"), FUSED)
 def test_equals_standard_operators(
-    name: str, provider: OptimizeFor, traced: dict[str, Any], tmp_path: Path
+    name: str, provider: OptimizeFor, whole_model: Any, sessions: Any, tmp_path: Path
 ) -> None:
     """Holes in masks, left padding, no past and some, one token and several, batch 1 and 2."""
-    plain = Engine(graphs(traced, name), "any", tmp_path / "any")
-    fused = Engine(graphs(traced, name), provider, tmp_path / provider)
+    engines = []
+    for kind in ("any", provider):
+        graphs = whole_model(name)
+        run_graph_passes(graphs, graph_passes(kind))
+        engines.append(Engine(graphs, sessions(graphs, tmp_path / kind)))
+    plain, fused = engines
     assert not any("Attention" in op for op in plain.operators)
     counted = {op: fused.operators[op] for op in FUSED[name, provider]}
     assert counted == FUSED[name, provider]

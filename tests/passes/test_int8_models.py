@@ -1,166 +1,161 @@
-"""Both int8 passes on whole models: what is stored, how large it is, how far answers move."""
+"""Both int8 passes: what they share; whole models, what is stored, how far answers move."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir
-import onnxruntime
 import pytest
 
 from eptc import lower
 from eptc.lower.quantizable import quantizable, quantized_inputs
-from eptc.pass_base import GraphPass
+from eptc.lower.weights import WeightTensor
+from eptc.pass_base import GraphPass, LossyPass
 from eptc.passes.pack_projections import PackProjections
 from eptc.passes.quantize_int8_dynamic import QuantizeInt8Dynamic
 from eptc.passes.quantize_int8_static import QuantizeInt8Static
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import graph_passes, run_graph_passes
-from eptc.precision import OptimizeFor
-from eptc.tensors import ArrayTensor
+from eptc.pipeline import check_graph, graph_passes, run_graph_passes
 
-Graphs = dict[str, onnx_ir.Model]
-Arrays = dict[str, npt.NDArray[Any]]
-
-IDS = np.random.default_rng(1).integers(3, 80, size=(2, 5))
-MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 MODELS = ["bert", "t5", "gated-t5", "llama", "tied-llama"]
+PASSES: dict[str, Callable[..., LossyPass]] = {
+    "dynamic": lambda _, **options: QuantizeInt8Dynamic(**options),
+    "static": lambda ranges, **options: QuantizeInt8Static(ranges, **options),
+}
 
 
-def config(name: str) -> Any:
-    from transformers import BertConfig, LlamaConfig, T5Config
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [
+        ({"keep": ("W",)}, {"V"}),
+        ({"only": ("W",)}, {"W"}),
+        ({"reduce_range": True}, {"W", "V"}),
+    ],
+    ids=str,
+)
+def test_options(kind: str, options: dict[str, Any], whole: set[str], small: Any) -> None:
+    """Which weights become integers, of which size, and why the others do not."""
+    model = small.model("one activation, two weights")
+    step = PASSES[kind](small.ranges, **options)
+    assert step.plan(model).keys() == {"W", "V", "b"} - whole
+    step(model)
+    stored = {name: model.graph.initializers[name] for name in "WV"}
+    assert {n for n, v in stored.items() if v.dtype == onnx_ir.DataType.INT8} == whole
+    for name in whole:
+        tensor = stored[name].const_value
+        assert tensor is not None
+        assert np.abs(tensor.numpy()).max() == (64 if "reduce_range" in options else 127)
 
-    encoder = {
-        "vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 48, "num_labels": 3, "max_position_embeddings": 64,
-    }  # fmt: skip
-    t5 = {"vocab_size": 80, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8}
-    if name == "bert":
-        return BertConfig(**encoder)
-    if name == "t5":
-        return T5Config(**t5)
-    if name == "gated-t5":
-        return T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    return LlamaConfig(**encoder, tie_word_embeddings=name == "tied-llama")
+
+@pytest.mark.parametrize("kind", PASSES)
+def test_a_chain(kind: str, small: Any, run_ort: Callable[..., Any]) -> None:
+    """What one product makes is what another multiplies, and so are a table's rows."""
+    plain, model = small.model("a chain"), small.model("a chain")
+    assert PASSES[kind](small.ranges)(model).modified
+    check_graph(model)
+    want, got = (run_ort(m, small.given(m)) for m in (plain, model))
+    assert not got.operators["MatMul"]
+    # The identity costs half a step of x, once more: twice the bound of one product.
+    limit = 2 * small.bound(("x", "W", False))
+    assert (np.abs(got.outputs["y"] - want.outputs["y"]) <= limit).all()
 
 
-@pytest.fixture(scope="module")
-def traced() -> dict[str, Any]:
-    """Graphs without weights, and weights, by model: made once."""
-    return {}
+@pytest.mark.parametrize("kind", PASSES)
+def test_zero_stays_zero(kind: str, small: Any, run_ort: Callable[..., Any]) -> None:
+    """The zero point that is taken off is the one that was added.
+
+    One off by a step moves every number by no more than the bound of a product allows.
+    """
+    model = small.model("batch dims")
+    PASSES[kind](small.ranges)(model)
+    z = small.feeds["z"].copy()
+    z[:, :, 1:] -= 5
+    z[:, :, 0] = 0
+    y = run_ort(model, {**small.given(model), "z": z}).outputs["y"]
+    assert (y[:, :, 0] == 0).all()
+    assert y[:, :, 1:].any()
 
 
-def exact(traced: dict[str, Any], name: str, provider: OptimizeFor = "cpu") -> Graphs:
-    """Return the graphs of the exact engine, with random weights."""
-    if name not in traced:
-        shape = config(name)
-        rng = np.random.default_rng(0)
-        weights = {
-            key: ArrayTensor(key, rng.normal(size=size, scale=0.2).astype(np.float32))
-            for key, size in lower.expected_parameters(shape).items()
+@pytest.mark.parametrize("kind", PASSES)
+def test_stays_lazy(kind: str, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small.model("tied")
+    monkeypatch.setattr(WeightTensor, "numpy", lambda self: pytest.fail(f"read {self}"))
+    assert PASSES[kind](small.ranges)(model).modified
+
+
+@pytest.fixture
+def exact(whole_model: Any) -> Callable[[str], dict[str, onnx_ir.Model]]:
+    """Return a function that gives the graphs of an exact engine."""
+
+    def build(name: str) -> dict[str, onnx_ir.Model]:
+        graphs: dict[str, onnx_ir.Model] = whole_model(name)
+        run_graph_passes(graphs, graph_passes())
+        return graphs
+
+    return build
+
+
+@pytest.fixture
+def steps(exact: Any, first_step: Any, tmp_path: Path) -> Callable[[str, str], list[Any]]:
+    """Return a function that gives the passes of one kind for a model."""
+
+    def ranges(name: str) -> dict[str, Any]:
+        """Return the ranges of what is multiplied, by graph, as the exact engine computes it."""
+        graphs = exact(name)
+        taps = {key: quantized_inputs(model.graph) for key, model in graphs.items()}
+        new = {
+            key: [n for n in names if n not in {o.name for o in graphs[key].graph.outputs}]
+            for key, names in taps.items()
         }
-        traced[name] = lower.trace(shape), weights
-    skeleton, weights = traced[name]
-    graphs = {key: model.clone() for key, model in skeleton.items()}
-    lower.bind(graphs, weights)
-    run_graph_passes(graphs, graph_passes(provider))
-    return graphs
+        found = first_step(graphs, tmp_path / "taps", new)
+        return {
+            key: {n: (found[f"{key}:{n}"].min(), found[f"{key}:{n}"].max()) for n in names}
+            for key, names in taps.items()
+        }
 
+    def make(name: str, kind: str) -> list[Any]:
+        if kind == "dynamic":
+            return [QuantizeInt8Dynamic(), StableNames()]
+        if kind == "packed":
+            return [PackProjections(), QuantizeInt8Dynamic(), StableNames()]
+        by_graph: dict[str, GraphPass] = {
+            key: QuantizeInt8Static(found, symmetric=kind == "symmetric")
+            for key, found in ranges(name).items()
+        }
+        return [by_graph, StableNames()]
 
-def feeds(graph: onnx_ir.Graph, cache: Arrays) -> Arrays:
-    """Return inputs of a first step."""
-    found: Arrays = {}
-    for value in graph.inputs:
-        name = str(value.name)
-        if name in cache:
-            found[name] = cache[name]
-        elif name.startswith("past_"):
-            assert value.shape is not None
-            heads, width = (size for size in value.shape if isinstance(size, int))
-            found[name] = np.zeros((2, heads, 0, width), np.float32)
-        else:
-            found[name] = {
-                "input_ids": IDS, "token_type_ids": IDS % 2, "attention_mask": MASK,
-                "encoder_attention_mask": MASK, "position_ids": np.tile(np.arange(5), (2, 1)),
-            }[name]  # fmt: skip
-    return found
-
-
-def run(graphs: Graphs, folder: Path, taps: dict[str, list[str]] | None = None) -> Arrays:
-    """Return everything a model puts out, and values in between that are asked for."""
-    for key, names in (taps or {}).items():
-        values = onnx_ir.convenience.create_value_mapping(graphs[key].graph)
-        graphs[key].graph.outputs.extend(values[name] for name in names)
-    folder.mkdir()
-    lower.write(graphs, folder)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    found: Arrays = {}
-    cache: Arrays = {}
-    for key, model in graphs.items():
-        session = onnxruntime.InferenceSession(
-            str(folder / f"{key}.onnx"), options, providers=["CPUExecutionProvider"]
-        )
-        names = [output.name for output in session.get_outputs()]
-        made = dict(zip(names, session.run(names, feeds(model.graph, cache)), strict=True))
-        cache |= {name.replace("present.", "past_key_values."): a for name, a in made.items()}
-        found |= {f"{key}:{name}": array for name, array in made.items()}
-    return found
-
-
-def ranges(traced: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
-    """Return the ranges of what is multiplied, by graph, as the exact engine computes it."""
-    graphs = exact(traced, name)
-    taps = {key: quantized_inputs(model.graph) for key, model in graphs.items()}
-    new = {
-        key: [n for n in names if n not in {o.name for o in graphs[key].graph.outputs}]
-        for key, names in taps.items()
-    }
-    found = run(graphs, folder, new)
-    return {
-        key: {n: (found[f"{key}:{n}"].min(), found[f"{key}:{n}"].max()) for n in names}
-        for key, names in taps.items()
-    }
-
-
-def steps(traced: dict[str, Any], name: str, kind: str, folder: Path) -> list[Any]:
-    if kind == "dynamic":
-        return [QuantizeInt8Dynamic(), StableNames()]
-    if kind == "packed":
-        return [PackProjections(), QuantizeInt8Dynamic(), StableNames()]
-    by_graph: dict[str, GraphPass] = {
-        key: QuantizeInt8Static(found, symmetric=kind == "symmetric")
-        for key, found in ranges(traced, name, folder).items()
-    }
-    return [by_graph, StableNames()]
+    return make
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "packed", "static", "symmetric"])
 @pytest.mark.parametrize("name", MODELS)
-def test_whole_models(name: str, kind: str, traced: dict[str, Any], tmp_path: Path) -> None:
+def test_whole_models(
+    name: str, kind: str, exact: Any, steps: Any, first_step: Any, tmp_path: Path
+) -> None:
     """The answers of the exact engine but for noise, a quarter of its bytes, the same bytes again.
 
     Each product adds noise of about one part in 127 of its operands, in no common direction:
     a few dozen of them leave a cosine near 1, and one wrong scale or weight does not.
     """
-    plain = exact(traced, name)
+    plain = exact(name)
     large = {
         str(site.weight.name): (site.axis, site.weight.const_value.numpy())
         for model in plain.values()
         for site in quantizable(model.graph)
         if site.weight.const_value is not None
     }
-    want = run(plain, tmp_path / "exact")
-    passes = steps(traced, name, kind, tmp_path / "taps")
+    want = first_step(plain, tmp_path / "exact")
+    passes = steps(name, kind)
     digests = []
     for attempt in ("first", "second"):
-        graphs = exact(traced, name)
+        graphs = exact(name)
         run_graph_passes(graphs, passes)
-        got = run(graphs, tmp_path / attempt)
+        got = first_step(graphs, tmp_path / attempt)
         digests.append([
             hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted((tmp_path / attempt).iterdir())
@@ -198,10 +193,10 @@ def test_whole_models(name: str, kind: str, traced: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_tied_table_is_stored_once(kind: str, traced: dict[str, Any], tmp_path: Path) -> None:
+def test_a_tied_table_is_stored_once(kind: str, exact: Any, steps: Any, tmp_path: Path) -> None:
     """Encoder and decoder of T5 gather it, the head multiplies by it: one piece of the file."""
-    graphs = exact(traced, "t5")
-    run_graph_passes(graphs, steps(traced, "t5", kind, tmp_path / "taps"))
+    graphs = exact("t5")
+    run_graph_passes(graphs, steps("t5", kind))
     folder = tmp_path / "out"
     folder.mkdir()
     lower.write(graphs, folder)

@@ -244,89 +244,15 @@ def test_from_what_was_folded() -> None:
 # Whole models.
 
 
-def config(name: str) -> Any:
-    from transformers import BertConfig, LlamaConfig, T5Config
-
-    encoder = {
-        "vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
-        "intermediate_size": 96, "max_position_embeddings": 64,
-    }  # fmt: skip
-    t5 = {"vocab_size": 40, "d_model": 64, "d_ff": 96, "num_layers": 1, "num_heads": 4, "d_kv": 16}
-    return {
-        "bert": lambda: BertConfig(**encoder, num_labels=3),
-        "tied t5": lambda: T5Config(**t5),
-        "t5": lambda: T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
-        "llama": lambda: LlamaConfig(**encoder),
-        "tied llama": lambda: LlamaConfig(**encoder, tie_word_embeddings=True),
-    }[name]()
-
-
 # Kernels by graph; matrices of pooler, classifier and position bias stay as they are.
 KERNELS: dict[tuple[str, OptimizeFor], dict[str, tuple[int, int]]] = {
-    ("bert", "cpu"): {"model": (6, 3)},
-    ("bert", "cuda"): {"model": (5, 3)},
-    ("tied t5", "cpu"): {"encoder": (8, 1), "decoder": (9, 1)},
-    ("t5", "any"): {"encoder": (9, 1), "decoder": (10, 1)},
-    ("llama", "cpu"): {"model": (8, 1)},
-    ("tied llama", "cuda"): {"model": (5, 1)},
+    ("bert", "cpu"): {"model": (12, 3)},
+    ("bert", "cuda"): {"model": (9, 3)},
+    ("t5", "cpu"): {"encoder": (16, 1), "decoder": (17, 1)},
+    ("gated-t5", "any"): {"encoder": (18, 1), "decoder": (19, 1)},
+    ("llama", "cpu"): {"model": (15, 1)},
+    ("tied-llama", "cuda"): {"model": (9, 1)},
 }
-
-
-@pytest.fixture(scope="module")
-def traced() -> dict[str, Any]:
-    """Graphs without weights, and weights, by model: made once."""
-    return {}
-
-
-def graphs(traced: dict[str, Any], name: str) -> dict[str, ir.Model]:
-    """Return bound graphs of a model with random weights."""
-    if name not in traced:
-        shape, tied = config(name), name.startswith("tied")
-        rng = np.random.default_rng(0)
-        numbers = {
-            key: ArrayTensor(key, rng.normal(size=size, scale=0.3).astype(np.float32))
-            for key, size in lower.expected_parameters(shape).items()
-            if not (tied and key == "lm_head.weight")
-        }
-        traced[name] = lower.trace(shape), numbers
-    skeleton, numbers = traced[name]
-    found = {key: m.clone() for key, m in skeleton.items()}
-    lower.bind(found, numbers)
-    return found
-
-
-def sessions(written: dict[str, ir.Model], folder: Path) -> dict[str, Any]:
-    folder.mkdir()
-    lower.write(written, folder)
-    return {
-        key: onnxruntime.InferenceSession(
-            str(folder / f"{key}.onnx"), providers=["CPUExecutionProvider"]
-        )
-        for key in written
-    }
-
-
-def outputs(opened: dict[str, Any]) -> Arrays:
-    """Run every graph on two rows of five tokens; what an encoder caches goes to its decoder."""
-    ids = np.random.default_rng(1).integers(3, 40, size=(2, 5))
-    feeds: Arrays = {
-        "input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": ids % 2,
-        "encoder_attention_mask": np.ones_like(ids), "position_ids": np.arange(5)[None] + 0 * ids,
-    }  # fmt: skip
-    found: Arrays = {}
-    for session in opened.values():
-        given = {}
-        for spec in session.get_inputs():
-            if spec.name.startswith("past_"):
-                empty = np.zeros((2, spec.shape[1], 0, spec.shape[3]), np.float32)
-                given[spec.name] = found.get(
-                    spec.name.replace("past_key_values", "present"), empty
-                )
-            else:
-                given[spec.name] = feeds[spec.name]
-        names = [spec.name for spec in session.get_outputs()]
-        found |= dict(zip(names, session.run(names, given), strict=True))
-    return found
 
 
 def dequantised(exact: dict[str, ir.Model], how: Blocks, names: set[str]) -> None:
@@ -350,10 +276,10 @@ def dequantised(exact: dict[str, ir.Model], how: Blocks, names: set[str]) -> Non
 
 @pytest.mark.parametrize(("name", "provider"), KERNELS)
 def test_whole_models(
-    name: str, provider: OptimizeFor, traced: dict[str, Any], tmp_path: Path
+    name: str, provider: OptimizeFor, whole_model: Any, first_step: Any, tmp_path: Path
 ) -> None:
     """After the exact passes: every matrix is stored so, and the graph computes with that."""
-    exact, lossy = graphs(traced, name), graphs(traced, name)
+    exact, lossy = whole_model(name), whole_model(name)
     run_graph_passes(exact, graph_passes(provider))
     run_graph_passes(lossy, graph_passes(provider))
     step = QuantizeWeights(bits=8, accuracy_level=0)
@@ -365,18 +291,20 @@ def test_whole_models(
         assert (counted["MatMulNBits"], counted["GatherBlockQuantized"]) == (products, lookups)
     names = {n for m in lossy.values() for n, (kind, _) in weights(m).items() if kind == "UINT8"}
     dequantised(exact, Blocks(8, 32), names)
-    want = outputs(sessions(exact, tmp_path / "exact"))
-    got = outputs(sessions(lossy, tmp_path / "lossy"))
+    want = first_step(exact, tmp_path / "exact")
+    got = first_step(lossy, tmp_path / "lossy")
     for key, array in want.items():
         atol = 2e-5 * float(np.abs(array).max(initial=0))
         np.testing.assert_allclose(got[key], array, rtol=0, atol=atol, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["tied t5", "tied llama"])
-def test_tied_embedding_is_stored_once(name: str, traced: dict[str, Any], tmp_path: Path) -> None:
-    lossy = graphs(traced, name)
+@pytest.mark.parametrize("name", ["t5", "tied-llama"])
+def test_tied_embedding_is_stored_once(
+    name: str, whole_model: Any, sessions: Any, tmp_path: Path
+) -> None:
+    lossy = whole_model(name)
     run_graph_passes(lossy, graph_passes("cpu"))
-    table = "shared.weight" if name == "tied t5" else "model.embed_tokens.weight"
+    table = "shared.weight" if name == "t5" else "model.embed_tokens.weight"
     run_graph_passes(lossy, [QuantizeWeights(only=(table,))])
     for key in (table, f"{table}@scale", f"{table}@zero_point"):
         tensors = [m.graph.initializers[key].const_value for m in lossy.values()]
@@ -388,14 +316,14 @@ def test_tied_embedding_is_stored_once(name: str, traced: dict[str, Any], tmp_pa
         assert isinstance(tensor, ir.ExternalTensor)
         places.add((tensor.offset, tensor.length))
     assert len(places) == 1
-    assert places.pop()[1] == 40 * 64 // 2
+    assert places.pop()[1] == 80 * 64 // 2
 
 
 @pytest.mark.parametrize("method", ["rtn", "k-quant"])
-def test_same_bytes_twice(method: str, traced: dict[str, Any], tmp_path: Path) -> None:
+def test_same_bytes_twice(method: str, whole_model: Any, tmp_path: Path) -> None:
     digests = []
     for folder, threads in (("a", 1), ("b", 2)):
-        lossy = graphs(traced, "tied t5")
+        lossy = whole_model("t5")
         step = QuantizeWeights(method=method)  # type: ignore[arg-type]
         run_graph_passes(lossy, [*graph_passes("cpu")[:-1], step, StableNames()])
         (tmp_path / folder).mkdir()

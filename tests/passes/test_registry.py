@@ -20,6 +20,7 @@ from eptc.pass_base import AdapterPass, GraphPass
 from eptc.pipeline import (
     adapter_passes,
     check_graph,
+    freezing_passes,
     graph_passes,
     lossy_passes,
     run_adapter_passes,
@@ -29,7 +30,10 @@ from eptc.precision_plan import PrecisionPlan
 from eptc.registry import PASSES, find_pass, passes_table
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIRED: dict[str, dict[str, Any]] = {"specialize-router": {"task_id": 1}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "specialize-router": {"task_id": 1},
+    "freeze-router": {"gates": {"b": [0.5, 0.25, 0.25]}, "spread": {"b": [0.1, 0.1, 0.0]}},
+}
 # Options of which JSON has a digest only, as they were.
 DIGESTED: dict[str, dict[str, Any]] = {"quantize-int8-static": {"ranges": {}}}
 
@@ -101,7 +105,9 @@ def test_no_file_is_an_orphan() -> None:
 
 def test_default_pipelines_are_registered() -> None:
     """The pipelines run exactly the registered exact passes, in the registry's order."""
-    used = set()
+    frozen = [step.name for step in freezing_passes({}, {})]
+    assert frozen == [name for name in PASSES if name in frozen]
+    used = set(frozen)
     for provider, precision in itertools.product(get_args(OptimizeFor), get_args(Precision)):
         names = [step.name for step in adapter_passes(0)]
         names += [step.name for step in graph_passes(provider, precision)]

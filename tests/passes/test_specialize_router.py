@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from eptc.ir import AdaptedModel, Constant
+from eptc.errors import InternalError
+from eptc.ir import AdaptedModel, Constant, Routed, TokenRouter
 from eptc.passes.specialize_router import SpecializeRouter
 
 
@@ -43,3 +46,40 @@ def test_second_run_changes_nothing(model: AdaptedModel) -> None:
     """A specialised model comes back as it is."""
     fixed = SpecializeRouter(0).rewrite(model)
     assert SpecializeRouter(0).rewrite(fixed) is fixed
+
+
+def test_what_a_routed_gate_makes_of_the_task_is_a_bias(routed: AdaptedModel) -> None:
+    """The gates stay routed, those of the one task, and all branches share one router."""
+    before = routed.adapters["b"].input_router
+    assert isinstance(before, TokenRouter)
+    assert before.embedding is not None
+    with pytest.raises(InternalError, match="without a task"):
+        before.gates(np.ones((1, 1, 9)))
+    for task_id in (0, 1):
+        after = SpecializeRouter(task_id).rewrite(routed)
+        after.validate()
+        router = after.adapters["b"].input_router
+        assert isinstance(router, TokenRouter)
+        assert not router.reads_task
+        gates = [b.gate for b in after.adapters["b"].branches]
+        assert all(isinstance(g, Routed) and g.router is router for g in gates)
+        x = np.random.default_rng(2).standard_normal((2, 3, 9))
+        alone = dataclasses.replace(router, bias=None)
+        moved = x + before.embedding.numpy()[task_id].astype(np.float64)
+        np.testing.assert_allclose(router.gates(x), alone.gates(moved), rtol=0, atol=1e-12)
+
+
+def test_linears_of_one_router_share_the_next_one(routed: AdaptedModel) -> None:
+    adapter = routed.adapters["b"]
+    twin = dataclasses.replace(adapter, target="c")
+    model = routed.replace(
+        weights={**routed.weights, "c.weight": routed.weights["b.weight"]},
+        adapters={**routed.adapters, "c": twin},
+    )
+    after = SpecializeRouter(0).rewrite(model)
+    assert after.adapters["b"].input_router is after.adapters["c"].input_router
+
+
+def test_a_gate_that_still_reads_the_task_is_found(routed: AdaptedModel) -> None:
+    with pytest.raises(InternalError, match="Routed gate left that reads the task"):
+        routed.replace(task_id=0, adapters={"b": routed.adapters["b"]}).validate()
