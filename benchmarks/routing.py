@@ -1,4 +1,4 @@
-"""`python -m benchmarks.routing`: what experts that are chosen by token cost beside their base.
+"""`python -m benchmarks.routing`: what experts that are chosen by the input cost beside the base.
 
 Three sessions of one model, asked in turn in every round: the base's engine, eptc's engine with
 routed experts, and what torch.onnx.export makes of the PyTorch module. Answers are compared first.
@@ -12,29 +12,23 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.models import MODELS, make
-from benchmarks.places import RESULTS, ROOT, Files
-from benchmarks.routed_graphs import (
-    write_base_graphs,
-    write_checkpoint,
-    write_engine,
-    write_exported,
-)
-from benchmarks.statistics import order_of_rounds, paired_ratio, turn_value
+from benchmarks.models import MODELS, Model, write_base
+from benchmarks.places import RESULTS, ROOT
+from benchmarks.routed_checkpoints import PROMPTS, VARIANTS, Variant
+from benchmarks.routed_graphs import write_base_graphs, write_engine, write_exported
+from benchmarks.statistics import order_of_rounds, paired_overheads, paired_ratio, turn_value
 from benchmarks.versions import installed
 
-__all__ = ["main"]
+__all__ = ["main", "measure", "once", "pairs"]
 
 BASE, ENGINE, EXPORTED = "base model's engine", "eptc engine", "torch.onnx.export of the module"
-# Of a model whose checkpoint the suite does not make: every linear of its layers.
-TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
 SHAPES = ((1, 32), (8, 128))
 # A turn lasts this long, seconds, or three calls.
 _TURN = 0.25
@@ -43,23 +37,35 @@ _PAST = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the models that were asked for; write a JSON file for each."""
-    options = _parser().parse_args(arguments)
-    for model in options.models.split(","):
-        place = options.folder / f"routing-{model}{'-shared' if options.shared else ''}"
-        found = measure(model, place, options)
-        out: Path = options.results / "routing"
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{place.name.removeprefix('routing-')}.json").write_text(
-            json.dumps(found, indent=1) + "\n"
-        )
-        print(table(found))
+    """Measure the systems that were asked for; write a JSON file for each on each model."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    found = list(pairs(options.models.split(","), options.systems.split(",")))
+    if not found:
+        parser.error(f"no system of {options.systems} runs on {options.models}")
+    out: Path = options.results / "routing"
+    out.mkdir(parents=True, exist_ok=True)
+    for model, variant in found:
+        text = json.dumps(measure(model, variant, options), indent=1)
+        short = f"-{options.layers}-layers" if options.layers is not None else ""
+        (out / f"{model}{short}-{variant.name}.json").write_text(f"{text}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__)
     parser.add_argument("--models", default="minilm,t5-base", help="comma separated")
-    parser.add_argument("--shared", action="store_true", help="one A and B for all linears")
+    parser.add_argument(
+        "--systems",
+        default="ept,tucka,mept,smop",
+        help="comma separated: all whose names begin so, of "
+        + ", ".join(variant.name for variant in VARIANTS),
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="layers of each stack, where the weights are random anyway: "
+        "exporting the module takes half an hour at T5-base's 12",
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=machine.threads_available())
     parser.add_argument("--seed", type=int, default=0)
@@ -68,9 +74,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(model: str, place: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what was measured on one model, as JSON values."""
-    folders = _written(model, place, shared=options.shared)
+def pairs(models: Sequence[str], systems: Sequence[str]) -> Iterator[tuple[str, Variant]]:
+    """Yield each model with each system that adapts models of its type."""
+    for model in models:
+        for variant in VARIANTS:
+            asked = any(f"{variant.name}-".startswith(f"{name}-") for name in systems)
+            if asked and MODELS[model].config["model_type"] in variant.model_types:
+                yield model, variant
+
+
+def measure(model: str, variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what was measured of one system on one model, as JSON values; print it."""
+    chosen, place = MODELS[model], options.folder / "routing" / model
+    if options.layers is not None:
+        fewer = {
+            n: options.layers for n in chosen.config if n.startswith("num_") and "layers" in n
+        }
+        chosen = dataclasses.replace(chosen, config={**chosen.config, **fewer})
+        place = place.with_name(f"{model}-{options.layers}-layers")
+    folders = _written(chosen, variant, place)
+    print(
+        f"{variant.name} on {model}, as multiples of the {BASE}\n"
+        "graph    batch x tokens   base ms   eptc               export             overheads"
+    )
     cases = []
     for graph in sorted(path.stem for path in folders[BASE].glob("*.onnx")):
         sessions = {
@@ -78,8 +104,12 @@ def measure(model: str, place: Path, options: argparse.Namespace) -> dict[str, A
             for name, folder in folders.items()
         }
         for batch, sequence in SHAPES:
-            feeds = _feeds(sessions[BASE], batch, sequence, options.seed)
-            calls = {name: _call(session, feeds) for name, session in sessions.items()}
+            feeds = {
+                # Both have the inputs of the engine; the exporter's sizes have no names.
+                name: _feeds(sessions[of], batch, sequence, options.seed)
+                for name, of in ((BASE, BASE), (ENGINE, ENGINE), (EXPORTED, ENGINE))
+            }
+            calls = {name: _call(session, feeds[name]) for name, session in sessions.items()}
             cases.append(
                 {
                     "graph": graph, "batch": batch, "sequence": sequence,
@@ -87,11 +117,13 @@ def measure(model: str, place: Path, options: argparse.Namespace) -> dict[str, A
                     **_timed(calls, options.rounds, options.seed),
                 }
             )  # fmt: skip
+            print(_row(cases[-1]), flush=True)
         del sessions
         gc.collect()
     return {
         "model": model,
-        "shared": options.shared,
+        "layers": options.layers,
+        "system": variant.name,
         "cases": cases,
         "conditions": {
             "machine": dataclasses.asdict(machine.describe()), "threads": options.threads,
@@ -100,22 +132,28 @@ def measure(model: str, place: Path, options: argparse.Namespace) -> dict[str, A
     }  # fmt: skip
 
 
-def _written(model: str, place: Path, *, shared: bool) -> dict[str, Path]:
-    """Write what is measured, unless it is there."""
-    folders = {BASE: place / "plain", ENGINE: place / "engine", EXPORTED: place / "exported"}
-    if (place / "made").is_file():
-        return folders
-    shutil.rmtree(place, ignore_errors=True)
-    files = Files(place)
-    make(dataclasses.replace(MODELS[model], timed=False), files)
-    shutil.rmtree(files.checkpoint)
-    targets = MODELS[model].targets or TARGETS
-    write_checkpoint(files.base, files.checkpoint, targets, shared=shared)
-    write_base_graphs(files.checkpoint, files.base, folders[BASE])
-    write_engine(files.checkpoint, files.base, folders[ENGINE])
-    write_exported(files.checkpoint, files.base, folders[EXPORTED])
-    (place / "made").touch()
+def _written(model: Model, variant: Variant, place: Path) -> dict[str, Path]:
+    """Write what is measured, unless it is there; the base is all variants'."""
+    base, own = place / "base", place / variant.name
+    checkpoint = own / "checkpoint"
+    folders = {BASE: place / "plain", ENGINE: own / "engine", EXPORTED: own / "exported"}
+    once(base, lambda out: write_base(model, out))
+    once(checkpoint, lambda out: variant.write(base, out))
+    once(folders[BASE], lambda out: write_base_graphs(checkpoint, base, out))
+    once(folders[ENGINE], lambda out: write_engine(checkpoint, base, out, variant.routing))
+    once(folders[EXPORTED], lambda out: write_exported(checkpoint, base, out, variant.routing))
     return folders
+
+
+def once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder, whole or not at all, unless it is there."""
+    if folder.is_dir():
+        return
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    write(part)
+    part.rename(folder)
 
 
 def _session(path: Path, threads: int) -> Any:
@@ -136,6 +174,9 @@ def _feeds(session: Any, batch: int, sequence: int, seed: int) -> dict[str, Any]
         "batch": batch, "sequence": 1 if decodes else sequence, "past_sequence": _PAST,
         "encoder_sequence": sequence,
     }  # fmt: skip
+    if any("mask_sequence" in node.shape for node in session.get_inputs()):
+        # The mask is the text's, the encoder's output has the prompts in front.
+        sizes |= {"mask_sequence": sequence, "encoder_sequence": PROMPTS + sequence}
     feeds = {}
     for node in session.get_inputs():
         shape = [size if isinstance(size, int) else sizes[size] for size in node.shape]
@@ -172,11 +213,13 @@ def _timed(calls: Mapping[str, Callable[[], Any]], rounds: int, seed: int) -> di
         name: dataclasses.asdict(paired_ratio(seconds[name], seconds[BASE], seed=seed))
         for name in (ENGINE, EXPORTED)
     }
-    ours, theirs = (np.array(seconds[n]) / np.array(seconds[BASE]) - 1 for n in (ENGINE, EXPORTED))
+    ours, theirs = seconds[ENGINE], seconds[EXPORTED]
+    overheads = paired_overheads(ours, theirs, seconds[BASE], seed=seed)
     return {
         "milliseconds": {n: round(1e3 * float(np.median(s)), 3) for n, s in seconds.items()},
         "ratio_to_base": ratios,
-        "overhead_to_exported": dataclasses.asdict(paired_ratio(ours, theirs, seed=seed)),
+        "ratio_to_exported": dataclasses.asdict(paired_ratio(ours, theirs, seed=seed)),
+        "overhead_to_exported": None if overheads is None else dataclasses.asdict(overheads),
     }
 
 
@@ -190,20 +233,20 @@ def _turn(call: Callable[[], Any]) -> float:
     return turn_value(seconds)
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Return what was measured on one model as text."""
-    lines = [
-        f"{found['model']}: {ENGINE} and {EXPORTED}, as multiples of the {BASE}",
-        "graph    batch x tokens   base ms   eptc   export   overhead of eptc / of export",
-    ]
-    for case in found["cases"]:
-        ratios = case["ratio_to_base"]
-        lines.append(
-            f"{case['graph']:8} {case['batch']:2} x {case['sequence']:<10} "
-            f"{case['milliseconds'][BASE]:9.2f} {ratios[ENGINE]['estimate']:6.2f} "
-            f"{ratios[EXPORTED]['estimate']:8.2f} {case['overhead_to_exported']['estimate']:12.2f}"
-        )
-    return "\n".join(lines) + "\n"
+def _row(case: Mapping[str, Any]) -> str:
+    ratios, overhead = case["ratio_to_base"], case["overhead_to_exported"]
+    shown = f"{overhead['estimate']:.2f}" if overhead is not None else "-"
+    return (
+        f"{case['graph']:8} {case['batch']:2} x {case['sequence']:<10} "
+        f"{case['milliseconds'][BASE]:9.2f}   "
+        f"{_interval(ratios[ENGINE]):18} {_interval(ratios[EXPORTED]):18} {shown}"
+    )
+
+
+def _interval(ratio: Mapping[str, Any]) -> str:
+    if ratio["low"] is None:
+        return f"{ratio['estimate']:.2f}"
+    return f"{ratio['estimate']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
 
 
 if __name__ == "__main__":

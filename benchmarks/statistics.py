@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.results import Ratio
 
-__all__ = ["FEWEST", "order_of_rounds", "paired_ratio", "turn_value"]
+__all__ = ["FEWEST", "order_of_rounds", "paired_overheads", "paired_ratio", "turn_value"]
 
 # Below this many rounds an interval over rounds means nothing.
 FEWEST = 6
@@ -51,3 +51,18 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], *, seed: int) -> Ratio:
     draws = np.random.default_rng(seed).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
     return Ratio(estimate, float(low), float(high), len(ratios))
+
+
+def paired_overheads(
+    a: Sequence[float], b: Sequence[float], base: Sequence[float], *, seed: int
+) -> Ratio | None:
+    """Return the median over rounds of (a - base) / (b - base), as `paired_ratio` does.
+
+    None where b may cost nothing beside the base: its 95 % interval begins at 1 or below, or
+    there are too few rounds for one.
+    """
+    low = paired_ratio(b, base, seed=seed).low
+    if low is None or low <= 1:
+        return None
+    ours, theirs = (np.asarray(side, float) - np.asarray(base, float) for side in (a, b))
+    return paired_ratio(ours.tolist(), theirs.tolist(), seed=seed)

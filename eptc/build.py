@@ -21,6 +21,7 @@ from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
 from eptc.lower.blocks import Method
 from eptc.options import CalibrationMethod, Options
+from eptc.parity_lines import beside_routes
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.pipeline import PassRecord, run_adapter_passes, run_graph_passes
 from eptc.planning import WRITERS, Plan
@@ -244,6 +245,9 @@ def export(
                         "keep the routes with --routing exact, or give a larger budget "
                         "(--max-drop, --max-flips)",
                     )  # fmt: skip
+            if routed is not None:
+                changed = judge.compare_routed(draft.path, routed, examples.texts, examples.called)
+                frozen_notes += examples.cautions(beside_routes(changed))
             manifest = judge.signed(draft.path, manifest)
         for folder in (exact, routed):
             if folder is not None:
@@ -281,7 +285,7 @@ def _judge(
     progress: Progress,
 ) -> Judge | None:
     """Return who compares what is written; None where nothing is to be compared."""
-    if verifier is None and job.options.data is None:
+    if verifier is None and job.options.data is None and job.options.routing != "frozen":
         return None
     from eptc.judge import Judge
 
@@ -313,12 +317,14 @@ class _Examples:
         data: labelled ones to score on; None where there are none.
         texts: what ranges of activations are seen on.
         notes: what a user should know about them.
+        called: what `texts` are, for people.
     """
 
     probe: Sequence[Mapping[str, Any]] | None = None
     data: Sequence[Mapping[str, Any]] | None = None
     texts: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
+    called: str = "the calibration text"
 
     @classmethod
     def read(cls, options: Options, task: Task) -> _Examples:
@@ -337,9 +343,33 @@ class _Examples:
                     expected="rows of several labels: of one alone there is no score",
                 )
         if options.calibration is None:
-            return cls(probe, data, data or probe or builtin_examples(task))
+            called = "labelled data" if data else "probes" if probe else "built-in sentences"
+            texts = data or probe or builtin_examples(task)
+            return cls(probe, data, texts, called=f"the {called}")
         texts, notes = read_calibration(Path(options.calibration), task)
         return cls(probe, data, texts, notes)
+
+    def cautions(self, found: str) -> tuple[str, ...]:
+        """Return a warning where gates were only judged on the text that their means are of.
+
+        Args:
+            found: what that judgement was.
+        """
+        seen = [_fields(text) for text in self.texts]
+        if self.data is not None and not any(_fields(row) in seen for row in self.data):
+            return ()
+        built_in = self.called == "the built-in sentences"
+        return (
+            f"{found}; the means of the gates were taken from the same text, so that is no "
+            "measure on held-out data"
+            + ("; nor is it the task's own text: give that with --calibration" if built_in else "")
+            + "; score other rows with --data",
+        )
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an example without its label."""
+    return {name: value for name, value in row.items() if name != "label"}
 
 
 def _told(records: Sequence[PassRecord], progress: Progress) -> Sequence[PassRecord]:

@@ -17,6 +17,7 @@ import click
 
 import eptc
 from eptc.errors import BundleError, EptcError, MissingExtraError, OptionError
+from eptc.parity_lines import parity_lines
 from eptc.precision import SCHEMES
 
 if TYPE_CHECKING:
@@ -370,13 +371,8 @@ def export(
     size = sum(record.size for record in bundle.manifest.files.values())
     if not parity["verified"]:
         click.echo("NOT VERIFIED: --no-verify was given, and the manifest says so")
-    for name, found in (("parity before lowering", parity.get("exact")), ("parity", parity)):
-        if found and found["verified"]:
-            click.echo(
-                f"{name} passed: {found['tensors']} tensors, largest error "
-                f"{found['largest_error']:.2g} (allowed {found['its_bound']:.2g}); "
-                f"{found['decisions']} decisions, {found['flips']} flips"
-            )
+    for line in parity_lines(parity):
+        click.echo(line)
     if scores := parity.get("scores"):
         low, high = (100 * points for points in scores["drop_interval"])
         click.echo(
@@ -456,15 +452,11 @@ def parity(bundle: Path, reference: Path, as_json: bool, **options: Any) -> None
     """
     with _progress(as_json) as progress:
         report = eptc.parity(bundle, reference=reference, progress=progress, **options)
-    summary = report.summary()
     if as_json:
         click.echo(json.dumps(report.to_json()))
         return
-    click.echo(
-        f"parity passed: {summary['tensors']} tensors, largest error "
-        f"{summary['largest_error']:.2g} (allowed {summary['its_bound']:.2g}); "
-        f"{summary['decisions']} decisions, {summary['flips']} flips"
-    )
+    for line in parity_lines(report.summary()):
+        click.echo(line)
     for name, value in (report.scores or {}).items():
         click.echo(f"{name}: {value}")
 

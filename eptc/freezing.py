@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir
 
 from eptc.calibration import cut_rows, observe_gates
-from eptc.calibration.gates import GateStatistics
 from eptc.errors import OptionError
 from eptc.examples_file import Example
 from eptc.ir import AdaptedModel
 from eptc.linear_probe import LinearProbe
 from eptc.lower import merged_gates, routed_by
+from eptc.parity_lines import thrown_away
 from eptc.pipeline import PassRecord, freezing_passes, run_adapter_passes
 from eptc.runtime import Engine
 
@@ -96,18 +95,10 @@ def freeze(
     )  # fmt: skip
     with Engine.load(exact, providers=["cpu"]) as engine:
         cut = cut_rows(engine, texts)
-    notes = [_spread(found)]
+    notes = [
+        f"the gates of {len(found)} linears were replaced by their means; thrown away is "
+        + thrown_away({path: seen.spread for path, seen in found.items()})
+    ]
     if cut:
         notes.append(f"{cut} of {len(texts)} texts were longer than training's and cut")
     return Frozen(folded, [*first, *others], tuple(notes))
-
-
-def _spread(found: Mapping[str, GateStatistics]) -> str:
-    """Say how much of the gates is thrown away."""
-    typical = {path: float(np.sqrt(np.mean(np.square(s.spread)))) for path, s in found.items()}
-    widest = max(typical, key=lambda path: typical[path])
-    return (
-        f"the gates of {len(found)} linears were replaced by their means; thrown away is a "
-        f"standard deviation of {np.mean(list(typical.values())):.2g} on average, "
-        f"{typical[widest]:.2g} in {widest}"
-    )

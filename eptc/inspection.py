@@ -80,7 +80,9 @@ def inspect(
         "adapter_bytes": sum(tensor.nbytes for tensor in contents.tensors.values()) - sum(heads),
         "head_bytes": sum(heads),
         # float32 weights, each once; the graphs add a few hundred KiB
-        "predicted_weight_bytes": sum(4 * math.prod(t.shape) for t in source.weights.values())
+        "predicted_weight_bytes": sum(
+            4 * math.prod(t.shape) for t in (*source.weights.values(), *source.routed_tensors)
+        )
         + max(heads, default=0),
         "tasks": [
             {"id": i, **task.to_json(), "looks_trained": _looks_trained(source, i)}

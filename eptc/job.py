@@ -13,7 +13,7 @@ import onnx_ir
 
 from eptc import checkpoint, lower
 from eptc.describe import OPSET
-from eptc.errors import TaskError
+from eptc.errors import OptionError, TaskError
 from eptc.fitting import check_fit, task_config
 from eptc.ir import AdaptedModel
 from eptc.options import Options
@@ -25,6 +25,7 @@ from eptc.precision import SCHEMES, Scheme
 from eptc.precision_plan import PrecisionPlan
 from eptc.skeletons import Skeleton, skeleton
 from eptc.tasks import Task, resolve
+from eptc.text import has_tokenizer
 
 __all__ = ["Clock", "Event", "Job", "Progress", "Written"]
 
@@ -75,6 +76,7 @@ class Job:
         )
         task_id = resolve(_named(options.task, source), source.contents.tasks)
         options.check_task(source.contents.tasks[task_id])
+        _check_tokenizer(options, source)
         config = task_config(source, task_id)
         check_fit(source, task_id, config)
         plan = make_plan(
@@ -163,6 +165,21 @@ def _named(task: str | int | None, source: checkpoint.Checkpoint) -> str | int:
             fix="choose one with --task",
         )
     return 0 if task is None else task
+
+
+def _check_tokenizer(options: Options, source: checkpoint.Checkpoint) -> None:
+    """Refuse to freeze routers whose gates no text can show.
+
+    Raises:
+        OptionError: neither the checkpoint nor its base has a tokenizer.
+    """
+    if options.routing == "frozen" and not has_tokenizer(source.path, source.base.path):
+        raise OptionError(
+            "--routing frozen replaces gates by what they are on text, and neither "
+            f"{source.path} nor its base {source.base.path} has a tokenizer",
+            expected="the files of the tokenizer it was trained with, such as tokenizer.json",
+            fix="put them beside the base model, or leave --routing out",
+        )
 
 
 class Clock:

@@ -13,6 +13,7 @@ from typing import Any
 from eptc import bundle, lower
 from eptc.calibration import twin
 from eptc.errors import ParityError
+from eptc.frozen_answers import compare_routed
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Job, Progress
 from eptc.lossy import budget_of
@@ -60,6 +61,7 @@ class Judge:
         self._exact: ParityReport | None = None
         self._lossy: ParityReport | None = None
         self._scores: dict[str, Any] | None = None
+        self._frozen: dict[str, Any] | None = None
 
     def prove_exact(self, directory: Path, manifest: Manifest) -> None:
         """Prove an engine in float32; the first step that is off is named where one is."""
@@ -76,7 +78,9 @@ class Judge:
                 raise ParityError(
                     error.found, expected=error.expected, fix=_advice(self._job, step)
                 ) from error
-            if not report.passed:
+            if report.agrees:
+                refuse(report, "")  # too little compared is no step's fault
+            else:
                 refuse(report, _advice(self._job, _first_off(*subject)))
         self._exact = report
 
@@ -130,6 +134,23 @@ class Judge:
                 raise ParityError(f"{what}: {reason}", fix=fix)
             self._scores["budget"] = dataclasses.asdict(budget)
 
+    def compare_routed(
+        self, directory: Path, routed: Path, texts: Sequence[Example], called: str
+    ) -> dict[str, Any]:
+        """Compare an engine's answers with those of the one that routes; return what was found.
+
+        Args:
+            directory: the bundle of the engine with constant gates.
+            routed: that of the engine it was made of.
+            texts: what both are asked.
+            called: what the texts are, for people.
+        """
+        with contextlib.ExitStack() as stack, self._clock.stage("compare with the routes"):
+            if self._job.scheme.simulated:
+                directory = stack.enter_context(twin(directory, within=directory))
+            self._frozen = compare_routed(routed, directory, texts, called)
+        return self._frozen
+
     def signed(self, directory: Path, manifest: Manifest) -> Manifest:
         """Write down what was compared; return the manifest with its summary."""
         last = self._lossy or self._exact
@@ -141,13 +162,17 @@ class Judge:
                 summary["exact"] = self._exact.summary()
             if self._scores is not None:
                 details["scores"] = self._scores
+            if self._frozen is not None:
+                details["frozen"] = self._frozen
             if self._job.scheme.simulated:
                 details["engine"] = summary["engine"] = _SIMULATED
             bundle.write_json(directory / "parity.json", details)
-        elif self._scores is None:
+        elif self._scores is None and self._frozen is None:
             return manifest
         if self._scores is not None:
             summary["scores"] = self._scores
+        if self._frozen is not None:
+            summary["frozen"] = self._frozen
         return bundle.write_manifest(directory, dataclasses.replace(manifest, parity=summary))
 
 
@@ -196,7 +221,7 @@ def _first_off(
 
 def _passes(verifier: Verifier, directory: Path, layers: Mapping[str, float]) -> bool:
     try:
-        return verifier.prove(directory, layers, lambda _: None).passed
+        return verifier.prove(directory, layers, lambda _: None).agrees
     except ParityError:
         return False
 

@@ -93,6 +93,7 @@ def make_plan(
             within what is available; what it takes is said.
     """
     weights = list(source.weights.values())
+    weights += source.routed_tensors
     sizes = [_stored_bytes(tensor, precision) for tensor in weights]
     limit = available_memory() if max_memory is None else max_memory
     in_flight, working = _working(weights, sizes, limit)

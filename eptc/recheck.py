@@ -124,14 +124,21 @@ def parity(
     scores = compare_answers(
         task, want, got, right_answers(task, examples), precision=manifest.precision
     )
-    lossy = bound_of(manifest.precision) != FP32 or manifest.routing.mode == "frozen"
-    budget = _allowed(manifest, task) if lossy else Budget(max_flips=0.0)
+    fixes = _what_loses(manifest)
+    budget = _allowed(manifest, task) if fixes else Budget(max_flips=0.0)
     if reason := budget.exceeded(scores):
-        raise ParityError(
-            reason,
-            fix="build with a precision that loses less" if lossy else "build the bundle again",
-        )
+        raise ParityError(reason, fix=", ".join(fixes) or "build the bundle again")
     return dataclasses.replace(report, scores=scores)
+
+
+def _what_loses(manifest: Manifest) -> list[str]:
+    """Return what to do about what an engine loses by design; nothing of an exact one."""
+    fixes = []
+    if manifest.routing.mode == "frozen":
+        fixes.append("build with --routing exact, which keeps the routes")
+    if bound_of(manifest.precision) != FP32:
+        fixes.append("build with a precision that loses less")
+    return [*fixes, "or with a larger budget (--max-drop, --max-flips)"] if fixes else []
 
 
 def _allowed(manifest: Manifest, task: Task) -> Budget:

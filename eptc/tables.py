@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from eptc.parity_lines import parity_lines, thrown_away
+
 if TYPE_CHECKING:
     from eptc.comparison_report import Comparison
 
@@ -77,12 +79,10 @@ def _bundle(console: Console, report: Mapping[str, Any]) -> None:
     console.print(f"routing {report['routing']['mode']}: {report['routing']['meaning']}",
                   soft_wrap=True)  # fmt: skip
     parity = report["parity"]
-    if parity.get("verified"):
-        console.print(f"parity passed: largest error {parity['largest_error']} "
-                      f"(allowed {parity['its_bound']}), {parity['flips']} flips of "
-                      f"{parity['decisions']} decisions")  # fmt: skip
-    else:
+    if not parity.get("verified"):
         console.print("not verified against a reference")
+    for line in parity_lines(parity):
+        console.print(line, soft_wrap=True)
     table = Table("file", "bytes", "sha256")
     for name, record in report["files"].items():
         table.add_row(name, f"{record['size']:,}", record["sha256"][:16])
@@ -91,7 +91,7 @@ def _bundle(console: Console, report: Mapping[str, Any]) -> None:
     for step in report["passes"]:
         error = step.get("error")
         table.add_row(step["name"], step["contract"], "" if error is None else f"{error:.2g}",
-                      ", ".join(f"{k}={v}" for k, v in step["options"].items()))  # fmt: skip
+                      _options(step["options"]))  # fmt: skip
     console.print(table)
 
 
@@ -128,11 +128,21 @@ def _checkpoint(console: Console, report: Mapping[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     table = Table("linear", *report["routes"])
-    paths = next(iter(report["routes"].values()))
-    for path in paths:
+    for path in next(iter(report["routes"].values())):
         cells = [_experts(routes[path]) for routes in report["routes"].values()]
-        table.add_row(path, *cells)
-    console.print(table)
+        if any(cells):
+            table.add_row(path, *cells)
+    if table.row_count:
+        console.print(table)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    """Return a pass's options; gates, of which there are some for each linear, by their spread."""
+    return ", ".join(
+        f"thrown away: {thrown_away(value)}" if name == "spread" else f"{name}={value}"
+        for name, value in options.items()
+        if name != "gates"
+    )
 
 
 def _short(labels: list[str]) -> str:

@@ -16,7 +16,7 @@ from eptc.errors import BaseModelError
 from eptc.runtime.spec import TokenizerSpec
 from eptc.tasks import Task
 
-__all__ = ["CHAT_TEMPLATE", "TrainingTokenizer", "find_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "TrainingTokenizer", "find_tokenizer", "has_tokenizer"]
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -163,6 +163,11 @@ def pad_token_id(config: Mapping[str, Any]) -> int:
         if isinstance(value, int) and value >= 0:
             return value
     return 0
+
+
+def has_tokenizer(checkpoint: Path, base: Path) -> bool:
+    """Whether a checkpoint or its base has a tokenizer; none is loaded."""
+    return any((folder / name).is_file() for folder in (checkpoint, base) for name in _FILES)
 
 
 def find_tokenizer(checkpoint: Path, base: Path) -> TrainingTokenizer | None:

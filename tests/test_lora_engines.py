@@ -161,7 +161,7 @@ def test_engines_answer_like_peft(make: Any, tmp_path: Path, name: str) -> None:
     bundle = eptc.export(made.ckpt, base=made.base, out=tmp_path / "out")
     assert bundle.manifest.parity["verified"]
     assert bundle.manifest.checkpoint["format"] == "lora"
-    assert bundle.manifest.routing.mode == "static"
+    assert bundle.manifest.routing.mode == "constant"
     _agree(_logits(bundle.path, made), made.want)
 
 
@@ -213,7 +213,7 @@ def test_a_bundle_is_compared_again(make: Any, tmp_path: Path) -> None:
     report = eptc.inspect(made.ckpt, base=made.base)
     assert (report["format"], report["ranks"]) == ("lora", [4])
     with Engine.load(tmp_path / "out", providers=["cpu"]) as engine:
-        assert engine.manifest.routing.meaning.startswith("routes depend on the task alone")
+        assert engine.manifest.routing.meaning.startswith("nothing is routed")
 
 
 @pytest.mark.parametrize(
@@ -231,6 +231,64 @@ def test_a_bundle_is_compared_again(make: Any, tmp_path: Path) -> None:
 def test_more_than_a_low_rank_is_refused(make: Any, options: Any, words: str) -> None:
     made = make(**options)
     with pytest.raises(CheckpointError, match=words):
+        checkpoint.read(made.ckpt, made.base)
+
+
+def _tied(root: Path) -> None:
+    config = root / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_half_of_a_tied_pair_is_refused(make: Any, name: str) -> None:
+    """PEFT trains a copy of the one; the other stays what it was."""
+    import safetensors.torch
+
+    made = make("llama", modules_to_save=[name])
+    base = safetensors.torch.load_file(made.base / "model.safetensors")
+    del base["lm_head.weight"]
+    safetensors.torch.save_file(base, made.base / "model.safetensors", metadata={"format": "pt"})
+    _tied(made.base)
+    with pytest.raises(CheckpointError, match="which is one parameter with"):
+        checkpoint.read(made.ckpt, made.base)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_a_tied_head_as_target_is_refused(make: Any) -> None:
+    import safetensors.torch
+
+    made = make("llama", target_modules=["lm_head", "q_proj"])
+    base = safetensors.torch.load_file(made.base / "model.safetensors")
+    del base["lm_head.weight"]
+    safetensors.torch.save_file(base, made.base / "model.safetensors", metadata={"format": "pt"})
+    _tied(made.base)
+    with pytest.raises(CheckpointError, match="is the embedding itself"):
+        checkpoint.read(made.ckpt, made.base)
+
+
+def test_adapters_of_other_models_are_named(make: Any) -> None:
+    import safetensors.torch
+
+    made = make("llama")
+    config = made.ckpt / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "SEQ_CLS"}))
+    with pytest.raises(CheckpointError, match="llama with a classification head"):
+        checkpoint.read(made.ckpt, made.base)
+    made = make()
+    path = made.ckpt / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    bare = {name.replace("model.bert.", "model."): t for name, t in tensors.items()}
+    safetensors.torch.save_file(bare, path)
+    with pytest.raises(CheckpointError, match="the bare bert, without a head"):
+        checkpoint.read(made.ckpt, made.base)
+
+
+def test_several_labels_at_once_are_refused(make: Any) -> None:
+    made = make()
+    config = made.base / "config.json"
+    several = {"problem_type": "multi_label_classification"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | several))
+    with pytest.raises(TaskError, match="several labels at once"):
         checkpoint.read(made.ckpt, made.base)
 
 
@@ -263,3 +321,10 @@ def test_damaged_files_are_named(make: Any) -> None:
         safetensors.torch.save_file({n: t for n, t in changed.items() if t is not None}, path)
         with pytest.raises(CheckpointError, match=words):
             checkpoint.read(made.ckpt, made.base)
+
+
+@pytest.mark.parametrize("routing", ["frozen", "batch", "per-sample"])
+def test_nothing_to_route(make: Callable[..., Made], routing: Any) -> None:
+    made = make()
+    with pytest.raises(OptionError, match=f"--routing {routing} .*no route reads the input"):
+        checkpoint.read(made.ckpt, made.base, routing=routing)

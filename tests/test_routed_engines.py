@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import random
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,15 @@ import torch
 import transformers
 
 import eptc
-from eptc import recheck
+from eptc import checkpoint, recheck
 from eptc.errors import OptionError, ParityError
 from eptc.nn import EptConfig, EptModel, GateConfig, load_base, load_reference
-from eptc.runtime import Engine
+from eptc.parity_gate import builtin_examples
+from eptc.parity_gate.reference import stream_reference
+from eptc.runtime import Engine, load_manifest
 from eptc.tasks import Task
 
 WORDS = ("a", "and", "bad", "dull", "film", "good", "long", "not", "the", "very", "was")
-
-
-def logits(engine: Engine, ids: Any, mask: Any) -> Any:
-    return engine.run({"input_ids": ids, "attention_mask": mask})["logits"]
 
 
 def test_every_task_has_its_own_routes(small_routed: Any, tmp_path: Path) -> None:
@@ -151,6 +151,7 @@ def test_frozen_routes(small_routed: Any, data: Data, tmp_path: Path) -> None:
     assert record["options"]["gates"].keys() == record["options"]["spread"].keys()
     assert all(sum(g) == pytest.approx(1, abs=1e-4) for g in record["options"]["gates"].values())
     assert any("standard deviation" in note for note in built.warnings)
+    assert any("held-out" in note for note in built.warnings)  # the same file twice
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()]
     static = _export(small_routed, tmp_path / "exact", verify=False)
     assert "TopK" in str((tmp_path / "exact" / "model.onnx").read_bytes())
@@ -165,10 +166,99 @@ def test_frozen_routes(small_routed: Any, data: Data, tmp_path: Path) -> None:
     assert report.scores["drop"] == pytest.approx(manifest.parity["scores"]["drop"], abs=1e-3)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_what_freezing_changes_is_said_without_labels(
+    small_routed: Any, data: Data, tmp_path: Path, cli: Any, verify: bool, calibrated: bool
+) -> None:
+    """Under its own constant gates nothing flips; beside the routes that it replaced, much may."""
+    place = ("--base", small_routed.base, "--task", "same", "-o", tmp_path / "out")
+    pairs = [
+        dict(zip(("first", "second"), p, strict=True)) for p in itertools.pairwise(data.texts)
+    ]
+    said = cli(
+        "export", small_routed.ckpt, *place, "--routing", "frozen",
+        *(("--calibration", _unlabelled(tmp_path, pairs)) if calibrated else ()),
+        *(() if verify else ("--no-verify",)),
+    )  # fmt: skip
+    assert said.code == 0, said.stderr
+    exact = eptc.export(
+        small_routed.ckpt, base=small_routed.base, task="same", out=tmp_path / "exact",
+        verify=False,
+    )  # fmt: skip
+    task = exact.manifest.task
+    assert task is not None
+    texts = pairs if calibrated else builtin_examples(task)
+    chosen = []
+    for folder in ("exact", "out"):
+        with Engine.load(tmp_path / folder, providers=["cpu"]) as engine:
+            chosen.append([answer.index for answer in engine.classify(texts, truncate=True)])
+    flips = sum(a != b for a, b in zip(*chosen, strict=True))
+    called = "the calibration text" if calibrated else "the built-in sentences"
+    parity = load_manifest(tmp_path / "out").parity
+    assert parity["frozen"].items() >= {"text": called, "rows": len(texts), "flips": flips}.items()
+    assert parity["frozen"]["error"] > 0
+    assert 0 < parity["frozen"]["cosine"] < 1
+    if calibrated:
+        assert flips > 0
+    line = f"beside the model that routes: {flips} of {len(texts)} answers change on {called}"
+    for shown in (said.stdout, said.stderr, cli("inspect", tmp_path / "out").stdout):
+        assert line in shown
+    assert "no measure on held-out data" in said.stderr
+    assert ("nor is it the task's own text" in said.stderr) is not calibrated
+    shown = cli("inspect", tmp_path / "out").stdout
+    assert "thrown away: a standard deviation of " in shown
+    assert "gates=" not in shown
+    assert max(map(len, shown.splitlines())) < 400
+    if verify:
+        assert "parity passed under the same constant gates" in said.stdout
+        written = json.loads((tmp_path / "out" / "parity.json").read_text())
+        assert written["frozen"] == parity["frozen"]
+
+
+def _unlabelled(folder: Path, rows: list[dict[str, str]]) -> Path:
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_held_out_data_are_a_measure(small_routed: Any, data: Data, tmp_path: Path) -> None:
+    others = [{"text": f"{text} film"} for text in data.texts if f"{text} film" not in data.texts]
+    built = _export(
+        small_routed, tmp_path / "out", routing="frozen", data=data.file, max_drop=90,
+        calibration=_unlabelled(tmp_path, others),
+    )  # fmt: skip
+    assert not any("held-out" in note for note in built.warnings)
+    assert built.manifest.parity["frozen"]["flips"] is None  # of a regression
+    assert built.manifest.parity["frozen"]["error"] > 0
+
+
 def test_frozen_routes_beyond_the_budget(small_routed: Any, data: Data, tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="frozen routes: the pearson drops by"):
         _export(small_routed, tmp_path / "out", routing="frozen", data=data.file, max_drop=0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_engine_on_other_data(small_routed: Any, data: Data, tmp_path: Path) -> None:
+    """What loses is the routes, not the precision, and that is what the message says."""
+    _export(small_routed, tmp_path / "out", routing="frozen", calibration=data.file)
+    with pytest.raises(ParityError, match="pearson drops by") as raised:
+        recheck.parity(
+            tmp_path / "out", reference=small_routed.ckpt, base=small_routed.base, data=data.file
+        )
+    assert "--routing exact" in str(raised.value.fix)
+    assert "--max-drop" in str(raised.value.fix)
+    assert "precision" not in str(raised.value.fix)
+
+
+def test_gates_are_seen_on_text(small_routed: Any, tmp_path: Path) -> None:
+    """Without a tokenizer there is none: refused before anything is built."""
+    shutil.copytree(small_routed.base, tmp_path / "base")
+    for file in (tmp_path / "base").glob("tokenizer*"):
+        file.unlink()
+    for ask in (eptc.plan, functools.partial(eptc.export, out=tmp_path / "out")):
+        with pytest.raises(OptionError, match="has a tokenizer"):
+            ask(small_routed.ckpt, base=tmp_path / "base", task="score", routing="frozen")
 
 
 def test_frozen_and_in_fewer_bits(small_routed: Any, data: Data, tmp_path: Path) -> None:
@@ -192,6 +282,13 @@ def test_routed_in_fewer_bits(small_routed: Any, data: Data, tmp_path: Path) -> 
     assert built.manifest.parity["scores"]["drop"] < 0.2
 
 
+def test_inspect_shows_no_routes_where_the_input_decides(small_routed: Any, cli: Any) -> None:
+    shown = cli("inspect", small_routed.ckpt, "--base", small_routed.base).stdout
+    assert "each token is routed by itself" in shown
+    assert "linear" not in shown.rpartition("looks trained")[2]
+    assert "query" not in shown
+
+
 def test_nothing_to_freeze(small_native: Any, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="routers read the task"):
         eptc.export(
@@ -205,9 +302,6 @@ def test_the_same_bytes_twice(small_routed: Any, tmp_path: Path) -> None:
         _export(small_routed, tmp_path / name, verify=False)
     for path in sorted((tmp_path / "one").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-
-
-Corrupt = Callable[[dict[str, torch.Tensor]], None]
 
 
 @pytest.mark.parametrize("part", ["router.weight", "task_embedding", "kernels.1", "kernels.3"])
@@ -229,3 +323,10 @@ def test_a_reader_that_is_wrong_is_found_out(
     monkeypatch.setattr(Source, "take", swapped)
     with pytest.raises(ParityError):
         _export(small_routed, tmp_path / "out")
+
+
+def test_larger_than_memory_is_refused(small_routed: Any) -> None:
+    """A choice within rounding is seen over a whole model, not in one block of it."""
+    source = checkpoint.read(small_routed.ckpt, small_routed.base)
+    with pytest.raises(OptionError, match="verified as a whole model"):
+        stream_reference(source)

@@ -230,6 +230,11 @@ def test_frozen(write_tucka: Any, small_native: Any, kind: str, tmp_path: Path) 
     )
     manifest = json.loads((folders.out / "manifest.json").read_text())
     assert manifest["routing"]["mode"] == "frozen"
+    frozen = manifest["parity"]["frozen"]
+    assert frozen["rows"] == 4
+    assert 0 <= frozen["flips"] <= 4
+    # What a decoder writes has no scores.
+    assert (frozen["error"] is None) is (kind == "llama")
     graph = onnx.load(folders.out / "model.onnx", load_external_data=False)
     names = [tensor.name for tensor in graph.graph.initializer]
     assert not any(".branch." in name or ".router." in name for name in names)
@@ -251,4 +256,11 @@ def test_small_checkpoints_pass_the_gate(write_tucka: Any, kind: str, routing: A
         folders.ckpt, base=folders.base, out=folders.out, routing=routing, optimize_for="any"
     )
     assert bundle.manifest.routing.mode == ("batch" if routing == "exact" else "per-sample")
+    assert eptc.parity(folders.out, reference=folders.ckpt, base=folders.base).passed
+
+
+def test_groups_of_one_expert_pass_the_gate(write_tucka: Any) -> None:
+    """One group of one expert has two routes; that of DeBERTa's table may be the text's too."""
+    folders = write_tucka("deberta-v2", k=1, t=1)
+    eptc.export(folders.ckpt, base=folders.base, out=folders.out, optimize_for="any")
     assert eptc.parity(folders.out, reference=folders.ckpt, base=folders.base).passed

@@ -10,6 +10,7 @@ from eptc.calibration.observe import (
     observe,
     weight_ranges,
 )
+from eptc.calibration.rows import greedy_tokens
 from eptc.calibration.simulate import round_values, simulated, twin
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Range",
     "cut_rows",
     "float_values",
+    "greedy_tokens",
     "observe",
     "observe_gates",
     "read_calibration",

@@ -12,7 +12,7 @@ from eptc.runtime import Engine, Manifest
 from eptc.runtime.graph import NumpyArray
 from eptc.runtime.tokenizer import TextTokenizer
 
-__all__ = ["Row", "play", "read_rows"]
+__all__ = ["Row", "greedy_tokens", "play", "read_rows"]
 
 Run = Callable[[str, Mapping[str, NumpyArray]], Mapping[str, NumpyArray]]
 
@@ -56,17 +56,30 @@ def read_rows(
         if engine.manifest.generation is None:
             yield Row(feeds)
             continue
-        prompt = {name: feeds[name] for name in ("input_ids", "attention_mask")}
+        prompt = _prompt(feeds)
         room = _room(engine.manifest, prompt["input_ids"].shape[1])
         # The last token written is fed to nothing.
-        answers: list[tuple[int, ...]]
-        answers = [tuple(engine.generate_ids(prompt, room)[0][:-1])] if room else [()]
+        answers = [_written(engine, prompt, room)[:-1]]
         if label := _label(engine.manifest, example, number):
             assert tokenizer is not None
             assert engine.manifest.generation is not None
             tokens = engine.manifest.generation.answer_prefix + tokenizer.answer_ids(label)
             answers.append(tokens[:room])
         yield Row(prompt, tuple(dict.fromkeys(answers)))
+
+
+def greedy_tokens(engine: Engine, example: Example) -> tuple[int, ...]:
+    """Return what an engine writes after an example, cut after some tokens.
+
+    Args:
+        engine: one that writes.
+        example: too long ones are cut as training did.
+
+    Raises:
+        InputError: the engine has no tokenizer, or an example without a token.
+    """
+    prompt = _prompt(engine.tokenize([example], truncate=True))
+    return _written(engine, prompt, _room(engine.manifest, prompt["input_ids"].shape[1]))
 
 
 def play(manifest: Manifest, row: Row, run: Run) -> None:
@@ -117,6 +130,14 @@ def _decoder_only(manifest: Manifest, row: Row, run: Run) -> None:
     cache = _past(outputs, manifest, "model")
     for answer in filter(None, row.answers):
         step(_tokens(answer), cache, end + len(answer))
+
+
+def _prompt(feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
+    return {name: feeds[name] for name in ("input_ids", "attention_mask")}
+
+
+def _written(engine: Engine, prompt: Mapping[str, NumpyArray], room: int) -> tuple[int, ...]:
+    return tuple(engine.generate_ids(prompt, room)[0]) if room else ()
 
 
 def _room(manifest: Manifest, prompt: int) -> int:

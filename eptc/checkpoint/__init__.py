@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eptc.checkpoint.base import BaseModel
-from eptc.checkpoint.contents import Contents, ReadOptions, Routing
+from eptc.checkpoint.contents import Contents, ReadOptions, Routing, check_routing
 from eptc.checkpoint.formats import FORMATS, Format, detect, find_format
 from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
 from eptc.errors import CheckpointError, OptionError, TaskError
@@ -51,6 +51,17 @@ class Checkpoint:
     def weights(self) -> Mapping[str, LazyTensor]:
         """The base's parameters by their names in the task model, those that it replaces too."""
         return {**self.base.weights, **self.contents.weights}
+
+    @property
+    def routed_tensors(self) -> list[LazyTensor]:
+        """What routers that read the input, and their experts, are made of: about what stays."""
+        base = {id(tensor) for tensor in self.weights.values()}
+        found: dict[int, LazyTensor] = {}
+        for adapter in self.contents.adapters.values():
+            if (router := adapter.input_router) is not None:
+                deltas = [tensor for b in adapter.branches for tensor in b.delta.tensors]
+                found |= {id(tensor): tensor for tensor in (*router.tensors, *deltas)}
+        return [tensor for key, tensor in found.items() if key not in base]
 
     @property
     def model(self) -> AdaptedModel:
@@ -129,7 +140,12 @@ def read(
     described = read_task_spec(task_spec) if task_spec is not None else specs or {}
     options = ReadOptions(top_k, names, described, allow_pickle, routing)
     model = kind.read_base(base)
-    return Checkpoint(path, model, kind.read(path, model, options), kind, options)
+    contents = kind.read(path, model, options)
+    if contents.routing.mode in ("static", "constant") and contents.prompts is None:
+        check_routing(
+            routing, ("exact",), f"{path}, in whose {kind.name} format no route reads the input"
+        )
+    return Checkpoint(path, model, contents, kind, options)
 
 
 def read_task_spec(path: Path) -> dict[str, Task]:

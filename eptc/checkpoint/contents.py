@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from eptc.checkpoint.base import BaseModel, Finite
-from eptc.errors import CheckpointError
+from eptc.errors import CheckpointError, OptionError
 from eptc.ir import Adapter, PromptLayout
 from eptc.runtime.routing import STATIC, RoutingSpec
 from eptc.tasks import Task
 from eptc.tensors import LazyTensor
 
-__all__ = ["Contents", "ReadOptions", "Routing", "Source", "check_fit", "consume_all"]
+__all__ = [
+    "Contents", "ReadOptions", "Routing", "Source", "check_fit", "check_routing", "consume_all",
+]  # fmt: skip
 
 
 Routing = Literal["exact", "frozen", "batch", "per-sample"]
@@ -136,6 +138,21 @@ def consume_all(source: Source) -> None:
             + ", ".join(source.left[:3]),
             expected="exactly the tensors its configuration describes",
         )
+
+
+def check_routing(asked: Routing, known: Sequence[Routing], whose: str) -> None:
+    """Check that a checkpoint can be built with the routing that was asked for.
+
+    Args:
+        asked: what the caller wants.
+        known: what the checkpoint has.
+        whose: the checkpoint, and what about it leaves only these.
+
+    Raises:
+        OptionError: it is none of them.
+    """
+    if asked not in known:
+        raise OptionError(f"--routing {asked} was given for {whose}", expected=" or ".join(known))
 
 
 def check_fit(

@@ -14,9 +14,10 @@ from eptc.checkpoint.contents import Contents, ReadOptions
 from eptc.checkpoint.lora import read_lora
 from eptc.checkpoint.mept import read_mept
 from eptc.checkpoint.mept_base import prompted_base
-from eptc.checkpoint.mept_files import is_mept
+from eptc.checkpoint.mept_files import has_state_dict
+from eptc.checkpoint.mept_settings import NEEDS, TRAINING, is_mept
 from eptc.checkpoint.native import CONFIG as NATIVE_CONFIG
-from eptc.checkpoint.native import read_native
+from eptc.checkpoint.native import read_config, read_native
 from eptc.checkpoint.peft_folder import CONFIG, peft_type, tensor_names
 from eptc.checkpoint.released import read_released
 from eptc.checkpoint.tucka import holds_unmerged, read_tucka
@@ -149,6 +150,15 @@ class Native(_Ept):
     def read(self, path: Path, base: BaseModel, options: ReadOptions) -> Contents:
         """Read it (`eptc.checkpoint.native`)."""
         return read_native(path, base, options)
+
+    def stream(
+        self, path: Path, base: Path, options: ReadOptions, tasks: Sequence[Task]
+    ) -> StreamedModel:
+        """Return it on a base that stays on disk, where its routers read the task."""
+        if read_config(path)["gate"]["router_input"] != "task":
+            # Rows whose routes are within rounding would have to be left out block by block.
+            return Format.stream(self, path, base, options, tasks)
+        return super().stream(path, base, options, tasks)
 
     def base_name(self, path: Path) -> str | None:
         """Return what the configuration calls the base."""
@@ -322,8 +332,12 @@ def detect(path: Path) -> Format:
         if kind is None
         else f"{path / CONFIG} has the peft_type {kind!r}, which no format reads"
     )
+    fix = f"name one of its checkpoints, such as {max(inside)}" if inside else None
+    if kind is None and ((path / TRAINING).is_file() or has_state_dict(path)):
+        what += f", and no {TRAINING} that names a method of prompts"
+        fix = f"where it holds prompts (MEPT, SMoP): add {NEEDS}; or pass --format mept"
     raise CheckpointError(
         "\n".join([what, *unusable]),
         expected="a folder of one of the formats " + ", ".join([*FORMATS, *installed_names()]),
-        fix=f"name one of its checkpoints, such as {max(inside)}" if inside else None,
+        fix=fix,
     )

@@ -16,6 +16,7 @@ from eptc.checkpoint.replaced import head_rows, take_replaced
 from eptc.checkpoint.single_task import single_task
 from eptc.errors import CheckpointError
 from eptc.ir import Adapter, Branch, Constant, LowRank
+from eptc.runtime.routing import RoutingSpec
 
 __all__ = ["read_lora"]
 
@@ -78,6 +79,7 @@ def read_lora(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
             raise CheckpointError(f"{path} lacks {lost[0]}", fix="use the file training saved")
         a, b = (tensors[name].shape for name in pair)
         shapes[module] = (b[0], a[-1])
+    _check_places(path, base, config, modules)
     check_fit(path, base, shapes)
     scaling = _Scaling.read(path, config)
     adapters = {module: _adapter(source, module, base, scaling) for module in modules}
@@ -94,9 +96,37 @@ def read_lora(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
         config=config,
         weights=replaced.weights,
         settings=replaced.settings,
+        routing=RoutingSpec("constant"),
         details={"ranks": sorted({b.delta.rank_bound for a in adapters.values()
                                   for b in a.branches})},
     )  # fmt: skip
+
+
+def _check_places(
+    path: Path, base: BaseModel, config: Mapping[str, Any], modules: Sequence[str]
+) -> None:
+    """Refuse adapters of models that are not the base's task model, by what tells them apart."""
+    arch = base.architecture
+    if config.get("task_type") == "SEQ_CLS" and arch.kind != "encoder-classifier":
+        raise CheckpointError(
+            f"{path} was trained on a {arch.model_type} with a classification head (SEQ_CLS)",
+            expected=f"an adapter of {arch.task_class}: with LoRA only encoders classify",
+        )
+    for module in modules:
+        if f"{module}.weight" == arch.head and base.tied_head:
+            raise CheckpointError(
+                f"{path} adapts {module}, which is the embedding itself in {base.path}",
+                expected="an adapter of linears that have weights of their own",
+                fix=_MERGE,
+            )
+        bare = arch.prefix and module.split(".")[0] in arch.bare
+        if bare and module not in base.linears and f"{arch.prefix}.{module}" in base.linears:
+            raise CheckpointError(
+                f"{path} was trained on the bare {arch.model_type}, without a head (its first "
+                f"linear is {module}, not {arch.prefix}.{module})",
+                expected=f"an adapter of {arch.task_class}",
+                fix="train it on the task model: features are no answers",
+            )
 
 
 def _check(path: Path, config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 from eptc.architectures import PROMPTED, canonical_name
 from eptc.checkpoint.base import BaseModel
 from eptc.checkpoint.contents import Source
-from eptc.checkpoint.mept_files import Keys, MeptSettings
+from eptc.checkpoint.mept_files import Keys
+from eptc.checkpoint.mept_settings import MeptSettings
 from eptc.errors import BaseModelError, CheckpointError
 from eptc.tensors import ComputedTensor, LazyTensor, cast
 
@@ -114,6 +116,16 @@ def _compared(file: Path, base: BaseModel, name: str, tensor: LazyTensor) -> Laz
     """
     own = base.weights.get(name)
     grows = name in (base.architecture.embedding, base.architecture.head)
+    if own is None and _pattern(name) not in map(_pattern, base.weights):
+        raise CheckpointError(
+            f"{file} has {tensor.name} {list(tensor.shape)}, which is neither a tensor of prompts "
+            f"nor one of {base.architecture.task_class}",
+            expected=f"the keys of {base.architecture.task_class}, and of prompts: "
+            "prompt_embedding.weight, prompt_router.0.weight, shared_embedding and "
+            "layer_norm.weight of blocks and of the input",
+            fix="remove it if no forward pass of the training code reads it; if it is a "
+            "parameter of another kind of model, give that model with --base",
+        )
     if own is None or own.shape[grows:] != tensor.shape[grows:]:
         raise CheckpointError(
             f"{file} has {tensor.name} {list(tensor.shape)}, the base {base.path} has "
@@ -129,6 +141,11 @@ def _compared(file: Path, base: BaseModel, name: str, tensor: LazyTensor) -> Laz
             fix="give the base the prompts were trained on with --base",
         )
     return tensor if tensor.shape != own.shape else None
+
+
+def _pattern(name: str) -> str:
+    """Return a parameter's name without the numbers of blocks."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _cut(

@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from eptc.checkpoint.base import BaseModel, read_json
-from eptc.checkpoint.contents import Contents, ReadOptions, Routing, Source, check_fit, consume_all
+from eptc.checkpoint.contents import (
+    Contents,
+    ReadOptions,
+    Routing,
+    Source,
+    check_fit,
+    check_routing,
+    consume_all,
+)  # fmt: skip
 from eptc.errors import CheckpointError, OptionError
 from eptc.ir import (
     Adapter,
@@ -310,12 +318,8 @@ def _routing(config: Mapping[str, Any], asked: Routing) -> RoutingSpec:
         OptionError: a way of routing that a pyramid does not have.
     """
     reads = config["gate"]["router_input"]
-    known = ("exact",) if reads == "task" else ("exact", "frozen")
-    if asked not in known:
-        raise OptionError(
-            f"--routing {asked} for a checkpoint whose routers read the {reads}",
-            expected=" or ".join(known),
-        )
+    known: tuple[Routing, ...] = ("exact",) if reads == "task" else ("exact", "frozen")
+    check_routing(asked, known, f"a checkpoint whose routers read the {reads}")
     return STATIC if reads == "task" else RoutingSpec("token" if asked == "exact" else "frozen")
 
 

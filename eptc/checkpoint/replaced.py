@@ -12,7 +12,7 @@ from eptc.checkpoint.contents import Source
 from eptc.errors import CheckpointError
 from eptc.tensors import LazyTensor
 
-__all__ = ["Replaced", "head_rows", "take_replaced"]
+__all__ = ["Replaced", "head_rows", "refuse_partial", "take_replaced"]
 
 _HEADS = ("classifier", "score")
 
@@ -41,8 +41,10 @@ def take_replaced(source: Source, base: BaseModel, names: Mapping[str, str]) -> 
         names: of each tensor on disk, what it is called in the Hugging Face model.
 
     Raises:
-        CheckpointError: one that the base does not have, of another shape, or given twice.
+        CheckpointError: one that the base does not have, of another shape, or given twice; an
+            embedding without the head that is tied to it, or the other way round.
     """
+    _refuse_half_tied(source, base, names)
     head: dict[str, LazyTensor] = {}
     weights: dict[str, LazyTensor] = {}
     settings: dict[str, Any] = {}
@@ -75,6 +77,49 @@ def take_replaced(source: Source, base: BaseModel, names: Mapping[str, str]) -> 
         if plain == embedding and found.shape[0] != own.shape[0]:
             settings["vocab_size"] = found.shape[0]
     return Replaced(head, weights, settings)
+
+
+def _refuse_half_tied(source: Source, base: BaseModel, names: Mapping[str, str]) -> None:
+    """Refuse one of two parameters that are one in the base: PEFT trains a copy that is not."""
+    arch = base.architecture
+    if not base.tied_head or not arch.head:
+        return
+    plain = {name: canonical_name(name, base.config, tied_head=False) for name in names.values()}
+    given = {what for what in (arch.embedding, arch.head) if what in plain.values()}
+    if len(given) == 1:
+        (one,) = given
+        (other,) = {arch.embedding, arch.head} - given
+        raise CheckpointError(
+            f"{source.path} has {one} of its own, which is one parameter with {other} in the base "
+            f"{base.path}: whether {other} is still the base's, the adapter does not say",
+            expected="both or neither",
+            fix="merge the adapter in PEFT (merge_and_unload), untie the model, and use that",
+        )
+
+
+def refuse_partial(source: Source, base: BaseModel, head: Mapping[str, LazyTensor]) -> None:
+    """Refuse a head of which a part is there: the rest would be the base's, which was not trained.
+
+    Args:
+        source: the adapter's tensors, for the message.
+        base: the base model.
+        head: what the adapter has of a classification head.
+
+    Raises:
+        CheckpointError: the base's head has more parameters, or a weight has no bias.
+    """
+    if not head:
+        return
+    whole = {name for name in base.weights if name.split(".")[0] in _HEADS}
+    # A base without a head does not say what one is made of; each linear of one has a bias.
+    whole |= {name.removesuffix(".weight") + ".bias" for name in head if name.endswith(".weight")}
+    if lost := sorted(whole - head.keys()):
+        raise CheckpointError(
+            f"{source.path} holds a part of the classification head: it has "
+            f"{', '.join(sorted(head))} and lacks {', '.join(lost)}",
+            expected="the whole head, as it was trained, or nothing of it",
+            fix="use the file the training run saved",
+        )
 
 
 def _same(one: LazyTensor, other: LazyTensor) -> bool:

@@ -28,7 +28,8 @@ def single_task(options: ReadOptions, config: Mapping[str, Any], num_labels: int
 
     Raises:
         OptionError: several tasks are named, or a number of experts is given.
-        TaskError: no description fits, or it does not fit the head.
+        TaskError: no description fits, or it does not fit the head, or several labels are right
+            at once.
     """
     if options.top_k is not None:
         raise OptionError(
@@ -61,6 +62,12 @@ def single_task(options: ReadOptions, config: Mapping[str, Any], num_labels: int
 def _undescribed(name: str, config: Mapping[str, Any], num_labels: int | None) -> Task:
     if num_labels is None:
         return Task(name, "generation")
+    if config.get("problem_type") == "multi_label_classification":
+        raise TaskError(
+            "the base's configuration says multi_label_classification: several labels at once",
+            expected="a single label, or a value: an engine answers with the likeliest label",
+            fix="if it was trained for single labels, describe them with --task-spec",
+        )
     if num_labels == 1 or config.get("problem_type") == "regression":
         return Task(name, "regression")
     given = config.get("id2label")

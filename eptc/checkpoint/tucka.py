@@ -17,11 +17,12 @@ import numpy as np
 from eptc.checkpoint.base import BaseModel, read_json
 from eptc.checkpoint.contents import Contents, ReadOptions, Source, check_fit, consume_all
 from eptc.checkpoint.peft_folder import CONFIG, read_tensors
-from eptc.checkpoint.replaced import head_rows, take_replaced
+from eptc.checkpoint.replaced import head_rows, refuse_partial, take_replaced
 from eptc.checkpoint.single_task import single_task
-from eptc.checkpoint.tucka_factors import TuckaSettings, core, unit
+from eptc.checkpoint.tucka_factors import TuckaSettings, core, norm_fits, unit
+from eptc.checkpoint.tucka_router import read_router
 from eptc.errors import CheckpointError, TaskError
-from eptc.ir import Adapter, Branch, CentroidRouter, Routed, Tucker, Unit
+from eptc.ir import Adapter, Branch, CentroidRouter, Routed, Tucker
 from eptc.runtime.routing import RoutingMode, RoutingSpec
 from eptc.tasks import Task
 from eptc.tensors import ComputedTensor, LazyTensor, SafetensorsFile
@@ -69,13 +70,16 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     tensors = read_tensors(path, options.allow_pickle)
     source = Source(path, tensors)
     modules = _modules(path, tensors)
+    for parts in modules.values():
+        for part, name in parts.items():
+            settings.check(path, part, tensors[name])
     inert = _take_inert(source, modules, settings)
     routed = {name: parts for name, parts in modules.items() if name not in inert}
     columns = {name: tensors[parts["u"]].shape[0] for name, parts in routed.items()}
     check_fit(
         path, base, {name: (base.linears.get(name, (0,))[0], n) for name, n in columns.items()}
     )
-    router = _router(source, tensors, routed, settings, base, options)
+    router = read_router(source, tensors, routed, settings, base, options)
     _refuse_unread(base, str(router.site))
     adapters = {
         name: _adapter(source, parts, base, name, settings, router)
@@ -83,6 +87,7 @@ def read_tucka(path: Path, base: BaseModel, options: ReadOptions) -> Contents:
     }
     names = {name: _plain(name) for name in source.left}
     replaced = take_replaced(source, base, names)
+    refuse_partial(source, base, replaced.head)
     consume_all(source)
     task = single_task(options, base.config, head_rows(base, replaced.head))
     _refuse_scoring(base, task)
@@ -151,43 +156,7 @@ def _take_inert(
 def _take(
     source: Source, name: str, part: str, settings: TuckaSettings, columns: int | None
 ) -> LazyTensor:
-    shape: list[int | None] = list(settings.shapes(0 if columns is None else columns)[part])
-    if part == "u" and columns is None:
-        shape[0] = None
-    return source.take(name, tuple(shape))
-
-
-def _router(
-    source: Source,
-    tensors: Mapping[str, LazyTensor],
-    modules: Mapping[str, Mapping[str, str]],
-    settings: TuckaSettings,
-    base: BaseModel,
-    options: ReadOptions,
-) -> CentroidRouter:
-    sites = sorted(name for name, parts in modules.items() if "ec" in parts)
-    if len(sites) != 1:
-        raise CheckpointError(
-            f"{source.path} has {len(sites)} routers (tucka_ec)"
-            + (f": {', '.join(sites[:3])}" if sites else ""),
-            expected="one, which routes for every adapted linear",
-            fix="train with a router_name that names a linear that is adapted"
-            if not sites
-            else "use the file the training run saved",
-        )
-    name = modules[sites[0]]["ec"]
-    stored = np.asarray(tensors[name].numpy()).astype(np.float64)
-    groups = np.array_split(stored, settings.k)
-    if not np.isfinite(stored).all() or not all(group.any() for group in groups):
-        raise CheckpointError(
-            f"{name} in {source.path} holds no centroids: the file was saved before the first "
-            "forward pass, which draws them",
-            expected="finite numbers, in each group some that are not 0",
-            fix="use a checkpoint that was saved while or after training",
-        )
-    each: Unit = "row" if options.routing == "per-sample" else "batch"
-    columns = base.linears[sites[0]][1]
-    return CentroidRouter(_take(source, name, "ec", settings, columns), settings.k, each, sites[0])
+    return source.take(name, settings.shapes(columns)[part])
 
 
 def _adapter(
@@ -200,10 +169,12 @@ def _adapter(
 ) -> Adapter:
     columns = base.linears[module][1]
     g, c, u = (_take(source, names[part], part, settings, columns) for part in _PARTS)
-    for tensor in (g, c, u):
-        if not np.asarray(tensor.numpy()).any():
+    for tensor, normalised in ((g, tuple(g.numpy())), (c, (c.numpy(),)), (u, (u.numpy(),))):
+        if not all(norm_fits(np.asarray(part)) for part in normalised):
             raise CheckpointError(
-                f"{tensor.name} in {source.path} is all zeros, and it is divided by its norm",
+                f"{tensor.name} in {source.path} is divided by a norm that is 0 or infinite in "
+                "float32",
+                expected="numbers that are not all zeros, and none too large to be squared",
                 fix="use a checkpoint that was saved while or after training",
             )
     basis = ComputedTensor(u.name, "float64", u.shape, functools.partial(unit, u))

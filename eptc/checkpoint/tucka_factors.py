@@ -15,9 +15,13 @@ from eptc.errors import CheckpointError
 from eptc.ir import Float64
 from eptc.tensors import LazyTensor
 
-__all__ = ["TuckaSettings", "core", "unit"]
+__all__ = ["TuckaSettings", "core", "norm_fits", "unit"]
 
-_DEFAULTS = {"r": 8, "k": 3, "t": 3, "p": 2}
+_SIZES = ("r", "k", "t", "p")
+# What each part's axes are; None is the number of inputs.
+_AXES: dict[str, tuple[str | None, ...]] = {
+    "g": ("k", "p", "r", "r"), "c": ("t", "p"), "u": (None, "r"), "ec": ("k * t", None),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,12 @@ class TuckaSettings:
 
     @classmethod
     def read(cls, path: Path) -> TuckaSettings:
-        """Read `adapter_config.json`; raise CheckpointError where it is not of this system."""
+        """Read `adapter_config.json`.
+
+        Raises:
+            CheckpointError: it is not of this system, or lacks a key that changes the answers:
+                what the authors' code takes where none is given need not be what was trained.
+        """
         config = read_json(path / CONFIG, CheckpointError)
         if config.get("peft_type") != "TUCKA":
             raise CheckpointError(
@@ -53,23 +62,58 @@ class TuckaSettings:
                 "was trained with it",
                 fix="use the adapter_config.json that the training run saved",
             )
-        try:
-            r, k, t, p = (int(config.get(key, default)) for key, default in _DEFAULTS.items())
-            found = cls(r, k, t, p, float(config.get("alpha", 1)))
-        except (TypeError, ValueError) as error:
+        if lost := [key for key in (*_SIZES, "alpha") if config.get(key) is None]:
             raise CheckpointError(
-                f"{path / CONFIG} lacks a sound r, k, t, p or alpha: {error}"
-            ) from error
-        if min(r, k, t, p) < 1 or not math.isfinite(found.alpha):
-            raise CheckpointError(f"{path / CONFIG} has r, k, t, p and alpha {found}")
-        return found
+                f"{path / CONFIG} has no {', '.join(lost)}",
+                expected="r, k, t, p and alpha, which the training run writes",
+                fix=f"add {', '.join(lost)} to it as the training command had them",
+            )
+        sizes = [config[key] for key in _SIZES]
+        alpha = config["alpha"]
+        sound = all(type(size) is int and size > 0 for size in sizes)
+        if not sound or type(alpha) not in (int, float) or not math.isfinite(alpha):
+            given = ", ".join(f"{key} = {config[key]!r}" for key in (*_SIZES, "alpha"))
+            raise CheckpointError(
+                f"{path / CONFIG} has {given}",
+                expected="sound r, k, t, p and alpha: positive whole numbers and a finite one",
+                fix="use the adapter_config.json that the training run saved",
+            )
+        r, k, t, p = sizes
+        return cls(r, k, t, p, float(alpha))
 
-    def shapes(self, columns: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each part of a linear with `columns` inputs."""
+    def shapes(self, columns: int | None) -> dict[str, tuple[int | None, ...]]:
+        """Return the shape of each part of a linear with `columns` inputs, None for any."""
+        sizes = self._sizes()
         return {
-            "g": (self.k, self.p, self.r, self.r), "c": (self.t, self.p), "u": (columns, self.r),
-            "ec": (self.k * self.t, columns),
-        }  # fmt: skip
+            part: tuple(columns if axis is None else sizes[axis] for axis in axes)
+            for part, axes in _AXES.items()
+        }
+
+    def check(self, path: Path, part: str, tensor: LazyTensor) -> None:
+        """Check that a part of an adapter has the sizes the configuration says.
+
+        Raises:
+            CheckpointError: the two contradict each other; the keys, and what the tensor has.
+        """
+        axes, sizes = _AXES[part], self._sizes()
+        if len(tensor.shape) != len(axes):
+            said = [f"that it has {len(axes)} axes"]
+        else:
+            pairs = dict(zip(axes, tensor.shape, strict=True)).items()
+            said = [f"{axis} = {sizes[axis]}" for axis, n in pairs if axis and sizes[axis] != n]
+            if part == "g" and tensor.shape[2] != tensor.shape[3]:
+                said = [f"r = {self.r}"]
+        if said:
+            wanted = ", ".join("inputs" if axis is None else axis for axis in axes)
+            raise CheckpointError(
+                f"{path / CONFIG} says {', '.join(said)}, and {tensor.name} has the shape "
+                f"{list(tensor.shape)}",
+                expected=f"[{wanted}]",
+                fix="use the adapter_config.json and the tensors of one training run",
+            )
+
+    def _sizes(self) -> dict[str, int]:
+        return {"r": self.r, "k": self.k, "t": self.t, "p": self.p, "k * t": self.k * self.t}
 
 
 def unit(tensor: LazyTensor) -> Float64:
@@ -85,6 +129,16 @@ def core(g: LazyTensor, c: LazyTensor, group: int, slot: int) -> Float64:
     for weight, matrix in zip(mixing, slices, strict=True):
         total += weight * matrix
     return total
+
+
+def norm_fits(array: np.ndarray[Any, Any]) -> bool:
+    """Whether the sum of an array's squares is a normal number of float32.
+
+    Training divided by norms in float32: by one that overflowed, or vanished, it cannot have.
+    """
+    limits = np.finfo(np.float32)
+    total = np.square(array.astype(np.float64)).sum()
+    return bool(limits.tiny <= total <= limits.max)
 
 
 def _normalised(array: np.ndarray[Any, Any]) -> Float64:

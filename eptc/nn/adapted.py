@@ -78,6 +78,11 @@ class AdaptedLinear(nn.Module, abc.ABC):
         """Whether an engine can have the branches in its weight: no gate reads the input."""
         return not self.routed_experts
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., out] for x [..., in]."""
+        y: Tensor = self.base(x)
+        return y + self.delta(x)
+
     @abc.abstractmethod
     def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:
         """Return what the branches add [..., out] for x [..., in].

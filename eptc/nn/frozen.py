@@ -27,11 +27,6 @@ class FrozenLinear(AdaptedLinear):
         self.__dict__["routed"] = linear
         self.gates = torch.tensor(gates, dtype=torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., out] for x [..., in]."""
-        y: Tensor = self.base(x)
-        return y + self.delta(x)
-
     def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:  # noqa: ARG002  (interface)
         """Return what the branches add [..., out] for x [..., in]."""
         routed: AdaptedLinear = self.__dict__["routed"]

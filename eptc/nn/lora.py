@@ -39,11 +39,6 @@ class LoraLinear(AdaptedLinear):
         self.B = nn.Parameter(B, requires_grad=False)
         self.scaling = scaling
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., out] for x [..., in]."""
-        y: Tensor = self.base(x)
-        return y + self.delta(x)
-
     def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:  # noqa: ARG002  # there is one
         """Return the branch alone [..., out] for x [..., in]."""
         return nn.functional.linear(nn.functional.linear(x, self.A), self.B) * self.scaling

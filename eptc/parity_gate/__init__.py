@@ -1,7 +1,14 @@
 """The parity gate: the engine against an independent PyTorch reference; a failure is fatal."""
 
 from eptc.examples_file import Example, read_examples
-from eptc.parity_gate.answers import Answers, Budget, answers, compare_answers, right_answers
+from eptc.parity_gate.answers import (
+    Answers,
+    Budget,
+    answers,
+    compare_answers,
+    distance,
+    right_answers,
+)
 from eptc.parity_gate.gate import make_probes, prove, refuse
 from eptc.parity_gate.layers import LayerGate
 from eptc.parity_gate.probes import builtin_examples
@@ -23,6 +30,7 @@ __all__ = [
     "answers",
     "builtin_examples",
     "compare_answers",
+    "distance",
     "load_reference",
     "make_probes",
     "prove",

@@ -17,8 +17,8 @@ from eptc.runtime import Engine
 from eptc.tasks import Task
 
 __all__ = [
-    "CLAIMED", "Answers", "Budget", "answers", "compare_answers", "from_logs", "right_answers",
-    "sure",
+    "CLAIMED", "Answers", "Budget", "answers", "compare_answers", "distance", "from_logs",
+    "right_answers", "sure",
 ]  # fmt: skip
 
 Float64 = npt.NDArray[np.float64]
@@ -93,9 +93,10 @@ class Budget:
 def answers(engine: Engine, examples: Sequence[Example]) -> Answers:
     """Ask an engine about examples of its task, cut as in training where they are too long.
 
-    Where the rows of a batch change one another's answers each example is asked alone.
+    Where the rows of a batch change one another's answers each example is asked alone; an engine
+    whose routers are to be frozen says that they are, and may be one of these.
     """
-    size = 1 if engine.manifest.routing.mode == "batch" else 32
+    size = 1 if engine.manifest.routing.mode in ("batch", "frozen") else 32
     found = engine.classify(list(examples), truncate=True, batch_size=size)
     task = engine.task
     if task is not None and task.kind == "regression":
@@ -185,6 +186,27 @@ def compare_answers(
         "claimed": len(labels) >= CLAIMED,
         "flips": int(flips.sum()),
         "flips_beyond_noise": int(counted.sum()),
+        "error": float(f"{error:.2g}"),
+        "cosine": float(f"{_cosine(want.scores, got.scores):.6f}"),
+    }
+
+
+def distance(task: Task, want: Answers, got: Answers) -> dict[str, Any]:
+    """Return how far an engine's answers are from another's, whatever the right ones are.
+
+    Args:
+        task: the task.
+        want: the answers of the one that counts.
+        got: the engine's.
+
+    Returns:
+        JSON values: `flips` (answers that are others; None of a regression, where nearly all are),
+        `error` (root mean square of the scores) and `cosine`.
+    """
+    changed = sum(a != b for a, b in zip(want.chosen, got.chosen, strict=True))
+    error = float(np.sqrt(np.mean((got.scores - want.scores) ** 2)))
+    return {
+        "flips": None if task.kind == "regression" else changed,
         "error": float(f"{error:.2g}"),
         "cosine": float(f"{_cosine(want.scores, got.scores):.6f}"),
     }

@@ -100,11 +100,6 @@ class Comparison:
     left_out: int = 0
 
     @property
-    def compared(self) -> bool:
-        """Whether there was a row to compare."""
-        return not self.shape or self.left_out < self.shape[0]
-
-    @property
     def passed(self) -> bool:
         """Whether the worst element and the cosine are within the bound; a NaN never is."""
         turned = self.least_cosine > -1 and not self.cosine >= self.least_cosine

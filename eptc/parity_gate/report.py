@@ -48,7 +48,7 @@ class ParityReport:
     """The outcome of all gates.
 
     Args:
-        probes: name, shape and whether synthetic, of each batch.
+        probes: name, shape, whether synthetic and how many rows were left out, of each batch.
         bound: of the output gate.
         layers: largest deviation by stage, as a fraction of its bound.
         weights: largest deviation of a written weight, as a fraction of its bound.
@@ -60,6 +60,7 @@ class ParityReport:
         mode: `whole model`, or `block by block` where each block was given the reference's state.
         published: block by block, of an engine that rounds activations, its blocks as they are
             published; in `tensors` they compute with activations in float32.
+        constant_gates: whether the reference's gates were replaced by the engine's own constants.
     """
 
     probes: tuple[Mapping[str, Any], ...]
@@ -73,6 +74,7 @@ class ParityReport:
     reference: str = "unfolded PyTorch model, float32"
     mode: str = "whole model"
     published: AsPublished | None = None
+    constant_gates: bool = False
 
     def extended(
         self,
@@ -112,17 +114,41 @@ class ParityReport:
         return sum(c.left_out for c in self.tensors)
 
     @property
-    def passed(self) -> bool:
-        """Whether every tensor is within its bound and no sure decision flipped.
+    def rows(self) -> int:
+        """Rows of outputs over all tensors, those that were left out among them."""
+        return sum(c.shape[0] for c in self.tensors if c.shape)
 
-        A report without a single tensor compared nothing, and has not passed.
+    @property
+    def unproven(self) -> str | None:
+        """Why too little was compared to speak of the model; None where it was enough.
+
+        A minority of rows could all be of a kind: the shortest, say, which pass the fewest
+        routers. And where there is text, rows of seeded tokens alone say nothing about it.
         """
-        agree = any(c.compared for c in self.tensors) and all(c.passed for c in self.tensors)
+        if 2 * self.left_out > self.rows:
+            return f"{self.left_out} of {self.rows} rows of outputs were left out"
+        texts = [probe for probe in self.probes if not probe["synthetic"]]
+        if texts and all(probe["rows_left_out"] >= probe["shape"][0] for probe in texts):
+            return "every row of text was left out"
+        return None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every tensor is within its bound and no sure decision flipped, so far.
+
+        A report without a single tensor compared nothing, and does not agree.
+        """
+        agree = bool(self.tensors) and all(c.passed for c in self.tensors)
         if self.published is not None:
             # A part that rounds and was never run so has proven nothing.
             agree = agree and bool(self.published.tensors)
             agree = agree and all(c.passed for c in self.published.tensors)
         return agree and not any(d.flipped for d in self.decisions)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all that was compared agrees, and that was enough."""
+        return self.agrees and self.unproven is None
 
     def summary(self) -> dict[str, Any]:
         """Return what the manifest says of it."""
@@ -138,10 +164,12 @@ class ParityReport:
             "decisions": len(self.decisions),
             "flips": sum(d.flipped for d in self.decisions),
             "ties": sum(not d.agrees and not d.flipped for d in self.decisions),
+            "rows": self.rows,
             "rows_left_out": self.left_out,
             "synthetic_probes": sum(bool(probe["synthetic"]) for probe in self.probes),
             "text_probes": sum(not probe["synthetic"] for probe in self.probes),
             **published,
+            **({"constant_gates": True} if self.constant_gates else {}),
         }
 
     def to_json(self) -> dict[str, Any]:

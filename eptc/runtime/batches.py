@@ -1,4 +1,4 @@
-"""Answering texts in batches that do not change their answers."""
+"""Answering texts in batches: where they change answers, as few as can be."""
 
 from __future__ import annotations
 

@@ -137,6 +137,9 @@ class Engine:
         agrees with `generate` wherever that writes a label. The probabilities compare the labels
         as wholes; where labels have several tokens, another can in rare cases be the likeliest.
 
+        Where `manifest.routing.mode` is `batch`, the texts of one batch change one another's
+        answers: `batch_size=1` gives the answer to each alone.
+
         Args:
             texts: a list; each a string, a pair, or a dict by the task's field names.
             truncate: cut texts that are too long, as training did, instead of refusing them.
@@ -183,7 +186,8 @@ class Engine:
         with `do_sample=False`. With `do_sample` tokens are drawn, for each text by a random
         generator of its own, made from the seed and the text's place in the list. What is drawn
         does not depend on `batch_size` or on the other texts, short of rounding: a text's logits
-        differ in their last digits from batch to batch.
+        differ in their last digits from batch to batch. Where `manifest.routing.mode` is `batch`
+        it does: `batch_size=1` gives the answer to each alone.
 
         Args:
             texts: a list; each a string, a pair, or a dict by the task's field names.

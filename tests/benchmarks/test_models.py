@@ -44,8 +44,9 @@ def test_a_seed_makes_the_same_bytes(made: Files, tmp_path: Path) -> None:
 def test_every_target_has_an_adapter(made: Files) -> None:
     names = weights(made.checkpoint)
     paths = {name.partition(".ept.")[0] for name in names if ".ept." in name}
-    # Query, key and value; 4 linears an attention and 2 a feed-forward; 7 for each of 2 layers.
-    expected = {"tiny-bert": 3, "tiny-t5": (4 + 2) + (4 + 4 + 2), "tiny-llama": 2 * 7}
+    # Query, key and value; 4 linears an attention and 2 a feed-forward, two encoder
+    # layers and one of the decoder; 7 for each of 2 layers.
+    expected = {"tiny-bert": 3, "tiny-t5": 2 * (4 + 2) + (4 + 4 + 2), "tiny-llama": 2 * 7}
     assert len(paths) == expected[made.root.name]
 
 

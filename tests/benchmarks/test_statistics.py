@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.statistics import FEWEST, order_of_rounds, paired_ratio, turn_value
+from benchmarks.statistics import (
+    FEWEST,
+    order_of_rounds,
+    paired_overheads,
+    paired_ratio,
+    turn_value,
+)
 
 
 def drifting(ratio: float, rounds: int, seed: int) -> tuple[list[float], list[float]]:
@@ -75,3 +81,17 @@ def test_a_turn_leaves_out_the_call_that_wakes_the_threads(
     seconds: list[float], value: float
 ) -> None:
     assert turn_value(seconds) == value
+
+
+def test_overheads_are_divided_where_there_is_one() -> None:
+    base = [1.0, 2.0, 1.0, 4.0, 1.0, 2.0]
+    ours, theirs = ([factor * second for second in base] for factor in (1.1, 1.4))
+    found = paired_overheads(ours, theirs, base, seed=0)
+    assert found is not None
+    assert found.estimate == pytest.approx(0.25)
+    assert found.low == pytest.approx(0.25)
+
+    assert paired_overheads(ours, base, base, seed=0) is None
+    unsure = [0.9, 1.8, 1.1, 4.4, 0.9, 2.2]
+    assert paired_overheads(ours, unsure, base, seed=0) is None
+    assert paired_overheads(ours[:2], theirs[:2], base[:2], seed=0) is None

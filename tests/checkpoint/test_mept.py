@@ -16,12 +16,19 @@ import torch
 from eptc import checkpoint
 from eptc.errors import BaseModelError, CheckpointError, OptionError
 from eptc.ir import PromptLayout
+from eptc.nn.mept import MeptModel
 
 Make = Callable[..., Any]
 
 
 def read(folders: Any, **options: Any) -> checkpoint.Checkpoint:
     return checkpoint.read(folders.ckpt, folders.base, **options)
+
+
+def write_setting(file: Path, key: str, value: Any) -> None:
+    """Set a setting of one file; None removes it."""
+    settings = {**json.loads(file.read_text()), key: value}
+    file.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +67,7 @@ def only(*marks: str) -> Callable[[dict[str, torch.Tensor]], None]:
 
 def fill(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name][0, 0] = value
+        tensors[name].view(-1)[0] = value
 
     return change
 
@@ -117,7 +124,20 @@ CASES = {
                          tensors=only("router.0")),
     "another-base": Case("training froze it",
                          tensors=move(f"{BLOCK}.0.layer.0.layer_norm.weight")),
-    "foreign": Case("the base", tensors=lambda t: t.update(more=torch.ones(2))),
+    "foreign": Case("more [2], which is neither a tensor of prompts nor one of",
+                    tensors=lambda t: t.update(more=torch.ones(2))),
+    "foreign-in-a-block": Case("remove it if no forward pass", tensors=lambda t: t.update(
+        {f"{BLOCK}.0.foo": torch.ones(2)})),
+    "deeper-base": Case("give the base the prompts were trained on", tensors=lambda t: t.update(
+        {f"{BLOCK}.3.layer.0.layer_norm.weight": torch.ones(32)})),
+    "shared-by-some": Case("has no shared prompts of block 1\n"
+                           "expected: shared_embedding at every prompt site",
+                           settings={"shared_expert": None},
+                           tensors=drop("block.1.shared_embedding")),
+    "overflowing": Case("cannot add up in float32",
+                        tensors=fill(f"{BLOCK}.1.prompt_embedding.weight", 1e26)),
+    "overflowing-shared": Case("cannot add up in float32",
+                               tensors=fill(f"{BLOCK}.2.shared_embedding", -2e19)),
     "no-score": Case("no score.weight", "llama", tensors=drop("score.weight")),
     "causal": Case("LlamaForCausalLM", "llama", tensors=lambda t: t.update(
         {"lm_head.weight": t.pop("score.weight")})),
@@ -175,6 +195,57 @@ def test_another_backbone_is_refused(small_mept: Make, small_native: Any) -> Non
         checkpoint.read(small_mept().ckpt, small_native.base)
 
 
+WRONG_TYPES = [
+    ("stochastic", "false"), ("stochastic", 0), ("gumbel", "false"), ("shared_expert", "false"),
+    ("topk", "2"), ("topk", True), ("num_virtual_tokens", 3.0), ("num_virtual_tokens_full", "12"),
+    ("tokenizer_length", "17"), ("layers", "0,1,2"), ("method", ["prompt-expert"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG_TYPES)
+@pytest.mark.parametrize("file", ["train_args.json", "adapter_config.json"])
+def test_settings_of_another_type_are_refused(
+    small_mept: Make, file: str, key: str, value: Any
+) -> None:
+    """By the reader and by the reference: to Python the text "false" is true."""
+    folders = small_mept()
+    write_setting(folders.ckpt / file, key, value)
+    with pytest.raises(CheckpointError, match=f"{key} in .*{file}") as caught:
+        read(folders)
+    assert caught.value.fix
+    with pytest.raises(CheckpointError, match=f"{file}: {key} is"):
+        MeptModel.load(folders.ckpt, folders.base)
+
+
+@pytest.mark.parametrize(("key", "value"), [("layers", [0, True]), ("shared_expert_ratio", "all"),
+                                            ("tokenizer_pad_token_id", "0"),
+                                            ("method", "prompt-tuning")])  # fmt: skip
+def test_settings_that_only_the_reader_uses(small_mept: Make, key: str, value: Any) -> None:
+    folders = small_mept()
+    write_setting(folders.ckpt / "train_args.json", key, value)
+    with pytest.raises(CheckpointError, match=f"{key} in .*train_args.json is"):
+        read(folders)
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [0, 1, 2, -1], "0,1,2"], ids=str)
+def test_layers_that_contradict_the_tensors_say_what_to_do(small_mept: Make, layers: Any) -> None:
+    folders = small_mept()
+    folders.settings(layers=layers)
+    with pytest.raises(CheckpointError, match="to fix: "):
+        read(folders)
+
+
+def test_prompts_far_larger_than_the_embedding_are_noted(small_mept: Make) -> None:
+    folders = small_mept()
+    name = f"{BLOCK}.1.prompt_embedding.weight"
+    folders.tensors(fill(name, 100.0))
+    assert not read(folders).contents.notes
+    folders.tensors(fill(name, -1e15))
+    (note,) = read(folders).contents.notes
+    assert name in note
+    assert "1e+15" in note
+
+
 @pytest.mark.parametrize("backbone", ["t5", "llama"])
 def test_layers_and_method_are_recovered_from_the_keys(small_mept: Make, backbone: str) -> None:
     folders = small_mept(backbone, layers=[0, 2])
@@ -191,6 +262,52 @@ def test_layers_and_method_are_recovered_from_the_keys(small_mept: Make, backbon
         )
     )
     assert found.variant == "mept"
+    assert found.notes == (
+        "no file says method: 'prompt-expert' is taken from the peft_type in adapter_config.json",
+        "no file says num_virtual_tokens: 3 is taken from the tensors",
+        "no file says layers: [0, 2] is taken from the tensors",
+    )
+
+
+@pytest.mark.parametrize(
+    ("gone", "other", "recovered"),
+    [
+        ("train_args.json", "adapter_config.json", ["method", "shared_expert", "layers"]),
+        ("adapter_config.json", "train_args.json", []),
+    ],
+)
+def test_a_file_that_is_missing_is_noted(
+    small_mept: Make, gone: str, other: str, recovered: list[str]
+) -> None:
+    folders = small_mept()
+    wanted = read(folders).contents
+    write_setting(folders.ckpt / "adapter_config.json", "gumbel", False)
+    (folders.ckpt / gone).unlink()
+    found = read(folders).contents
+    assert found.prompts == wanted.prompts
+    assert found.notes[0].startswith(
+        f"there is no {gone}: what it would say is taken from {other}"
+    )
+    names = [note.split(":")[0].removeprefix("no file says ") for note in found.notes[1:]]
+    assert names == recovered
+
+
+def test_a_folder_that_names_no_method_is_told_what_is_missing(small_mept: Make) -> None:
+    folders = small_mept()
+    (folders.ckpt / "adapter_config.json").unlink()
+    write_setting(folders.ckpt / "train_args.json", "method", None)
+    with pytest.raises(CheckpointError) as caught:
+        read(folders)
+    for word in ("train_args.json", "method", "PROMPT_EXPERT", "--format mept"):
+        assert word in str(caught.value)
+    found = read(folders, format="mept").contents
+    assert found.variant == "mept"
+    assert "no file says method: 'prompt-expert' is taken from the tensors' names" in found.notes
+    (folders.ckpt / "train_args.json").unlink()
+    with pytest.raises(CheckpointError, match="--format mept"):
+        read(folders)
+    with pytest.raises(CheckpointError, match='write "stochastic": false'):
+        read(folders, format="mept")
 
 
 def test_train_args_alone_are_enough(small_mept: Make) -> None:

@@ -436,3 +436,10 @@ def test_small_margins_are_reported(write_released: Callable[..., Any]) -> None:
     assert router is not None
     p = sorted(router.probabilities(4), reverse=True)
     assert router.route(4).margin == pytest.approx(math.log(p[1]) - math.log(p[2]))
+
+
+@pytest.mark.parametrize("routing", ["frozen", "batch", "per-sample"])
+def test_routes_are_the_tasks_alone(write_released: Callable[..., Any], routing: Any) -> None:
+    written = write_released({LINEAR: (24, 20)}, (2, 3))
+    with pytest.raises(OptionError, match=f"--routing {routing} .*no route reads the input"):
+        checkpoint.read(written.ckpt, written.base, top_k=1, tasks=NAMES, routing=routing)

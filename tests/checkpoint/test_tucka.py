@@ -13,7 +13,8 @@ import safetensors.numpy
 import torch
 
 from eptc import checkpoint
-from eptc.errors import EptcError, OptionError
+from eptc.errors import CheckpointError, EptcError, OptionError
+from eptc.nn.tucka import TuckaModel
 from eptc.tasks import Task
 
 SITE = "bert.encoder.layer.0.attention.self.query"
@@ -134,23 +135,41 @@ def wider(tensors: Tensors, _: dict[str, Any]) -> None:
     tensors[f"{PREFIX}u"] = np.ones((25, 4), np.float32)
 
 
+HEAD = "base_model.model.classifier."
+DRAWN = np.random.default_rng(0).standard_normal((6, 24))
+SMALL_GROUP = np.repeat([[1.0], [1e-24], [1.0]], 2, axis=0)
+ZERO_GROUP = np.stack([np.ones((2, 4, 4)), np.zeros((2, 4, 4)), np.ones((2, 4, 4))])
 HALF_EMPTY = np.r_[np.ones((4, 24)), np.zeros((2, 24))]
 REFUSED: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
     "balancing": (lambda _, config: config.update(use_alb=True), "use_alb"),
     "other type": (lambda _, config: config.update(peft_type="LORA"), "peft_type|plain LoRA"),
-    "no groups": (lambda _, config: config.update(k=0), "k, t, p and alpha"),
+    "no groups": (lambda _, config: config.update(k=0), "k = 0"),
+    "half a rank": (lambda _, config: config.update(r=4.5), "r = 4.5"),
     "words for numbers": (lambda _, config: config.update(r="x"), "sound r, k, t, p"),
     "no router": (drop(f"{PREFIX}ec"), "0 routers"),
     "two routers": (other_router, "2 routers"),
     "not run, infinite": (swap(f"{PREFIX}ec", np.full((6, 24), np.inf)), "before the first"),
     "not run, zeros": (swap(f"{PREFIX}ec", HALF_EMPTY), "before the first"),
-    "wrong number of groups": (lambda _, config: config.update(k=2), "has the shape"),
+    "wrong number of groups": (lambda _, config: config.update(k=2), "says k = 2, and"),
+    "groups for experts": (lambda _, config: config.update(k=6, t=1), "says k = 6|says t = 1"),
+    "wrong number of slices": (lambda _, config: config.update(p=3), "says p = 3, and"),
+    "wrong rank": (lambda _, config: config.update(r=8), "says r = 8, and"),
+    "wrong number of axes": (swap(f"{PREFIX}u", np.ones(24)), "2 axes, and .*tucka_u"),
+    "not run, denormal": (swap(f"{PREFIX}ec", DRAWN * 1e-42), "before the first"),
+    "not run, tiny group": (swap(f"{PREFIX}ec", DRAWN * SMALL_GROUP), "before the first"),
+    "not run, huge": (swap(f"{PREFIX}ec", DRAWN * 1e37), "before the first"),
+    "not run, all the same": (swap(f"{PREFIX}ec", np.ones((6, 24))), "same centroid for all 6"),
     "lost part": (drop(f"{PREFIX}c"), "lacks .*tucka_c"),
     "zeros": (swap(f"{PREFIX}c", np.zeros((2, 2))), "all zeros"),
+    "a group of zeros": (swap(f"{PREFIX}g", ZERO_GROUP), "tucka_g .* a norm that is 0"),
+    "denormal": (swap(f"{PREFIX}u", np.full((24, 4), 1e-42)), "tucka_u .* a norm that is 0"),
+    "overflow": (swap(f"{PREFIX}u", np.full((24, 4), 3e38)), "tucka_u .* infinite"),
     "not a number": (swap(f"{PREFIX}g", np.full((3, 2, 4, 4), np.nan)), "nan"),
     "another base": (wider, "does not fit"),
     "unknown part": (swap(f"{PREFIX}x", [1.0]), "no part of an adapter"),
     "unknown parameter": (swap("base_model.model.bert.x", [1.0]), "no parameter bert.x"),
+    "head without bias": (drop(f"{HEAD}bias"), "lacks classifier.bias"),
+    "head without weight": (drop(f"{HEAD}weight"), "lacks classifier.weight"),
     "adapter in the head": (in_the_head, "part of the saved head"),
 }
 
@@ -162,6 +181,17 @@ def test_refused(write_tucka: Write, name: str) -> None:
     edit(folders, change)
     with pytest.raises(EptcError, match=message):
         read(folders, format="tucka")
+
+
+@pytest.mark.parametrize("key", ["r", "k", "t", "p", "alpha"])
+def test_what_changes_the_answers_is_not_guessed(write_tucka: Write, key: str) -> None:
+    """Where a key is missing the authors' code takes one of its own, whatever was trained."""
+    folders = write_tucka()
+    edit(folders, lambda _, config: config.pop(key))
+    with pytest.raises(CheckpointError, match=f"has no {key}\n.*\nto fix: add {key} to it"):
+        read(folders)
+    with pytest.raises(CheckpointError, match="r, k, t, p or alpha"):
+        TuckaModel.load(folders.ckpt, folders.base, task=Task("default", "generation"))
 
 
 def test_an_adapter_in_the_head_adds_nothing(write_tucka: Write) -> None:
@@ -184,6 +214,20 @@ def test_a_lost_head_is_reported(write_tucka: Write) -> None:
     edit(folders, drop("base_model.model.classifier.weight"))
     edit(folders, drop("base_model.model.classifier.bias"))
     assert "no classification head" in read(folders).contents.notes[0]
+
+
+def test_a_part_of_a_head_is_refused_where_the_base_has_none(write_tucka: Write) -> None:
+    folders = write_tucka()
+    (path,) = folders.base.glob("*.safetensors")
+    weights = safetensors.numpy.load_file(path)
+    bare = {name: weight for name, weight in weights.items() if "classifier" not in name}
+    safetensors.numpy.save_file(bare, path, metadata={"format": "pt"})
+    assert set(read(folders).contents.heads["default"]) == {
+        "classifier.weight", "classifier.bias",
+    }  # fmt: skip
+    edit(folders, drop(f"{HEAD}bias"))
+    with pytest.raises(CheckpointError, match=r"lacks classifier\.bias"):
+        read(folders)
 
 
 def test_a_pickle_is_read_only_if_allowed(write_tucka: Write) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from eptc import checkpoint, lower
+from eptc.errors import BaseModelError
 from eptc.fitting import task_config
 from eptc.lower import prompted_llama, prompted_t5
 from eptc.lower.attention import traced_attention
@@ -305,3 +307,40 @@ def test_constant_prompts_are_keys_and_values(small_mept: Make) -> None:
     blocks = [f"encoder.block.{i}.prompts.{part}" for i in range(2) for part in ("key", "value")]
     # The rows of the last block are what the decoder attends to.
     assert names == [*blocks, "encoder.block.2.prompts.rows"]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_embedding_that_depends_on_the_length_is_refused(
+    small_mept: Make, kind: str
+) -> None:
+    """Constant keys are rotated once, for whatever length the text has."""
+    folders = small_mept("llama", stochastic=True)
+    path = folders.base / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] |= {
+        "rope_type": kind, "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    path.write_text(json.dumps(config))
+    source = checkpoint.read(folders.ckpt, folders.base)
+    prompts = source.contents.prompts
+    assert prompts is not None
+    assert prompts.constant
+    with pytest.raises(BaseModelError, match=f"{kind}.*depends on the input's length"):
+        build(task_config(source, 0), prompts=prompts)
+
+
+def test_constant_keys_are_rotated_by_scaled_frequencies(small_mept: Make) -> None:
+    folders = small_mept("llama", stochastic=True)
+    path = folders.base / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": 4.0}
+    path.write_text(json.dumps(config))
+    model = eager(checkpoint.read(folders.ckpt, folders.base))
+    reference = MeptModel.load(folders.ckpt, folders.base)
+    graph = prompted_llama.graphs(model)["model"].module
+    ids, mask = batch(3, 6)
+    with torch.no_grad(), traced_attention(model):
+        found = graph(ids, mask)
+        wanted = reference.hf(input_ids=ids, attention_mask=mask).logits
+    np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=ATOL)

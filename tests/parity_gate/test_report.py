@@ -27,7 +27,7 @@ SAME = Decision("a", 1, 0, agrees=True, margin=0.5, noise=1e-4)
 
 def report(*outcomes: Any, **changes: Any) -> ParityReport:
     made = ParityReport(
-        probes=({"name": "a", "shape": [1, 2], "synthetic": True},),
+        probes=({"name": "a", "shape": [1, 2], "synthetic": True, "rows_left_out": 0},),
         bound=FP32,
         layers={"the native reader": 0.1},
         weights=0.2,
@@ -71,6 +71,37 @@ def test_refused(failed: Any, message: str) -> None:
         refuse(bad, "the pass that did it")
     assert raised.value.fix == "the pass that did it"
     assert raised.value.exit_code == 1
+
+
+ROUTED = dataclasses.replace(GOOD, shape=(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "found"),
+    [
+        ([(4, False), (4, True)], None),
+        ([(7, False), (0, True)], None),
+        ([(5, False), (4, True)], "9 of 16 rows"),
+        ([(8, False), (8, True)], "16 of 16 rows"),
+        # A row of seeded tokens says nothing about text.
+        ([(8, False), (0, True)], "every row of text"),
+        ([(8, True), (0, True)], None),
+    ],
+)
+def test_too_little_compared(left_out: list[tuple[int, bool]], found: str | None) -> None:
+    """Rows that the reference itself is not sure of prove nothing."""
+    probes = tuple(
+        {"name": str(i), "shape": [8, 3], "synthetic": synthetic, "rows_left_out": rows}
+        for i, (rows, synthetic) in enumerate(left_out)
+    )
+    tensors = [dataclasses.replace(ROUTED, left_out=rows) for rows, _ in left_out]
+    made = report(*tensors, probes=probes)
+    assert made.agrees
+    assert made.passed is (found is None)
+    assert made.summary()["rows"] == 16
+    if found is not None:
+        with pytest.raises(ParityError, match=f"too little was compared: {found}.*experts"):
+            refuse(made, "nobody")
 
 
 def test_nothing_passes_what_is_infinite() -> None:

@@ -116,9 +116,11 @@ def the_first_route_for_good(patch: Patch) -> None:
     first: dict[Any, ir.Value] = {}
 
     def lower(found: Any, call: Call) -> ir.Value:
-        if found not in first:
-            first[found] = lower_centroids(found, call)
-        return first[found]
+        # A graph of its own each time the passes are tried one by one.
+        key = found, call.node.graph
+        if key not in first:
+            first[key] = lower_centroids(found, call)
+        return first[key]
 
     patch.setattr(branches, "constant_gates", lambda *_: None)
     patch.setattr(branches, "ROUTERS", {CentroidRouter: lower})

@@ -36,7 +36,8 @@ PASSES: dict[str, Callable[..., LossyPass]] = {
         ({"only": ("W",)}, {"W"}),
         ({"reduce_range": True}, {"W", "V"}),
     ],
-    ids=str,
+    # A set's own text depends on the process.
+    ids=["keep", "only", "reduce-range"],
 )
 def test_options(kind: str, options: dict[str, Any], whole: set[str], small: Any) -> None:
     """Which weights become integers, of which size, and why the others do not."""

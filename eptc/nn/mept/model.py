@@ -141,7 +141,7 @@ def _site(site: StoredSite, stored: StoredMept, where: str, *, coupled: bool) ->
         site.get("norm", torch.ones(experts.shape[1])),
         length=length,
         top_k=stored.top_k,
-        stochastic=bool(stored.settings["stochastic"]),
+        stochastic=stored.settings["stochastic"],
         coupled=coupled,
     )
 

@@ -49,6 +49,8 @@ _ROLES = {
 # the last is the embedding under another name.
 _UNUSED = re.compile(r"decoder\.block\.\d+\.layer_norm\.weight|.*\.noise|word_embeddings\.weight")
 
+_FLAGS = ("stochastic", "gumbel", "shared_expert")
+_NUMBERS = ("topk", "num_virtual_tokens", "num_virtual_tokens_full", "tokenizer_length")
 # By role: experts [R * n, d], router [R, d], shared [1, n, d], norm [d].
 StoredSite = Mapping[str, Tensor]
 
@@ -104,7 +106,9 @@ def read(directory: Path, *, top_k: int | None, allow_pickle: bool) -> StoredMep
     for name in (TRAINING, ADAPTER):
         if (directory / name).is_file():
             found = read_json(directory / name)
-            settings |= {key: value for key, value in found.items() if value is not None}
+            given = {key: value for key, value in found.items() if value is not None}
+            _check_types(directory / name, given)
+            settings |= given
     top_k = settings.get("topk", top_k)
     if top_k is None or "stochastic" not in settings:
         raise CheckpointError(f"{directory} does not say topk, or whether it is stochastic")
@@ -126,6 +130,16 @@ def read(directory: Path, *, top_k: int | None, allow_pickle: bool) -> StoredMep
             tensors[plain] = tensor.to(torch.float32)
     adapted = {block: found for block, found in blocks.items() if "experts" in found}
     return StoredMept(settings, int(top_k), tensors, dict(sorted(adapted.items())), site)
+
+
+def _check_types(file: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse what Python would take for something else: the text "false" is true."""
+    for names, kind in ((_FLAGS, bool), (_NUMBERS, int), (("method",), str), (("layers",), list)):
+        for name in names:
+            if name in settings and type(settings[name]) is not kind:
+                raise CheckpointError(
+                    f"{file}: {name} is {settings[name]!r}", expected=f"a JSON {kind.__name__}"
+                )
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

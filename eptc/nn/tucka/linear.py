@@ -22,11 +22,13 @@ class RouteState:
     """The route in force: what the router's last call left for every linear after it.
 
     Args:
+        site: path of the linear that has the router.
         group: the chosen group [routes]: one route for all rows, or one a row.
         weights: of the group's experts [routes, experts].
         calls: the routes of the calls so far, where they are recorded; else None.
     """
 
+    site: str
     group: Tensor | None = None
     weights: Tensor | None = None
     calls: list[tuple[Tensor, Tensor]] | None = None
@@ -133,8 +135,9 @@ class TuckaLinear(AdaptedLinear):
             self.state.set(*self.router(x))
         if self.state.group is None or self.state.weights is None:
             raise CheckpointError(
-                f"{self.path} is adapted and runs before the router",
-                expected="a router that is the first adapted linear to run",
+                f"{self.path} is executed before {self.state.site}, whose input the router reads",
+                expected="a router that is executed before every linear it routes",
+                fix="its answers depend on the call before, so that it cannot be compiled",
             )
         chosen = self.cores[self.state.group]
         mixed = torch.einsum("be,beij->bij", self.state.weights, chosen)

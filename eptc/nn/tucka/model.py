@@ -56,7 +56,7 @@ class TuckaModel(ReferenceModel):
         self.hf: PreTrainedModel = hf_model
         self.heads: Mapping[str, nn.Module] = {}
         self._task = task
-        self._state = RouteState()
+        self._state = RouteState(stored.router)
         router = TuckaRouter(stored.centroids, stored.groups, routing)
         self.layers: Mapping[str, TuckaLinear] = {
             path: TuckaLinear(
@@ -129,27 +129,33 @@ class TuckaModel(ReferenceModel):
         """Give each linear that runs under one route whatever the input its gates.
 
         Some models call the router's linear again, on something no input changes (DeBERTa: its
-        table of positions); what runs after that runs under that route.
+        table of positions); what runs after that runs under that route. Told by what the router
+        read, not by its gates: groups of one expert have few routes, and two texts may well
+        share one. What depends on the text has the text's batch and length in its shape.
         """
-        one = self._gates_by_linear(torch.tensor([[1, 2, 3]]))
-        if max(len(gates) for gates in one.values()) < 2:
+        one = self._read_by_router(torch.tensor([[1, 2, 3]]))
+        if max(len(sources) for sources in one.values()) < 2:
             return
-        other = self._gates_by_linear(torch.tensor([[5, 4, 3, 2, 1], [1, 4, 0, 5, 3]]))
+        other = self._read_by_router(torch.tensor([[5, 4, 3, 2, 1], [1, 4, 0, 5, 3]]))
+        router = next(layer for layer in self.layers.values() if layer.router is not None)
         for path, layer in self.layers.items():
-            first, *gates = (*one[path], *other[path])
-            if all(torch.equal(gate, first) for gate in gates):
-                layer.constant_gates = first[0]
+            first, *sources = (*one[path], *other[path])
+            if all(torch.equal(source, first) for source in sources):
+                layer.constant_gates = router.gates(first)[0]
 
-    def _gates_by_linear(self, ids: Tensor) -> dict[str, list[Tensor]]:
-        """Return the gates that each call of each adapted linear runs under, for some tokens."""
+    def _read_by_router(self, ids: Tensor) -> dict[str, list[Tensor]]:
+        """Return what made the route of each call of each adapted linear, for some tokens.
+
+        Inputs of the router's linear [batch, length, in], by the path of the linear routed.
+        """
         found: dict[str, list[Tensor]] = {path: [] for path in self.layers}
+        read: list[Tensor] = []
 
-        def note(layer: TuckaLinear, x: object, y: object) -> None:
-            del x, y
-            assert self._state.group is not None
-            assert self._state.weights is not None
-            gates = layer.dense_gates(self._state.group, self._state.weights)
-            found[layer.path].append(gates)
+        def note(layer: TuckaLinear, inputs: tuple[Tensor], y: object) -> None:
+            del y
+            if layer.router is not None:
+                read.append(inputs[0])
+            found[layer.path].append(read[-1])
 
         hooks = [layer.register_forward_hook(note) for layer in self.layers.values()]
         try:

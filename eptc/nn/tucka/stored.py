@@ -70,6 +70,14 @@ def read(directory: Path, *, allow_pickle: bool = False) -> StoredTucka:
             f"{directory / CONFIG} is not of a TuckA adapter that can have been trained",
             expected="peft_type TUCKA, use_alb false",
         )
+    if not all(type(config.get(key)) is int for key in "rktp") or (
+        type(config.get("alpha")) not in (int, float)
+    ):
+        raise CheckpointError(
+            f"{directory / CONFIG} has no sound r, k, t, p or alpha",
+            expected="whole numbers r, k, t and p, and the number alpha, as training wrote them",
+            fix="add what is missing to it as the training command had it",
+        )
     if (path := directory / "adapter_model.safetensors").is_file():
         tensors = read_safetensors(path)
     else:
@@ -123,6 +131,4 @@ def _checked(
             or len(found["u"]) != 2
         ):
             raise CheckpointError(f"{path} in {directory} has the tensors {found}")
-    return StoredTucka(
-        k, t, float(config.get("alpha", 1)), layers, routers[0], centroids, parameters
-    )
+    return StoredTucka(k, t, float(config["alpha"]), layers, routers[0], centroids, parameters)
