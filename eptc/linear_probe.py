@@ -77,7 +77,7 @@ class LinearProbe:
         gates = None if router is None else self.gates(path, router.num_experts)
         for factor, branch in zip(adapter.factors(fixed, gates), adapter.branches, strict=True):
             if factor != 0.0:
-                branches += factor * branch.delta.apply(x)
                 u, v = branch.delta.factors()
+                branches += factor * ((x @ v.T) @ u.T)
                 terms += abs(factor) * (np.abs(x) @ np.abs(v).T) @ np.abs(u).T
         return LinearOutput(output, branches, scale + np.abs(branches), terms)

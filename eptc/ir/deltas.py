@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eptc.ir.numbers import Float64, kron, product, read
+from eptc.ir.numbers import Float64, eliminate, kron, product, read
 from eptc.tensors import LazyTensor
 
 __all__ = ["CellScaledLowRank", "Delta", "Kronecker", "LowRank", "Rows"]
@@ -210,12 +210,10 @@ class Kronecker(Delta):
 def _kernel_factors(kernel: Float64) -> tuple[Float64, Float64]:
     """Return P [s, q] and Q [q, s] whose product is a kernel [s, s] of rank q."""
     size = len(kernel)
-    p, values, q = np.linalg.svd(kernel)
+    values = np.linalg.svd(kernel, compute_uv=False)
     # What float64 made of a zero.
     rank = int(np.count_nonzero(values > size * 2.0**-50 * values.max(initial=0.0)))
-    if rank == size:
-        return kernel, np.eye(size)
-    return p[:, :rank] * values[:rank], q[:rank]
+    return (kernel, np.eye(size)) if rank == size else eliminate(kernel, rank)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
