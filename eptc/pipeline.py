@@ -12,7 +12,7 @@ import onnx
 import onnx_ir
 
 from eptc.errors import EptcError, InternalError, ParityError, PluginError
-from eptc.ir import AdaptedModel
+from eptc.ir import AdaptedModel, Adapter
 from eptc.linear_probe import LinearProbe
 from eptc.lower.blocks import PRECISIONS, Method
 from eptc.pass_base import AdapterPass, GraphPass
@@ -392,7 +392,11 @@ def _measure(
         rounded = after.weights[parameter] is not before.weights[parameter]
         moved = np.abs(new.total - old.total)
         roundoff = unit_roundoff(after.weights[parameter].dtype) if rounded else 0.0
-        bound = 2.0**-40 * (old.scale + new.scale) + roundoff * new.scale
+        bound = 2.0**-40 * (old.scale + new.scale + old.branch_scale) + roundoff * new.scale
+        # Two factors, each rounded once.
+        bound += (
+            2 * _factors_rounded(before.adapters[path], after.adapters[path]) * new.branch_scale
+        )
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = moved / bound
         error = float(np.nan_to_num(np.max(ratio), nan=np.inf))
@@ -404,6 +408,13 @@ def _measure(
             )
         worst = max(worst, error)
     return worst
+
+
+def _factors_rounded(before: Adapter, after: Adapter) -> float:
+    """Return the unit roundoff of factors that a pass computed anew; 0 where it did not."""
+    known = {id(tensor) for branch in before.branches for tensor in branch.delta.tensors}
+    new = [t for b in after.branches for t in b.delta.tensors if id(t) not in known]
+    return max((unit_roundoff(tensor.dtype) for tensor in new), default=0.0)
 
 
 def _adapter_sizes(model: AdaptedModel) -> dict[str, int]:
