@@ -33,6 +33,10 @@ class StackTasks(AdapterPass):
     task_ids: tuple[int, ...]
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        """Take a list for the tuple: JSON has none."""
+        object.__setattr__(self, "task_ids", tuple(self.task_ids))
+
     def rewrite(self, model: AdaptedModel) -> AdaptedModel:
         """Return the model with a branch for each task; itself where there is nothing to do."""
         adapters = {path: self._stack(adapter) for path, adapter in model.adapters.items()}
