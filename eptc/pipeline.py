@@ -18,6 +18,7 @@ from eptc.lower.blocks import PRECISIONS, Method
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
+from eptc.passes.factor_pyramid import FactorPyramid
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
 from eptc.passes.freeze_router import FreezeRouter
@@ -31,6 +32,7 @@ from eptc.passes.quantize_int8_static import QuantizeInt8Static
 from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
+from eptc.passes.truncate_rank import TruncateRank
 from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
 from eptc.tensors import unit_roundoff
@@ -40,6 +42,7 @@ __all__ = [
     "Ranges",
     "Step",
     "adapter_passes",
+    "factoring_passes",
     "freezing_passes",
     "graph_passes",
     "lossy_passes",
@@ -63,6 +66,22 @@ def adapter_passes(
         DropDeadExperts(),  # before folding: N - top_k of N experts are never computed
         *added,  # before folding: afterwards there is nothing to rewrite
         FoldPyramid(dtype),  # last: afterwards the model is a plain Hugging Face model
+    ]
+
+
+def factoring_passes(task_id: int, max_rank: int | None = None) -> list[AdapterPass]:
+    """Return the passes that leave one plain low rank beside each linear, in order.
+
+    Args:
+        task_id: the task.
+        max_rank: ranks above it are cut, which is lossy; None: all are kept.
+    """
+    return [
+        SpecializeRouter(task_id),  # first: nothing can be summed while a gate reads the task
+        DropDeadExperts(),  # before factoring: experts with no weight would be read for nothing
+        FactorPyramid(),
+        # Behind it: what is cut is the sum of the experts, not one of them.
+        *([] if max_rank is None else [TruncateRank(max_rank)]),
     ]
 
 
