@@ -31,7 +31,7 @@ from eptc.parity_gate.weights import check_weights
 from eptc.runtime import Engine
 from eptc.text import TrainingTokenizer
 
-__all__ = ["make_probes", "prove", "refuse", "with_outcomes"]
+__all__ = ["make_probes", "probed", "prove", "refuse", "with_outcomes"]
 
 
 def make_probes(
@@ -132,11 +132,40 @@ def prove(
         ParityError: a weight, a tokenized text or what the manifest says of task, lengths and
             tokens is not the reference's, or the engine does not run.
     """
-    task = reference.tasks[task_id].name
     check_manifest(engine.manifest, reference, task_id)
     progress("parity: weights")
     files = [graph.file for graph in engine.manifest.graphs.values()]
     weights = check_weights(directory, files, reference, task_id)
+    return probed(
+        engine, reference, task_id, tokenizer, weights=weights, examples=examples, layers=layers,
+        progress=progress,
+    )  # fmt: skip
+
+
+def probed(
+    engine: Engine,
+    reference: ReferenceModel,
+    task_id: int,
+    tokenizer: TrainingTokenizer | None,
+    *,
+    weights: float,
+    examples: Sequence[Example] | None = None,
+    layers: Mapping[str, float] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ParityReport:
+    """Run the output gate and the decision gate alone.
+
+    Args:
+        engine: the engine.
+        reference: the unfolded PyTorch model.
+        task_id: position of the engine's task in the reference's list.
+        tokenizer: the tokenizer of training.
+        weights: outcome of the weight gate, for the report.
+        examples: texts to probe with; None for the built-in ones.
+        layers: outcome of the layer gate by stage.
+        progress: called with what is being done.
+    """
+    task = reference.tasks[task_id].name
     probes, tokenized = make_probes(engine, reference, task_id, tokenizer, examples)
     bound = bound_of(engine.manifest.precision)
     report = ParityReport((), bound, dict(layers or {}), weights, (), (), tokenized)

@@ -17,7 +17,7 @@ from eptc.nn.adapted import AdaptedLinear, ReferenceModel
 from eptc.parity_gate.nearest import check_nearest
 from eptc.parity_gate.stored import Decoder, quantized, read
 
-__all__ = ["check_stored", "check_weights"]
+__all__ = ["check_arrays", "check_stored", "check_weights", "plain_parameters"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -48,12 +48,17 @@ def check_weights(
     Raises:
         ParityError: a weight is off, or an adapted one is in no file.
     """
-    parameters = {
+    parameters = plain_parameters(reference, task_id)
+    return check_stored(directory, files, parameters, reference.layers, task_id)
+
+
+def plain_parameters(reference: ReferenceModel, task_id: int) -> dict[str, Float32]:
+    """Return the reference's parameters by the names the plain task model has."""
+    return {
         plain: parameter.detach().numpy()
         for name, parameter in reference.hf.named_parameters(remove_duplicate=False)
         if (plain := reference.plain_name(name, task_id))
     }
-    return check_stored(directory, files, parameters, reference.layers, task_id)
 
 
 def check_stored(
@@ -72,9 +77,27 @@ def check_stored(
         layers: the adapted linears, by their full names; their base need not be in memory.
         task_id: the task, by the reference's own list.
     """
+    stored = _unpacked(_stored(directory, files), parameters, layers)
+    return check_arrays(stored, parameters, layers, task_id)
+
+
+def check_arrays(
+    stored: Iterable[tuple[str, Array | Decoder]],
+    parameters: Mapping[str, Float32],
+    layers: Mapping[str, AdaptedLinear],
+    task_id: int,
+) -> float:
+    """Compare as `check_stored` does.
+
+    Args:
+        stored: what an engine has, by name, each when it is asked for.
+        parameters: the reference's.
+        layers: the linears whose branches are in their weight.
+        task_id: the task, by the reference's own list.
+    """
     adapted = {f"{path}.weight": layer for path, layer in layers.items() if layer.folds}
     seen, worst = set(), 0.0
-    for name, array in _unpacked(_stored(directory, files), parameters, layers):
+    for name, array in stored:
         if name in parameters:
             seen.add(name)
             worst = max(worst, _check_one(name, array, parameters, adapted, task_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,11 +53,29 @@ class Graph:
         self.inputs = {tensor.name: tensor for tensor in spec.inputs}
         self.providers: tuple[str, ...] = tuple(session.get_providers())
         self._session = session
+        self._fixed: dict[str, Any] = {}
+        self._shared: Graph | None = None
         self._process = os.getpid()
         self._device = ("cpu", 0)
         if (started := self.providers[0]) in (CUDA, TENSORRT):
             options = session.get_provider_options()[started]
             self._device = ("cuda", int(options.get("device_id", 0)))
+
+    def with_fixed(self, arrays: Mapping[str, NumpyArray]) -> Graph:
+        """Return the same session with optional inputs that every run is given besides.
+
+        Args:
+            arrays: by the inputs' names; copied to the device, once.
+        """
+        import onnxruntime
+
+        found = copy.copy(self)
+        found._fixed = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
+            for name, array in arrays.items()
+        }
+        found._shared = self  # who opens it again finds this one while either is in use
+        return found
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """Run on arrays that fit the interface and return every output.
@@ -67,7 +86,7 @@ class Graph:
         self._check_process()
         names = [tensor.name for tensor in self.spec.outputs]
         try:
-            values = self._session.run(names, dict(feeds))
+            values = self._session.run(names, {**self._fixed, **feeds})
         except ort_errors() as error:
             raise self._refused(error) from error
         return dict(zip(names, values, strict=True))
@@ -83,7 +102,7 @@ class Graph:
         """
         self._check_process()
         binding = self._session.io_binding()
-        for name, value in feeds.items():
+        for name, value in (self._fixed | dict(feeds)).items():
             if isinstance(value, np.ndarray):
                 binding.bind_cpu_input(name, value)
             else:
