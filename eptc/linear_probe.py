@@ -20,11 +20,13 @@ class LinearOutput:
         weight: what its weight contributes [rows, out].
         branches: what its branches contribute [rows, out].
         scale: sum of |w| |x| over everything that was summed: the scale of rounding.
+        branch_scale: sum of |u| |v| |x| over the factors u v of the branches.
     """
 
     weight: Float64
     branches: Float64
     scale: Float64
+    branch_scale: Float64
 
     @property
     def total(self) -> Float64:
@@ -69,11 +71,13 @@ class LinearProbe:
             weight = tensor.numpy().astype(np.float64)
             known = self._known[path] = tensor, x @ weight.T, np.abs(x) @ np.abs(weight).T
         _, output, scale = known
-        branches = np.zeros_like(output)
+        branches, terms = np.zeros_like(output), np.zeros_like(output)
         fixed = task_id if model.task_id is None else model.task_id
         router = adapter.input_router
         gates = None if router is None else self.gates(path, router.num_experts)
         for factor, branch in zip(adapter.factors(fixed, gates), adapter.branches, strict=True):
             if factor != 0.0:
-                branches += factor * branch.delta.apply(x)
-        return LinearOutput(output, branches, scale + np.abs(branches))
+                u, v = branch.delta.factors()
+                branches += factor * ((x @ v.T) @ u.T)
+                terms += abs(factor) * (np.abs(x) @ np.abs(v).T) @ np.abs(u).T
+        return LinearOutput(output, branches, scale + np.abs(branches), terms)

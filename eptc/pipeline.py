@@ -12,12 +12,13 @@ import onnx
 import onnx_ir
 
 from eptc.errors import EptcError, InternalError, ParityError, PluginError
-from eptc.ir import AdaptedModel
+from eptc.ir import AdaptedModel, Adapter
 from eptc.linear_probe import LinearProbe
 from eptc.lower.blocks import PRECISIONS, Method
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
+from eptc.passes.factor_pyramid import FactorPyramid
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
 from eptc.passes.freeze_router import FreezeRouter
@@ -31,6 +32,7 @@ from eptc.passes.quantize_int8_static import QuantizeInt8Static
 from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
+from eptc.passes.truncate_rank import TruncateRank
 from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
 from eptc.tensors import unit_roundoff
@@ -40,6 +42,7 @@ __all__ = [
     "Ranges",
     "Step",
     "adapter_passes",
+    "factoring_passes",
     "freezing_passes",
     "graph_passes",
     "lossy_passes",
@@ -63,6 +66,22 @@ def adapter_passes(
         DropDeadExperts(),  # before folding: N - top_k of N experts are never computed
         *added,  # before folding: afterwards there is nothing to rewrite
         FoldPyramid(dtype),  # last: afterwards the model is a plain Hugging Face model
+    ]
+
+
+def factoring_passes(task_id: int, max_rank: int | None = None) -> list[AdapterPass]:
+    """Return the passes that leave one plain low rank beside each linear, in order.
+
+    Args:
+        task_id: the task.
+        max_rank: ranks above it are cut, which is lossy; None: all are kept.
+    """
+    return [
+        SpecializeRouter(task_id),  # first: nothing can be summed while a gate reads the task
+        DropDeadExperts(),  # before factoring: experts with no weight would be read for nothing
+        FactorPyramid(),
+        # Behind it: what is cut is the sum of the experts, not one of them.
+        *([] if max_rank is None else [TruncateRank(max_rank)]),
     ]
 
 
@@ -392,7 +411,11 @@ def _measure(
         rounded = after.weights[parameter] is not before.weights[parameter]
         moved = np.abs(new.total - old.total)
         roundoff = unit_roundoff(after.weights[parameter].dtype) if rounded else 0.0
-        bound = 2.0**-40 * (old.scale + new.scale) + roundoff * new.scale
+        bound = 2.0**-40 * (old.scale + new.scale + old.branch_scale) + roundoff * new.scale
+        # Two factors, each rounded once.
+        bound += (
+            2 * _factors_rounded(before.adapters[path], after.adapters[path]) * new.branch_scale
+        )
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = moved / bound
         error = float(np.nan_to_num(np.max(ratio), nan=np.inf))
@@ -404,6 +427,13 @@ def _measure(
             )
         worst = max(worst, error)
     return worst
+
+
+def _factors_rounded(before: Adapter, after: Adapter) -> float:
+    """Return the unit roundoff of factors that a pass computed anew; 0 where it did not."""
+    known = {id(tensor) for branch in before.branches for tensor in branch.delta.tensors}
+    new = [t for b in after.branches for t in b.delta.tensors if id(t) not in known]
+    return max((unit_roundoff(tensor.dtype) for tensor in new), default=0.0)
 
 
 def _adapter_sizes(model: AdaptedModel) -> dict[str, int]:

@@ -15,6 +15,8 @@ PASSES: dict[str, str] = {
     "specialize-router": "eptc.passes.specialize_router:SpecializeRouter",
     "freeze-router": "eptc.passes.freeze_router:FreezeRouter",
     "drop-dead-experts": "eptc.passes.drop_dead_experts:DropDeadExperts",
+    "factor-pyramid": "eptc.passes.factor_pyramid:FactorPyramid",
+    "truncate-rank": "eptc.passes.truncate_rank:TruncateRank",
     "fold-pyramid": "eptc.passes.fold_pyramid:FoldPyramid",
     "fold-transposes": "eptc.passes.fold_transposes:FoldTransposes",
     "gather-early": "eptc.passes.gather_early:GatherEarly",

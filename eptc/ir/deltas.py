@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eptc.ir.numbers import Float64, kron, product, read
+from eptc.ir.numbers import Float64, eliminate, kron, product, read
 from eptc.tensors import LazyTensor
 
 __all__ = ["CellScaledLowRank", "Delta", "Kronecker", "LowRank", "Rows"]
@@ -168,12 +168,21 @@ class Kronecker(Delta):
         rows, columns = math.ceil(self.out_features / s), math.ceil(self.in_features / s)
         return read(self.B)[:rows], read(self.A)[:, :columns], read(self.kernel)
 
-    def factors(self) -> tuple[Float64, Float64]:
-        """Return kron(B, K) [out, r s] and kron(A, I) [r s, in], cropped."""
-        b, a, kernel = self._crops()
-        u = kron(b, kernel)[: self.out_features]
-        v = kron(a, np.eye(self.size))[:, : self.in_features]
-        return u, v
+    def factors(self, kernel: Float64 | None = None) -> tuple[Float64, Float64]:
+        """Return kron(B, P) [out, r q] and kron(A, Q) [r q, in], cropped.
+
+        P [s, q] Q [q, s] is the kernel, q its rank; where that is full, P the kernel itself.
+
+        Args:
+            kernel: another kernel than its own.
+        """
+        b, a, own = self._crops()
+        p, q = _kernel_factors(own if kernel is None else kernel)
+        return kron(b, p)[: self.out_features], kron(a, q)[:, : self.in_features]
+
+    def kernel_matrix(self) -> Float64:
+        """Return the kernel [s, s] in float64."""
+        return read(self.kernel)
 
     def reader(self) -> Rows:
         """Return what computes rows of D straight from its definition."""
@@ -196,6 +205,15 @@ class Kronecker(Delta):
     def tensors(self) -> tuple[LazyTensor, ...]:
         """A, B and the kernel."""
         return self.A, self.B, self.kernel
+
+
+def _kernel_factors(kernel: Float64) -> tuple[Float64, Float64]:
+    """Return P [s, q] and Q [q, s] whose product is a kernel [s, s] of rank q."""
+    size = len(kernel)
+    values = np.linalg.svd(kernel, compute_uv=False)
+    # What float64 made of a zero.
+    rank = int(np.count_nonzero(values > size * 2.0**-50 * values.max(initial=0.0)))
+    return (kernel, np.eye(size)) if rank == size else eliminate(kernel, rank)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from eptc.tensors import LazyTensor
 
-__all__ = ["Float64", "kron", "product", "read", "sigmoid", "softmax"]
+__all__ = ["Float64", "eliminate", "kron", "product", "read", "sigmoid", "softmax"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -35,6 +35,31 @@ def product(u: Float64, v: Float64) -> Float64:
 def kron(a: Float64, b: Float64) -> Float64:
     """Return the Kronecker product of a and b."""
     return np.asarray(np.kron(a, b), np.float64)
+
+
+def eliminate(matrix: Float64, rank: int, zero: float = 0.0) -> tuple[Float64, Float64]:
+    """Return L [rows, k] and R [k, columns] whose product is a matrix of rank k at most `rank`.
+
+    Gaussian elimination with complete pivoting: no entry of L is above 1, and the same bits come
+    out on every machine, which a singular value decomposition does not promise.
+
+    Args:
+        matrix: the matrix.
+        rank: steps of elimination; what is left after them is taken for zero.
+        zero: of the largest entry: it ends before that where no entry is above it.
+    """
+    rest = matrix.copy()
+    left, right = np.zeros((matrix.shape[0], rank)), np.zeros((rank, matrix.shape[1]))
+    least = zero * np.abs(matrix).max(initial=0.0)
+    for step in range(rank):
+        row, column = np.unravel_index(int(np.argmax(np.abs(rest))), rest.shape)
+        pivot = rest[row, column]
+        if not abs(pivot) > least:
+            return left[:, :step], right[:step]
+        left[:, step], right[step] = rest[:, column] / pivot, rest[row]
+        rest -= left[:, step : step + 1] * right[step]
+        rest[row], rest[:, column] = 0.0, 0.0
+    return left, right
 
 
 def softmax(logits: Sequence[float]) -> tuple[float, ...]:
