@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from eptc import genai_runner
 from eptc.errors import InputError, MissingExtraError, OptionError
 from eptc.folder_base import Folder, FolderJob, FolderTarget, write_provenance
-from eptc.hf_export import write_folded
+from eptc.hf_export import check_model_options, fits, write_folded
 from eptc.options import Options
 
 __all__ = ["VARIABLE", "GenAi", "Interpreter"]
@@ -43,12 +43,7 @@ class GenAi(FolderTarget):
 
     def check(self, options: Options) -> None:
         """Raise OptionError for a precision the builder is not asked for."""
-        if options.precision not in _PRECISIONS:
-            raise OptionError(
-                f"--precision {options.precision} was given together with --target {self.name}",
-                expected=" or ".join(f"--precision {name}" for name in _PRECISIONS)
-                + ": what the model builder makes for a CPU",
-            )
+        check_model_options(options, _PRECISIONS, "whose model builder is asked for one of two")
 
     def write(self, job: FolderJob, directory: Path) -> Folder:
         """Fold, let the builder build, and compare what it wrote with the reference."""
@@ -60,6 +55,12 @@ class GenAi(FolderTarget):
                 expected="a decoder, such as a Llama",
                 fix="--target onnx compiles it; --target hf writes it for transformers",
             )
+        if not fits(job):
+            raise OptionError(
+                f"--target {self.name} takes the whole model in memory, twice where it is "
+                "verified, and that does not fit",
+                fix="build it where there is more memory",
+            )
         interpreter = Interpreter.find(job.options.genai_python)
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             model = Path(scratch, "hf")
@@ -69,12 +70,12 @@ class GenAi(FolderTarget):
             with job.clock.stage("onnxruntime-genai's model builder"):
                 interpreter.build(model, built, job.options.precision)
             parity: dict[str, Any] = {"verified": False}
-            if job.options.verify:
+            if (gate := folded.gate) is not None:
                 from eptc.parity_gate.genai import prove_genai
 
                 with job.clock.stage("parity in onnxruntime-genai"):
                     found = prove_genai(
-                        job.source, job.task_ids[0], folded.gate, folded.examples,
+                        gate.reference, gate.task, gate.probes(folded.tokenizer, folded.examples),
                         lambda probes, tokens: interpreter.run(built, probes, tokens),
                         precision=job.options.precision,
                     )  # fmt: skip
@@ -87,7 +88,9 @@ class GenAi(FolderTarget):
             genai=dict(interpreter.versions),
         )  # fmt: skip
         names = tuple(task.name for task in job.tasks)
-        return Folder(directory, self.name, names, tuple(folded.records), (), {}, parity)
+        return Folder(
+            directory, self.name, names, tuple(folded.records), (), {}, {names[0]: parity}
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from eptc.tasks import Task
 if TYPE_CHECKING:
     from eptc.parity_gate.folder import FolderGate
 
-__all__ = ["Folded", "HuggingFace", "write_folded"]
+__all__ = ["Folded", "HuggingFace", "check_model_options", "fits", "write_folded"]
 
 # Resident with torch and transformers imported and no graph traced, measured.
 _IMPORTED = 620 * 2**20
@@ -39,12 +39,7 @@ class HuggingFace(FolderTarget):
 
     def check(self, options: Options) -> None:
         """Raise OptionError for a precision such a folder cannot have."""
-        if options.precision not in _PRECISIONS:
-            raise OptionError(
-                f"--precision {options.precision} was given together with --target {self.name}, "
-                "which stores plain weights",
-                expected=" or ".join(f"--precision {name}" for name in _PRECISIONS),
-            )
+        check_model_options(options, _PRECISIONS, "which stores plain weights")
 
     def write(self, job: FolderJob, directory: Path) -> Folder:
         """Write the folder of one task, proven."""
@@ -57,7 +52,30 @@ class HuggingFace(FolderTarget):
             parity=folded.parity, tools=("safetensors",), precision=precision,
         )  # fmt: skip
         names = tuple(task.name for task in job.tasks)
-        return Folder(directory, self.name, names, tuple(folded.records), (), {}, folded.parity)
+        return Folder(
+            directory, self.name, names, tuple(folded.records), (), {}, {names[0]: folded.parity}
+        )
+
+
+def check_model_options(options: Options, precisions: Sequence[str], why: str) -> None:
+    """Check what targets have in common that write a folded model.
+
+    Args:
+        options: what is asked for.
+        precisions: what the target can store.
+        why: of its own, for the message.
+
+    Raises:
+        OptionError: another precision, or texts to verify on and no verification.
+    """
+    if options.precision not in precisions:
+        raise OptionError(
+            f"--precision {options.precision} was given together with --target {options.target}, "
+            f"{why}",
+            expected=" or ".join(f"--precision {name}" for name in precisions),
+        )
+    if options.probe is not None and not options.verify:
+        raise OptionError("--probe was given together with --no-verify", fix="leave one out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +83,17 @@ class Folded:
     """What was written, and what it was compared with.
 
     Args:
-        model: the folded model.
         records: what the passes did.
         parity: what was compared, as JSON values.
+        gate: the reference; None where nothing is to be compared.
+        tokenizer: of training; None where there is none.
         examples: texts that the caller gave to verify on; None for the built-in ones.
     """
 
-    model: AdaptedModel
     records: Sequence[PassRecord]
     parity: Mapping[str, Any]
+    gate: FolderGate | None
+    tokenizer: text.TrainingTokenizer | None
     examples: Sequence[Example] | None
 
 
@@ -102,7 +122,7 @@ def write_folded(job: FolderJob, directory: Path, dtype: str | None) -> Folded:
         with clock.stage("load the reference"):
             named = 0 if options.task is None else options.task
             assert isinstance(named, str | int)  # one task
-            gate = FolderGate(source, named, whole=_fits(job))
+            gate = FolderGate(source, named, whole=fits(job))
     with clock.stage("hash and check the base model"):
         source.check_base()
     with clock.stage("specialise and fold"):
@@ -118,7 +138,7 @@ def write_folded(job: FolderJob, directory: Path, dtype: str | None) -> Folded:
                 directory, tokenizer, examples=examples, layers=layers, progress=job.progress,
                 dtypes={name: t.dtype for shard in shards for name, t in shard.tensors.items()},
             ).to_json()  # fmt: skip
-    return Folded(model, records, parity, examples)
+    return Folded(records, parity, gate, tokenizer, examples)
 
 
 def _only_task(job: FolderJob) -> Task:
@@ -162,7 +182,7 @@ def _check_memory(job: FolderJob, task: Task, dtype: str | None) -> None:
         )
 
 
-def _fits(job: FolderJob) -> bool:
+def fits(job: FolderJob) -> bool:
     """Whether the reference and the folder's model may be in memory together."""
     from eptc.parity_gate.memory import whole_model_bytes
 

@@ -15,12 +15,12 @@ import torch
 from eptc.checkpoint import Checkpoint
 from eptc.nn.adapted import ReferenceModel
 from eptc.nn.streamed import StreamedModel
+from eptc.parity_gate.adapter_probes import adapter_probes
 from eptc.parity_gate.blocks import StreamedParameters
 from eptc.parity_gate.compare import FP32
 from eptc.parity_gate.folder_outputs import (
     check_folder_outputs,
     check_folder_tokenizer,
-    folder_probes,
     load_folder,
 )
 from eptc.parity_gate.folder_weights import FolderWeights, check_folder_weights, tensor_files
@@ -29,7 +29,7 @@ from eptc.parity_gate.layers import LayerOutputs, layer_outputs
 from eptc.parity_gate.probes import Example, Probe, builtin_examples
 from eptc.parity_gate.reference import load_reference, stream_reference
 from eptc.parity_gate.report import ParityReport
-from eptc.tasks import resolve
+from eptc.tasks import Task, resolve
 from eptc.text import TrainingTokenizer
 
 __all__ = ["FolderGate", "FolderReport"]
@@ -108,6 +108,16 @@ class FolderGate:
             # The reference finds the task by itself: a reader that mixes up tasks is found out.
             self._task_id = resolve(task, self._model.tasks)
 
+    @property
+    def reference(self) -> ReferenceModel:
+        """The unfolded model."""
+        return self._model
+
+    @property
+    def task(self) -> Task:
+        """The task, by the reference's own list."""
+        return self._model.tasks[self._task_id]
+
     def layers(self) -> LayerOutputs:
         """Return what the reference's adapted linears give."""
         with self._source.format.blamed("its reference fails"):
@@ -152,10 +162,9 @@ class FolderGate:
             weights = check_folder_weights(
                 directory, parameters, places, model.layers, task_id, dtypes
             )
-            texts = 0
+            texts, task = 0, self.task
             if tokenizer is not None:
                 progress("parity: tokenizer")
-                task = model.tasks[task_id]
                 shown = examples if examples is not None else builtin_examples(task)
                 texts = check_folder_tokenizer(directory, tokenizer, task, shown)
             outputs = None
@@ -167,9 +176,17 @@ class FolderGate:
                 if narrow:
                     said = "PyTorch model, float32, weights as they are stored"
                     outputs = dataclasses.replace(outputs, reference=said)
-                probes = folder_probes(model, task_id, tokenizer, examples)
-                outputs = self._answers(directory, outputs, probes, progress)
+                outputs = self._answers(
+                    directory, outputs, self.probes(tokenizer, examples), progress
+                )
         return FolderReport(dict(layers or {}), weights, texts, outputs)
+
+    def probes(
+        self, tokenizer: TrainingTokenizer | None, examples: Sequence[Example] | None
+    ) -> list[Probe]:
+        """Return batches of text, where its form is known, and of seeded tokens."""
+        kind = self._source.base.architecture.kind
+        return adapter_probes(self._model, self.task, kind, tokenizer, examples)
 
     def _answers(
         self,
@@ -180,10 +197,11 @@ class FolderGate:
     ) -> ParityReport:
         """Return the report with what the folder's model answers; raise where it is off."""
         progress("parity: load the folder")
-        loaded = load_folder(directory, self._model, self._task_id)
+        kind, task = self._source.base.architecture.kind, self.task
+        loaded = load_folder(directory, self._model, task, kind)
         for probe in probes:
             progress(f"parity: {probe.name}")
-            found = check_folder_outputs(loaded, self._model, self._task_id, probe)
+            found = check_folder_outputs(loaded, self._model, task, kind, probe)
             report = with_outcomes(report, probe, list(found))
             if not report.agrees:
                 break
