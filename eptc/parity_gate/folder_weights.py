@@ -146,7 +146,7 @@ def _rows(
                     f"{name} in {path.name} has the shape {stored.get_shape()}",
                     expected=str(list(shape)), fix=_BUG,
                 )  # fmt: skip
-            read: Array = stored[start : start + many]
+            read: Array = stored[start : min(start + many, shape[0])]
         if read.dtype.name != dtype:
             raise ParityError(
                 f"{name} in {path.name} has the type {read.dtype.name}", expected=dtype, fix=_BUG
