@@ -212,7 +212,8 @@ def main() -> None:
     show_default=True,
     metavar="NAME",
     help="What to write. onnx: an engine. lora: a stock PEFT adapter, for PEFT and programs that "
-    "serve such. Or a target of an installed package.",
+    "serve such. hf: the folded model as a folder for transformers. genai: the same, built for "
+    "onnxruntime-genai. Or a target of an installed package.",
 )
 @click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
 @_source_options
@@ -314,6 +315,20 @@ def main() -> None:
     type=int,
     metavar="N",
     help="With --target lora: cut ranks above it, by singular values; lossy, and measured.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["flat", "optimum"]),
+    default="flat",
+    show_default=True,
+    help="Names and files of the bundle. optimum: those that optimum-onnx's ORTModel classes "
+    "load as well.",
+)
+@click.option(
+    "--genai-python",
+    metavar="PATH",
+    help="With --target genai: Python of an environment that has onnxruntime-genai. Without it: "
+    "what EPTC_GENAI_PYTHON names, else this one.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from eptc.parity_lines import parity_lines, thrown_away
+from eptc.parity_lines import folder_lines, parity_lines, thrown_away
 
 if TYPE_CHECKING:
     from eptc.comparison_report import Comparison
@@ -55,6 +55,16 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def print_folder(folder: Folder) -> None:
+    """Print what a folder that is no engine was compared with."""
+    if folder.details:
+        _adapters(folder)
+        return
+    for parity in folder.parity.values():
+        for line in folder_lines(parity):
+            _console().print(line, soft_wrap=True)
+
+
+def _adapters(folder: Folder) -> None:
     """Print the adapters of a folder, one a line."""
     table = Table(
         "task", "rank", "rounding", "lost, worst", "lost, mean", "largest error", "flips"

@@ -11,19 +11,17 @@ import torch
 from torch import nn
 
 from eptc import text
-from eptc.architectures import Kind
 from eptc.checkpoint import Checkpoint
 from eptc.errors import ParityError
 from eptc.machine import available_memory
 from eptc.nn.adapted import ReferenceModel
 from eptc.nn.lora import LoraModel, load_lora, stream_lora
 from eptc.parity_gate.adapter_files import check_files
-from eptc.parity_gate.adapter_probes import adapter_probes, logits
+from eptc.parity_gate.adapter_probes import adapter_probes, choices, logits
 from eptc.parity_gate.compare import FP32, Bound, Comparison, compare
 from eptc.parity_gate.gate import refuse, with_outcomes
 from eptc.parity_gate.layers import LayerGate, layer_outputs
 from eptc.parity_gate.memory import verified_by_block
-from eptc.parity_gate.outputs import Decision, decide
 from eptc.parity_gate.reference import load_reference, stream_reference
 from eptc.parity_gate.report import ParityReport
 from eptc.tasks import resolve
@@ -126,11 +124,11 @@ class AdapterGate:
                     with reference.task(task):
                         want = logits(reference.hf, probe, kind)
                 found = compare(f"logits, {probe.name}", got, want, report.bound)
-                choices = list(_choices(probe.name, got, want, kind))
-                flips += sum(choice.flipped for choice in choices)
+                chosen = choices(probe.name, got, want, kind)
+                flips += sum(choice.flipped for choice in chosen)
                 if cut:
-                    choices = []  # what flips is counted; it was asked for
-                report = with_outcomes(report, probe, [found, *choices])
+                    chosen = []  # what flips is counted; it was asked for
+                report = with_outcomes(report, probe, [found, *chosen])
                 if not report.agrees:
                     break
             refuse(report, advice)
@@ -231,16 +229,6 @@ def _right_angle(path: str, kept: float, whole: float, left: float) -> Compariso
     error = error if np.isfinite(error) else np.inf
     what = f"what was cut off {path}, beside what is left of it"
     return Comparison(what, (1,), error, _RIGHT_ANGLE, (0,), kept, whole, 1.0)
-
-
-def _choices(probe: str, got: Any, want: Any, kind: Kind) -> list[Decision]:
-    """Return the labels, or the tokens after a sequence, that both sides choose."""
-    if want.shape[-1] < 2:
-        return []
-    if kind != "encoder-classifier":
-        got, want = got[:, -1], want[:, -1]
-    noise = 2 * float(FP32.absolute(np.abs(want).max()))
-    return [decide(probe, row, 0, got[row], want[row], noise) for row in range(len(want))]
 
 
 def _digits(value: float) -> float:
