@@ -17,7 +17,7 @@ from eptc.checkpoint import Routing
 from eptc.describe import describe, write_texts
 from eptc.errors import InputError
 from eptc.folder_base import Folder
-from eptc.folder_targets import FOLDER_TARGETS, export_folder
+from eptc.folder_targets import export_folder, folder_target
 from eptc.freezing import freeze, routes_on_input
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
@@ -214,7 +214,8 @@ def export(
             `NAME:option=value,option=value` of an installed one, or the pass itself.
         max_rank: for `lora`: ranks above it are cut by a singular value decomposition, which is
             lossy; None: none is.
-        layout: of a bundle: `flat`, or `optimum`, which optimum-onnx's ORTModel classes load too.
+        layout: of a bundle: `flat`; `optimum`, which optimum-onnx's ORTModel classes load too; or
+            `pack`: several tasks over one base, to be loaded with `eptc.Pack`.
         genai_python: for `genai`: an interpreter that has onnxruntime-genai; None: what the
             environment variable `EPTC_GENAI_PYTHON` names, else this one.
         force: replace what lies at `out`.
@@ -235,7 +236,7 @@ def export(
         search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
         passes, max_rank, layout, genai_python,
     )  # fmt: skip
-    if target in FOLDER_TARGETS:
+    if folder_target(target, layout) is not None:
         return export_folder(ckpt, options, out=out, force=force, progress=progress)
     out = Path(out)
     bundle.check_place(

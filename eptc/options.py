@@ -21,7 +21,7 @@ from eptc.tasks import Task, TaskChoice
 __all__ = ["IN_BLOCKS", "CalibrationMethod", "Layout", "Options"]
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
-Layout = Literal["flat", "optimum"]
+Layout = Literal["flat", "optimum", "pack"]
 # What has weights in blocks, whose scales a method chooses.
 IN_BLOCKS = ("int8-weights", "int4", "auto")
 

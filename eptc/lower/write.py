@@ -69,8 +69,7 @@ class WeightsFile:
     ) -> WeightsFile:
         """Write every distinct tensor of some graphs once; arguments as for `write`.
 
-        Args:
-            outside: names of initializers that get a place however small they are.
+        Initializers that are named in `outside` get a place however small they are.
         """
         slots = _plan(graphs, outside)
         total = sum(slot.length for slot in slots.values())
@@ -211,9 +210,7 @@ def _plan(graphs: Mapping[str, ir.Model], outside: frozenset[str]) -> dict[Hasha
     return slots
 
 
-def _key(
-    value: ir.Value, tensor: ir.TensorProtocol, outside: frozenset[str]
-) -> Hashable | None:
+def _key(value: ir.Value, tensor: ir.TensorProtocol, outside: frozenset[str]) -> Hashable | None:
     """Return what an initializer's numbers are known by; None where they stay in the graph."""
     if tensor.nbytes <= _INLINE and value.name not in outside:
         return None
@@ -223,9 +220,7 @@ def _key(
     return (content, tensor.dtype, tensor.shape.numpy())
 
 
-def _serialize(
-    model: ir.Model, slots: Mapping[Hashable, _Slot], outside: frozenset[str]
-) -> bytes:
+def _serialize(model: ir.Model, slots: Mapping[Hashable, _Slot], outside: frozenset[str]) -> bytes:
     """Return the graph's bytes with references into the weights file."""
     inside = {}
     try:

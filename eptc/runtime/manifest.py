@@ -243,8 +243,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         if (folder / PACK).exists():
             raise BundleError(
                 f"{folder} is a pack of several tasks, not the bundle of one engine",
-                fix="load it with Pack.load and choose a task with its engine(), or with --task on "
-                "the command line",
+                fix="load it with Pack.load and choose a task by engine(), or with --task",
             )
         checkpoint = any((folder / f).exists() for f in ("ept_config.json", "adapter_config.json"))
         raise BundleError(

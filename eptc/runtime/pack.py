@@ -94,16 +94,12 @@ class Pack:
         manifest = read_pack(folder)
         check_sizes(folder, manifest.files)
         strict = providers is not None
-        return cls(
-            folder, manifest, choose(providers), count, strict=strict, cache=kept_in(cache)
-        )
+        return cls(folder, manifest, choose(providers), count, strict=strict, cache=kept_in(cache))
 
     @property
     def tasks(self) -> Mapping[str, Task]:
         """The tasks by the names they have here, in the order they were added."""
-        return MappingProxyType(
-            {name: entry.task for name, entry in self.manifest.tasks.items()}
-        )
+        return MappingProxyType({name: entry.task for name, entry in self.manifest.tasks.items()})
 
     def engine(self, task: str, *, folded: bool = False) -> Engine:
         """Return the engine of one task; it answers as the engine of a bundle does.

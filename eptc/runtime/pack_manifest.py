@@ -39,6 +39,7 @@ class PackManifest:
             [rank, out].
         heads: by name, the parameters that are inputs.
         base: hash and description of the base model.
+        passes: each pass over the graphs, with options and contract.
         tools: versions of what built it.
         files: every file that all tasks share, by name.
         tasks: by the name they have in this pack, in the order they were added.
@@ -55,6 +56,7 @@ class PackManifest:
     linears: Mapping[str, LinearSpec]
     heads: Mapping[str, HeadSpec]
     base: Mapping[str, Any]
+    passes: tuple[Mapping[str, Any], ...]
     tools: Mapping[str, Any]
     files: Mapping[str, FileRecord]
     tasks: Mapping[str, PackTask]
@@ -81,6 +83,7 @@ class PackManifest:
                 for name, spec in self.heads.items()
             },
             "base": dict(self.base),
+            "passes": [dict(entry) for entry in self.passes],
             "tools": dict(self.tools),
             "files": {name: dataclasses.asdict(record) for name, record in self.files.items()},
             "tasks": {name: task.to_json() for name, task in self.tasks.items()},
@@ -125,6 +128,7 @@ class PackManifest:
                 for name, spec in fields.mapping("heads").items()
             },
             base=fields.mapping("base"),
+            passes=tuple(Fields(item, "a pass").data for item in fields.items("passes")),
             tools=fields.mapping("tools"),
             files={
                 file_name(name, "files"): FileRecord.from_json(record, f"file {name!r}")
@@ -168,9 +172,7 @@ class PackManifest:
         Raises:
             TaskError: no such task (the nearest names are given), or an alias of several.
         """
-        named = [
-            dataclasses.replace(entry.task, name=name) for name, entry in self.tasks.items()
-        ]
+        named = [dataclasses.replace(entry.task, name=name) for name, entry in self.tasks.items()]
         return named[resolve(wanted, named)].name
 
     def engine(self, name: str, *, folded: bool = False) -> Manifest:
@@ -196,7 +198,7 @@ class PackManifest:
             graphs=graphs,
             generation=entry.generation,
             tokenizer=entry.tokenizer,
-            passes=entry.passes,
+            passes=(*entry.passes, *self.passes),
             checkpoint=entry.checkpoint,
             base=self.base,
             tools=entry.tools,

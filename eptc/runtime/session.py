@@ -75,9 +75,10 @@ def open_session(
         options.optimized_model_filepath = str(save_as)
         for key, value in _saving(f"{save_as.name}.data", external_from).items():
             options.add_session_config_entry(key, value)
-    for name, array in weights:
-        value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        options.add_external_initializers([name], [value])
+    # ONNX Runtime copies the numbers when it opens the session; until then these must stay.
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights}
+    if values:
+        options.add_external_initializers(list(values), list(values.values()))
     try:
         # Its own fallback prints to stdout and goes on with less than was asked for.
         session = onnxruntime.InferenceSession(
