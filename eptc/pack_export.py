@@ -33,7 +33,6 @@ from eptc.pack_task import (
     describe_task,
     factor,
     task_tensors,
-    told_of,
     write_adapter,
 )
 from eptc.planning import WRITERS
@@ -110,7 +109,7 @@ class TaskPack(FolderTarget):
         return Folder(
             directory, self.name, tuple(manifest.tasks), records, (), {},
             {name: dict(entry.parity) for name, entry in manifest.tasks.items()},
-            {name: told_of(entry) for name, entry in manifest.tasks.items()},
+            {name: entry.told() for name, entry in manifest.tasks.items()},
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from eptc.parity_gate.packs import PackGate
 
 __all__ = [
+    "ADAPTER",
     "Factored",
     "adapter_file",
     "check_factors",
     "describe_task",
     "factor",
     "task_tensors",
-    "told_of",
     "write_adapter",
 ]
 
 # ONNX Runtime's suffix of adapter files.
-_SUFFIX = ".onnx_adapter"
+ADAPTER = ".onnx_adapter"
 # Characters of a task's name that a file is called by.
 _LONGEST = 100
 
@@ -158,13 +158,13 @@ def adapter_file(name: str, taken: Iterable[str]) -> str:
         name: the task's name in the pack.
         taken: files that are there; some file systems do not tell upper case from lower.
     """
-    file, others = f"{name}{_SUFFIX}", {other.lower() for other in taken}
+    file, others = f"{name}{ADAPTER}", {other.lower() for other in taken}
     try:
         if len(name) <= _LONGEST and file_name(file, "a task").lower() not in others:
             return file
     except BundleError:
         pass
-    return f"task-{hashlib.sha256(name.encode()).hexdigest()[:16]}{_SUFFIX}"
+    return f"task-{hashlib.sha256(name.encode()).hexdigest()[:16]}{ADAPTER}"
 
 
 def write_adapter(path: Path, tensors: Mapping[str, Array]) -> None:
@@ -229,19 +229,3 @@ def describe_task(
         parity=engine.parity,
     )
     return task, engine
-
-
-def told_of(task: PackTask) -> dict[str, Any]:
-    """Return what is said of a task in one line: JSON values."""
-    return {
-        "task": task.task.name,
-        "kind": task.task.kind,
-        "labels": list(task.task.labels),
-        "file": task.file,
-        "bytes": task.record.size,
-        "rank": max(map(int, task.ranks), default=0),
-        "linears": sum(task.ranks.values()),
-        "format": task.checkpoint["format"],
-        "checkpoint": task.checkpoint["sha256"],
-        "verified": task.parity["verified"],
-    }

@@ -15,15 +15,19 @@ from eptc.examples_file import read_examples
 from eptc.lossy import budget_of
 from eptc.machine import available_memory
 from eptc.options import Options
+from eptc.pack_export import pack_gate
 from eptc.parity_gate.answers import Budget, answers, compare_answers, right_answers
 from eptc.parity_gate.compare import FP32, bound_of
 from eptc.parity_gate.gate import refuse
 from eptc.parity_gate.memory import verified_by_block, whole_model_bytes
+from eptc.parity_gate.packs import PackGate
 from eptc.parity_gate.reference_answers import reference_answers
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier, Subject
 from eptc.precision import SCHEMES
 from eptc.runtime import Engine, Manifest, load_manifest
+from eptc.runtime.pack import Pack, only_task
+from eptc.runtime.spec import PACK
 from eptc.tasks import Task
 
 __all__ = ["parity"]
@@ -38,6 +42,7 @@ def parity(
     bundle: str | Path,
     *,
     reference: str | Path,
+    task: str | None = None,
     base: str | Path | None = None,
     tasks: Sequence[str] | None = None,
     top_k: int | None = None,
@@ -55,8 +60,9 @@ def parity(
     in other engines no label may.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: the bundle's folder, or a pack's.
         reference: the checkpoint it was made from.
+        task: of a pack, the task; None where there is one. Both its engines are compared.
         base: the base model's folder.
         tasks: task names in id order; None: the manifest's.
         top_k: experts a task uses; None: the manifest's.
@@ -76,9 +82,11 @@ def parity(
         ParityError: the engine does not give the reference's answers.
     """
     folder = Path(bundle)
-    manifest = load_manifest(folder)
-    task = manifest.task
-    if task is None:
+    pack = _pack(folder, task)
+    name = "" if pack is None else only_task(pack.manifest, task, folder)
+    manifest = load_manifest(folder) if pack is None else pack.manifest.engine(name)
+    described = manifest.task
+    if described is None:
         raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
     recorded = manifest.checkpoint
     kind = _format(folder, recorded) if format is None else checkpoint.find_format(format)
@@ -100,35 +108,59 @@ def parity(
     )
     _check_origin(folder, manifest, source)
     names = [t.name for t in source.contents.tasks]
-    if task.name not in names:
+    if described.name not in names:
         raise BundleError(
-            f"{folder} was built for task {task.name!r}, which the checkpoint does not have",
+            f"{folder} was built for task {described.name!r}, which the checkpoint does not have",
             expected=", ".join(names),
         )
-    examples = read_examples(Path(data), task, labelled=True) if data is not None else None
-    if examples is not None and task.kind == "generation":
-        raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
-    subject = Subject(source, task.name, examples, _by_block(folder, manifest.precision, source))
+    examples = read_examples(Path(data), described, labelled=True) if data is not None else None
+    if examples is not None and described.kind == "generation":
+        raise OptionError(
+            f"task {described.name!r} has no labels to score", fix="leave --data out"
+        )
     with contextlib.ExitStack() as stack:
-        verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
-        if manifest.precision in _SIMULATED:
-            folder = _simulated(folder, manifest, stack)
-        report = verifier.prove(folder, {}, progress)
-        refuse(report, "build the bundle again; if it fails again, report it")
+        verifier: LocalVerifier | PackGate
+        if pack is not None:
+            verifier = pack_gate(source, None)
+            report, _ = verifier.prove(pack, name, examples=examples, progress=progress)
+        else:
+            by_block = _by_block(folder, manifest.precision, source)
+            subject = Subject(source, described.name, examples, by_block)
+            verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
+            if manifest.precision in _SIMULATED:
+                folder = _simulated(folder, manifest, stack)
+            report = verifier.prove(folder, {}, progress)
+            refuse(report, "build the bundle again; if it fails again, report it")
         if examples is None or verifier.tokenizer is None:
             return report
         progress("score")
-        with Engine.load(folder, providers=["cpu"]) as engine:
+        with (
+            Engine.load(folder, providers=["cpu"]) if pack is None else pack.engine(name)
+        ) as engine:
             got = answers(engine, examples)
-        want = reference_answers(manifest, verifier.reference, task, verifier.tokenizer, examples)
+        want = reference_answers(
+            manifest, verifier.reference, described, verifier.tokenizer, examples
+        )
     scores = compare_answers(
-        task, want, got, right_answers(task, examples), precision=manifest.precision
+        described, want, got, right_answers(described, examples), precision=manifest.precision
     )
     fixes = _what_loses(manifest)
-    budget = _allowed(manifest, task) if fixes else Budget(max_flips=0.0)
+    budget = _allowed(manifest, described) if fixes else Budget(max_flips=0.0)
     if reason := budget.exceeded(scores):
         raise ParityError(reason, fix=", ".join(fixes) or "build the bundle again")
     return dataclasses.replace(report, scores=scores)
+
+
+def _pack(folder: Path, task: str | None) -> Pack | None:
+    """Return the pack in a folder; None where it is a bundle, which has one task."""
+    if (folder / PACK).exists():
+        return Pack.load(folder, providers=["cpu"])
+    if task is not None:
+        raise OptionError(
+            f"--task {task} was given for {folder}, which is no pack",
+            fix="leave it out: a bundle has one engine",
+        )
+    return None
 
 
 def _what_loses(manifest: Manifest) -> list[str]:

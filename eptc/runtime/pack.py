@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from eptc.runtime.graph import NumpyArray
     from eptc.tasks import Task
 
-__all__ = ["Pack", "open_engine"]
+__all__ = ["Pack", "only_task", "open_engine"]
 
 
 class Pack:
@@ -196,6 +196,7 @@ def open_engine(
     task: str | None = None,
     folded: bool = False,
     providers: Sequence[Provider] | None = None,
+    threads: int | None = None,
 ) -> Engine:
     """Return the engine in a folder: a bundle's, or of a pack the one of a task.
 
@@ -204,6 +205,7 @@ def open_engine(
         task: of a pack, the task; None where there is one.
         folded: of a pack, whether the engine has sessions of its own.
         providers: as for `Engine.load`.
+        threads: likewise.
 
     Raises:
         BundleError: neither a bundle nor a pack, or damaged.
@@ -217,13 +219,17 @@ def open_engine(
                 "pack",
                 fix="leave it out: a bundle has one engine",
             )
-        return Engine.load(directory, providers=providers)
-    pack = Pack.load(directory, providers=providers)
+        return Engine.load(directory, providers=providers, threads=threads)
+    pack = Pack.load(directory, providers=providers, threads=threads)
     return pack.engine(only_task(pack.manifest, task, directory), folded=folded)
 
 
 def only_task(manifest: PackManifest, task: str | None, directory: Path) -> str:
-    """Return the name in a pack of the task that is meant: the only one, where none is named."""
+    """Return the name in a pack of the task that is meant: the only one, where none is named.
+
+    Raises:
+        TaskError: there is no such task, or none was named where there are several.
+    """
     if task is not None:
         return manifest.name_of(task)
     if len(manifest.tasks) > 1:

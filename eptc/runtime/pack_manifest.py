@@ -157,8 +157,9 @@ class PackManifest:
         for name in (*written, self.weights):
             if name not in self.files:
                 raise BundleError(f"the pack's manifest lists no file {name}")
-        specs = [*self.linears.values(), *self.heads.values()]
-        if unknown := sorted({role for s in specs for role in s.graphs} - set(self.graphs)):
+        read = [spec.graphs for spec in self.linears.values()]
+        read += [spec.graphs for spec in self.heads.values()]
+        if unknown := sorted({role for roles in read for role in roles} - set(self.graphs)):
             raise BundleError(f"the pack's manifest names the unknown graph {unknown[0]!r}")
         for name in self.tasks:
             self.engine(name).check()

@@ -126,6 +126,21 @@ class PackTask:
             "parity": dict(self.parity),
         }
 
+    def told(self) -> dict[str, Any]:
+        """Return what is said of a task in a list: JSON values."""
+        return {
+            "task": self.task.name,
+            "kind": self.task.kind,
+            "labels": list(self.task.labels),
+            "file": self.file,
+            "bytes": self.record.size,
+            "rank": max(map(int, self.ranks), default=0),
+            "linears": sum(self.ranks.values()),
+            "format": self.checkpoint["format"],
+            "checkpoint": self.checkpoint["sha256"],
+            "verified": self.parity["verified"],
+        }
+
     @classmethod
     def from_json(cls, data: object, where: str) -> PackTask:
         """Read JSON values; raises BundleError."""
