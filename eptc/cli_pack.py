@@ -52,7 +52,9 @@ def add(
         return
     if not told["verified"]:
         click.echo("NOT VERIFIED: --no-verify was given, and the manifest says so")
-    click.echo(f"{folder}: added {name}, {told['bytes']:,} bytes; {len(manifest.tasks)} tasks")
+    click.echo(
+        f"{folder}: added {name}, {told['bytes']:,} bytes; tasks: {', '.join(manifest.tasks)}"
+    )
 
 
 @pack.command()
@@ -68,7 +70,7 @@ def remove(folder: Path, task: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"pack": str(folder), "tasks": list(manifest.tasks)}))
         return
-    click.echo(f"{folder}: {len(manifest.tasks)} tasks: {', '.join(manifest.tasks)}")
+    click.echo(f"{folder}: tasks: {', '.join(manifest.tasks)}")
 
 
 @pack.command("list")

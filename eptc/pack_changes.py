@@ -143,7 +143,11 @@ def remove_task(pack: str | Path, name: str) -> PackManifest:
     folder = Path(pack)
     with _changing(folder) as change:
         manifest = change.manifest
-        name = manifest.name_of(name)
+        if name not in manifest.tasks:  # nor an alias: what is removed is called by its name
+            raise TaskError(
+                f"there is no task {name!r} in the pack {folder}",
+                expected=", ".join(manifest.tasks),
+            )
         if len(manifest.tasks) == 1:
             raise TaskError(
                 f"{name!r} is the last task of the pack {folder}",

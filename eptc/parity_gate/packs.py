@@ -76,27 +76,23 @@ class PackGate:
         """
         with self._source.format.blamed("its reference cannot be compared with"):
             task_id = resolve(pack.tasks[name].name, self.reference.tasks)
+            try:
+                engines = [pack.engine(name, folded=folded) for folded in (False, True)]
+            except BundleError as error:
+                raise ParityError(f"the engine of {name} does not load: {error}") from error
             progress(f"parity: weights of {name}")
             weights = self._check_weights(pack, name, task_id)
             reports = []
-            for folded, deviation in zip((False, True), weights, strict=True):
-                try:
-                    engine = pack.engine(name, folded=folded)
-                except BundleError as error:
-                    raise ParityError(f"the engine of {name} does not load: {error}") from error
-                with engine:
-                    check_manifest(engine.manifest, self.reference, task_id)
-                    reports.append(
-                        probed(
-                            engine, self.reference, task_id, self.tokenizer, weights=deviation,
-                            examples=examples, layers=layers, progress=progress,
-                        )
-                    )  # fmt: skip
-                refuse(
-                    reports[-1],
-                    f"this is a bug in the {'folded' if folded else 'switched'} graphs of the "
-                    "pack: report it",
-                )
+            for engine, deviation in zip(engines, weights, strict=True):
+                check_manifest(engine.manifest, self.reference, task_id)
+                report = probed(
+                    engine, self.reference, task_id, self.tokenizer, weights=deviation,
+                    examples=examples, layers=layers, progress=progress,
+                )  # fmt: skip
+                which = "folded" if reports else "switched"
+                refuse(report, f"this is a bug in the {which} graphs of the pack: report it")
+                reports.append(report)
+                engine.close()
         switched, merged = reports
         return switched, merged
 

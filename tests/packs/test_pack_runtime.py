@@ -73,7 +73,11 @@ def test_plain_onnx_runtime_takes_the_adapter(built_pack: Path, alone: Alone, ta
 
 def test_switching_loads_nothing(built_pack: Path) -> None:
     pack = Pack.load(built_pack, providers=["cpu"])
-    tone, score, folded = pack.engine("tone"), pack.engine("score"), pack.engine("tone", folded=True)
+    tone, score, folded = (
+        pack.engine("tone"),
+        pack.engine("score"),
+        pack.engine("tone", folded=True),
+    )
     sessions = [engine._graphs["model"]._session for engine in (tone, score, folded)]
     assert sessions[0] is sessions[1] is not sessions[2]
     assert pack.engine("tone", folded=True)._graphs["model"]._session is sessions[2]
@@ -148,7 +152,7 @@ def test_another_base_under_a_loaded_pack_is_seen(packed: Packed) -> None:
     changed[40_000] ^= 1
     weights.unlink()
     weights.write_bytes(changed)
-    with pytest.raises(BundleError, match="the base of the pack .* was changed"):
+    with pytest.raises(BundleError, match=r"the base of the pack .* was changed"):
         pack.engine("tone")
 
 
@@ -178,7 +182,10 @@ def _listed_as_tone(packed: Packed, content: bytes) -> None:
     ("change", "said"),
     [
         (lambda t: t.pop("classifier.bias"), "classifier.bias is missing"),
-        (lambda t: t.update({"classifier.bias": t["classifier.bias"][:1]}), "classifier.bias is of"),
+        (
+            lambda t: t.update({"classifier.bias": t["classifier.bias"][:1]}),
+            "classifier.bias is of",
+        ),
         (lambda t: t.update({"other.A": t["classifier.bias"]}), "holds other.A"),
         (lambda t: t.pop(next(n for n in t if n.endswith(".A"))), "one factor of"),
         (lambda t: t.update(_swapped(t)), "have the shapes"),
@@ -236,7 +243,7 @@ def test_a_task_is_found_by_name_or_alias(built_pack: Path, alone: Alone) -> Non
     with pytest.raises(TaskError, match="has 2 tasks, and none was chosen"):
         open_engine(built_pack, providers=["cpu"])
     assert open_engine(built_pack, task="score", providers=["cpu"]).task == pack.tasks["score"]
-    with pytest.raises(OptionError, match="--task was given for .*, which is no pack"):
+    with pytest.raises(OptionError, match=r"--task was given for .*, which is no pack"):
         open_engine(alone("tone"), task="tone")
     with pytest.raises(OptionError, match="--folded was given"):
         open_engine(alone("tone"), folded=True)
