@@ -253,7 +253,7 @@ def export(
             job = Job.read(ckpt, options)
             source = job.source
             if layout == "optimum":
-                check_layout(source.base.architecture.kind, job.config.to_dict())
+                check_layout(job)
             examples = _Examples.read(options, job.task)
         verifier = stack.enter_context(_verifier(job, examples.probe)) if verify else None
         # Hashing takes one processor, tracing another.
