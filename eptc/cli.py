@@ -407,13 +407,14 @@ def _print_folder(folder: Folder, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(folder.to_json()))
         return
-    from eptc.tables import print_folder
+    from eptc.tables import print_adapters
 
     for warning in folder.warnings:
         click.echo(f"eptc: warning: {warning}", err=True)
     if not all(found["verified"] for found in folder.parity.values()):
         click.echo("NOT VERIFIED: --no-verify was given, and eptc.json says so")
-    print_folder(folder)
+    if folder.target == "lora":
+        print_adapters(folder)
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     click.echo(f"{folder.path}: {_bytes(size)}, {sum(folder.seconds.values()):.1f} s")
 

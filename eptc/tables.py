@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from eptc.comparison_report import Comparison
     from eptc.folder_base import Folder
 
-__all__ = ["print_bench", "print_comparison", "print_folder", "print_inspection"]
+__all__ = ["print_adapters", "print_bench", "print_comparison", "print_inspection"]
 
 # In a pipe nothing is cut off to fit a screen.
 _UNCUT = 10_000
@@ -54,7 +54,7 @@ def print_comparison(comparison: Comparison) -> None:
         console.print(note, soft_wrap=True)
 
 
-def print_folder(folder: Folder) -> None:
+def print_adapters(folder: Folder) -> None:
     """Print the adapters of a folder, one a line."""
     table = Table(
         "task", "rank", "rounding", "lost, worst", "lost, mean", "largest error", "flips"
