@@ -9,7 +9,7 @@ Everything is immutable: a pass returns a new model.
 """
 
 from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank, Rows
-from eptc.ir.factoring import frobenius_norm, minimal_factors
+from eptc.ir.factoring import minimal_factors, singular_values
 from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask, Routed
 from eptc.ir.numbers import Float64
 from eptc.ir.prompts import PromptLayout, PromptSite, PromptTuning
@@ -42,6 +42,6 @@ __all__ = [
     "TokenRouter",
     "Tucker",
     "Unit",
-    "frobenius_norm",
     "minimal_factors",
+    "singular_values",
 ]

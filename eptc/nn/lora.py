@@ -51,6 +51,8 @@ class LoraLinear(AdaptedLinear):
 class LoraModel(ReferenceModel):
     """A Hugging Face model with a `LoraLinear` in the place of every adapted linear."""
 
+    layers: Mapping[str, LoraLinear]
+
     def __init__(self, hf_model: Any, layers: Mapping[str, LoraLinear], task: Task) -> None:
         super().__init__()
         self.hf = hf_model
