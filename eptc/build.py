@@ -79,7 +79,7 @@ def export(  # type: ignore[overload-overlap]  # `str` has the names of targets 
     top_k: int | None = ...,
     task_spec: str | Path | None = ...,
     probe: str | Path | None = ...,
-    precision: Precision = ...,
+    precision: Literal["fp32", "keep", "int4"] = ...,
     max_memory: int | None = ...,
     verify: bool = ...,
     allow_pickle: bool = ...,

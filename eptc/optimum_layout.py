@@ -194,8 +194,11 @@ def _as_past(cache: _Arrays) -> _Arrays:
 
 
 def _empty_past(manifest: Manifest, batch: int) -> _Arrays:
+    generation = manifest.generation
+    assert generation is not None
+    shape = (batch, generation.num_key_value_heads, 0, generation.head_dim)
     return {
-        spec.name: np.zeros((batch, spec.shape[1], 0, spec.shape[3]), spec.dtype)
+        spec.name: np.zeros(shape, spec.dtype)
         for spec in manifest.graphs["decoder"].inputs
         if ".decoder." in spec.name
     }

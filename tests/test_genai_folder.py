@@ -24,10 +24,11 @@ TASKS = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
 
 def released(golden: Path, out: Path, name: str = "llama-tiny", **options: Any) -> eptc.Folder:
     source = golden / "ept" / name
-    return eptc.export(
+    folder: eptc.Folder = eptc.export(
         source / "adapter", base=source / "base", task="sst2", tasks=TASKS, top_k=2,
         target="genai", out=out, **options,
     )  # fmt: skip
+    return folder
 
 
 @pytest.mark.slow

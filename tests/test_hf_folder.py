@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import eptc
-from eptc import hf_export
+from eptc import hf_export, hf_texts
 from eptc.errors import OptionError, OutputError, ParityError, TaskError
 
 TASKS = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
@@ -382,7 +382,7 @@ def test_faults_are_found(
 ) -> None:
     """What is off on disk is named, nothing is published, the exit code is 1."""
     plant, found = FAULTS[name]
-    write = hf_export.write_texts
+    write = hf_texts.write_texts
 
     def spoil(directory: Path, *args: Any) -> None:
         write(directory, *args)
@@ -408,7 +408,7 @@ def test_a_model_larger_than_memory(
     folder = eptc.export(small_native.ckpt, out=tmp_path / "hf", **options)
     assert folder.parity["tone"]["mode"] == "weights"
     assert "outputs" not in folder.parity["tone"]
-    write = hf_export.write_texts
+    write = hf_texts.write_texts
 
     def spoil(directory: Path, *args: Any) -> None:
         write(directory, *args)
