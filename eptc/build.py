@@ -68,7 +68,7 @@ class Bundle:
 
 
 @overload
-def export(
+def export(  # type: ignore[overload-overlap]  # `str` has the names of targets yet to be installed
     ckpt: str | Path,
     *,
     target: Literal["lora", "hf", "genai"],
@@ -79,7 +79,7 @@ def export(
     top_k: int | None = ...,
     task_spec: str | Path | None = ...,
     probe: str | Path | None = ...,
-    precision: Precision = ...,
+    precision: Literal["fp32", "keep", "int4"] = ...,
     max_memory: int | None = ...,
     verify: bool = ...,
     allow_pickle: bool = ...,
@@ -254,7 +254,7 @@ def export(
             job = Job.read(ckpt, options)
             source = job.source
             if layout == "optimum":
-                check_layout(source.base.architecture.kind, job.config.to_dict())
+                check_layout(job)
             examples = _Examples.read(options, job.task)
         verifier = stack.enter_context(_verifier(job, examples.probe)) if verify else None
         # Hashing takes one processor, tracing another.

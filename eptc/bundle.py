@@ -32,6 +32,7 @@ __all__ = [
     "check_place",
     "draft",
     "file_records",
+    "share",
     "sync",
     "write_json",
     "write_manifest",
@@ -175,7 +176,8 @@ def _check_place(out: Path, *, force: bool) -> None:
             continue
         if entry.name not in known or any(inner.is_dir() for inner in entry.iterdir()):
             raise OutputError(
-                f"the output folder {out} holds the folder {entry.name}, so it is no bundle",
+                f"the output folder {out} holds folders that eptc did not write, such as "
+                f"{entry.name}",
                 expected="what eptc wrote, or a folder with plain files only, to replace with "
                 "--force",
                 fix="name another folder, or remove this one yourself",
@@ -189,6 +191,11 @@ def _written_folders(out: Path) -> set[str]:
         return set(found)
     except (OSError, ValueError, LookupError, TypeError):
         return set()
+
+
+def share(path: Path) -> None:
+    """Let a file be read by whom files are by default; some writers keep theirs to the user."""
+    path.chmod(0o666 & ~_umask())
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import click
 import eptc
 from eptc.cli_common import FOLDER, command, json_option, progress_shown, source_options
 from eptc.errors import BundleError, OptionError
-from eptc.parity_lines import parity_lines
+from eptc.parity_lines import folder_lines, parity_lines
 from eptc.precision import SCHEMES
 
 if TYPE_CHECKING:
@@ -325,13 +325,19 @@ def _print_folder(folder: Folder, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(folder.to_json()))
         return
-    from eptc.tables import print_folder
+    from eptc.tables import print_adapters, print_tasks
 
     for warning in folder.warnings:
         click.echo(f"eptc: warning: {warning}", err=True)
     if not all(found["verified"] for found in folder.parity.values()):
         click.echo("NOT VERIFIED: --no-verify was given, and what was written says so")
-    print_folder(folder)
+    if folder.target == "lora":
+        print_adapters(folder)
+    elif folder.target == "onnx":
+        print_tasks(folder.details)
+    else:
+        for line in (line for parity in folder.parity.values() for line in folder_lines(parity)):
+            click.echo(line)
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     click.echo(f"{folder.path}: {_bytes(size)}, {sum(folder.seconds.values()):.1f} s")
 

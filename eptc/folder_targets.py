@@ -90,8 +90,7 @@ def _check(target: FolderTarget, options: Options) -> None:
     """Raise OptionError for an option that means nothing to the target, or a bad value."""
     for field in dataclasses.fields(Options):
         value = getattr(options, field.name)
-        default = field.default
-        if field.name in _COMMON | target.takes or value == default or not (value or default):
+        if field.name in _COMMON | target.takes or value in (None, field.default, []):
             continue
         name = {"passes": "pass"}.get(field.name, field.name).replace("_", "-")
         said = f" {value}" if isinstance(value, str | int | float) else ""

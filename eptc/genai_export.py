@@ -7,6 +7,7 @@ an environment of its own; its interpreter is named with `--genai-python`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -76,7 +77,7 @@ class GenAi(FolderTarget):
                 with job.clock.stage("parity in onnxruntime-genai"):
                     found = prove_genai(
                         gate.reference, gate.task, gate.probes(folded.tokenizer, folded.examples),
-                        lambda probes, tokens: interpreter.run(built, probes, tokens),
+                        functools.partial(interpreter.run, built), folded.tokenizer,
                         precision=job.options.precision,
                     )  # fmt: skip
                 parity = {**folded.parity, "genai": found}
@@ -89,8 +90,21 @@ class GenAi(FolderTarget):
         )  # fmt: skip
         names = tuple(task.name for task in job.tasks)
         return Folder(
-            directory, self.name, names, tuple(folded.records), (), {}, {names[0]: parity}
-        )
+            directory, self.name, names, tuple(folded.records), _tokenized(parity), {},
+            {names[0]: parity},
+        )  # fmt: skip
+
+
+def _tokenized(parity: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a warning where onnxruntime-genai's own tokenizer makes other tokens of texts."""
+    found = parity.get("genai", {})
+    texts, equal = found.get("texts", 0), found.get("texts_tokenized_equally", 0)
+    if equal == texts:
+        return ()
+    return (
+        f"onnxruntime-genai's own tokenizer makes other tokens than training's of {texts - equal} "
+        f"of {texts} texts: give it token ids made with tokenizer.json",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +172,16 @@ class Interpreter:
                 "it was given",
             )
 
-    def run(self, folder: Path, probes: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
+    def run(
+        self, folder: Path, probes: Sequence[Sequence[int]], tokens: int, texts: Sequence[str]
+    ) -> dict[str, Any]:
         """Return what greedy writing gives: `tokens.{i}` and `logits.{i}` for each probe.
 
         Args:
             folder: what the builder wrote.
             probes: token ids.
-            tokens: how many to write after each.
+            tokens: how many to write after each, at most.
+            texts: what its tokenizer is asked for: `ids.{i}`.
 
         Raises:
             InputError: it does not run.
@@ -173,7 +190,9 @@ class Interpreter:
 
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             job, out = Path(scratch, "job.json"), Path(scratch, "out.npz")
-            asked = {"folder": str(folder), "probes": probes, "new_tokens": tokens}
+            asked = {
+                "folder": str(folder), "probes": probes, "new_tokens": tokens, "texts": texts,
+            }  # fmt: skip
             job.write_text(json.dumps(asked), "utf-8")
             done = _call([self.path, genai_runner.__file__, "run", job, out])
             if done.returncode:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eptc.bundle import write_json
+from eptc.bundle import share, write_json
 from eptc.tensors import Array, LazyTensor, as_dtype
 
 __all__ = ["SHARD", "Shard", "plan_shards", "shards_peak", "write_shards"]
@@ -93,6 +93,7 @@ def write_shards(
             arrays[name] = np.ascontiguousarray(tensor.numpy())
         path = directory / shard.file
         save_file(arrays, path, metadata={"format": "pt"})  # what transformers asks for
+        share(path)
         del arrays
         done += shard.nbytes
         progress(done, total)

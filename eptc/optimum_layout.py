@@ -19,6 +19,7 @@ import onnx_ir
 
 from eptc import bundle
 from eptc.errors import OptionError, ParityError
+from eptc.job import Job
 from eptc.lower.first_step import first_step
 from eptc.portable import portable_config, portable_tokenizer
 from eptc.runtime import Manifest
@@ -26,9 +27,9 @@ from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.providers import CPU
 from eptc.runtime.session import open_session
 
-__all__ = ["check_layout", "compare_first_step", "lay_out"]
+__all__ = ["FILES", "check_layout", "compare_first_step", "lay_out"]
 
-_FILES: Final = {"encoder": "encoder_model.onnx", "decoder": "decoder_with_past_model.onnx"}
+FILES: Final = {"encoder": "encoder_model.onnx", "decoder": "decoder_with_past_model.onnx"}
 _FIRST: Final = "decoder_model.onnx"
 _BUG: Final = "this is a bug in eptc: report it"
 # Tokens after the start token that the first step is compared on.
@@ -36,27 +37,40 @@ _FED: Final = 4
 _Arrays = dict[str, npt.NDArray[Any]]
 
 
-def check_layout(kind: str, settings: Mapping[str, Any]) -> None:
-    """Refuse a model whose cache optimum would make in another shape.
-
-    Args:
-        kind: of the engine.
-        settings: the model's configuration, every setting in it.
+def check_layout(job: Job) -> None:
+    """Refuse what optimum cannot run, or what cannot be compared here; nothing is built yet.
 
     Raises:
-        OptionError: heads of another width than the model's width divided by their number.
+        OptionError: heads of another width than optimum takes them to have, bfloat16, or a graph
+            that does not fit into memory to be compared.
     """
-    if kind != "decoder-only":
-        return
-    expected = int(settings["hidden_size"]) // int(settings["num_attention_heads"])
-    width = settings.get("head_dim") or expected
-    if width != expected:
+    options, source = job.options, job.source
+    if options.precision == "bf16":
         raise OptionError(
-            f"the model's heads are {width} wide, and optimum takes them to be {expected}",
-            expected=f"--layout optimum with heads of hidden_size / num_attention_heads "
-            f"({expected}) numbers",
-            fix="leave --layout out",
+            "--layout optimum was given together with --precision bf16, which numpy, and so "
+            "optimum, has no type for",
+            fix="leave one out",
         )
+    kind, settings = source.base.architecture.kind, job.config.to_dict()
+    if kind == "decoder-only":
+        expected = int(settings["hidden_size"]) // int(settings["num_attention_heads"])
+        if (width := settings.get("head_dim") or expected) != expected:
+            raise OptionError(
+                f"the model's heads are {width} numbers wide, and optimum takes them to be "
+                f"{expected}: hidden_size / num_attention_heads",
+                fix="leave --layout out",
+            )
+    if kind == "encoder-decoder" and options.verify:
+        from eptc.parity_gate.memory import engine_bytes
+
+        needed, limit = engine_bytes(source), job.plan.limit
+        if limit is not None and needed > limit:
+            raise OptionError(
+                f"--layout optimum adds a graph, which is compared as a whole: that takes "
+                f"{needed / 1e6:.0f}MB, the limit is {limit / 1e6:.0f}MB",
+                fix=f"give --max-memory {needed / 1e6:.0f}MB or more, where there is as much, or "
+                "--no-verify, which the manifest records",
+            )
 
 
 def lay_out(directory: Path, manifest: Manifest, *, verify: bool) -> Manifest:
@@ -97,8 +111,8 @@ def _with_names(directory: Path, manifest: Manifest) -> Manifest:
     """Give the engine's graphs the names that optimum looks for."""
     graphs = {}
     for role, spec in manifest.graphs.items():
-        (directory / spec.file).rename(directory / _FILES[role])
-        graphs[role] = dataclasses.replace(spec, file=_FILES[role])
+        (directory / spec.file).rename(directory / FILES[role])
+        graphs[role] = dataclasses.replace(spec, file=FILES[role])
     return dataclasses.replace(manifest, graphs=graphs)
 
 
@@ -132,7 +146,7 @@ def compare_first_step(directory: Path, manifest: Manifest) -> dict[str, Any]:
     assert manifest.vocab_size is not None
     assert manifest.generation is not None
     probes = synthetic(manifest.vocab_size, None, token_types=0, left=False)[:4]
-    encoded = _run(directory / _FILES["encoder"], [probe.feeds() for probe in probes])
+    encoded = _run(directory / FILES["encoder"], [probe.feeds() for probe in probes])
     given: list[_Arrays] = []
     for probe in probes:
         start = np.full((len(probe.input_ids), 1), manifest.generation.decoder_start_token_id)
@@ -145,7 +159,7 @@ def compare_first_step(directory: Path, manifest: Manifest) -> dict[str, Any]:
     ]
     wanted = [
         {**made, **cache}
-        for made, cache in zip(_run(directory / _FILES["decoder"], fed), encoded, strict=True)
+        for made, cache in zip(_run(directory / FILES["decoder"], fed), encoded, strict=True)
     ]
     fed = [
         {**feeds, "encoder_hidden_states": state}
@@ -180,8 +194,11 @@ def _as_past(cache: _Arrays) -> _Arrays:
 
 
 def _empty_past(manifest: Manifest, batch: int) -> _Arrays:
+    generation = manifest.generation
+    assert generation is not None
+    shape = (batch, generation.num_key_value_heads, 0, generation.head_dim)
     return {
-        spec.name: np.zeros((batch, spec.shape[1], 0, spec.shape[3]), spec.dtype)
+        spec.name: np.zeros(shape, spec.dtype)
         for spec in manifest.graphs["decoder"].inputs
         if ".decoder." in spec.name
     }

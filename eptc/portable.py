@@ -24,11 +24,15 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def portable_tokenizer(config: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
     """Return a tokenizer_config.json's values with its special tokens, and a class they know.
 
+    A setting goes that makes those releases build the tokenizer anew from SentencePiece's file,
+    which is not there: tokenizer.json has what it says.
+
     Args:
         config: the values.
         special: special tokens by name; older tokenizers have them in a file of their own.
     """
     found = {**config, **{n: str(token) for n, token in special.items() if isinstance(token, str)}}
+    found.pop("add_prefix_space", None)
     if found.get("tokenizer_class") == "TokenizersBackend":
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
     return dict(sorted(found.items()))

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from eptc.parity_lines import folder_lines, parity_lines, thrown_away
+from eptc.parity_lines import parity_lines, thrown_away
 from eptc.runtime.pack_spec import PackTask
 
 if TYPE_CHECKING:
     from eptc.comparison_report import Comparison
     from eptc.folder_base import Folder
 
-__all__ = ["print_bench", "print_comparison", "print_folder", "print_inspection", "print_tasks"]
+__all__ = [
+    "print_adapters",
+    "print_bench",
+    "print_comparison",
+    "print_inspection",
+    "print_tasks",
+]
 
 # In a pipe nothing is cut off to fit a screen.
 _UNCUT = 10_000
@@ -55,31 +61,18 @@ def print_comparison(comparison: Comparison) -> None:
         console.print(note, soft_wrap=True)
 
 
-def print_folder(folder: Folder) -> None:
-    """Print what a folder that is no engine was compared with."""
-    if folder.target == "onnx":
-        print_tasks(folder.details)
-        return
-    if folder.details:
-        _adapters(folder)
-        return
-    for parity in folder.parity.values():
-        for line in folder_lines(parity):
-            _console().print(line, soft_wrap=True)
-
-
-def _adapters(folder: Folder) -> None:
+def print_adapters(folder: Folder) -> None:
     """Print the adapters of a folder, one a line."""
-    table = Table(
-        "task", "rank", "rounding", "lost, worst", "lost, mean", "largest error", "flips"
-    )
+    cut = any(folder.details[task]["lost"] for task in folder.tasks)
+    lost = ("lost, worst", "lost, mean") if cut else ()
+    table = Table("task", "rank", "rounding", *lost, "largest error", "flips")
     for task in folder.tasks:
         found, parity = folder.details[task], folder.parity[task]
-        lost = found["lost"] or {}
+        shares = [found["lost"][key] for key in ("worst", "mean")] if cut else []
         verified = parity["verified"]
         table.add_row(
             task, str(found["rank"]), f"{found['rounding']:.1e}",
-            *(f"{100 * lost[key]:.2g} %" if lost else "" for key in ("worst", "mean")),
+            *(f"{100 * share:.2g} %" for share in shares),
             f"{parity['largest_error']:.2g}" if verified else "not verified",
             str(parity["flips"]) if verified else "",
         )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import eptc
-from eptc import hf_export
+from eptc import hf_export, hf_texts
 from eptc.errors import OptionError, OutputError, ParityError, TaskError
 
 TASKS = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
@@ -382,7 +382,7 @@ def test_faults_are_found(
 ) -> None:
     """What is off on disk is named, nothing is published, the exit code is 1."""
     plant, found = FAULTS[name]
-    write = hf_export.write_texts
+    write = hf_texts.write_texts
 
     def spoil(directory: Path, *args: Any) -> None:
         write(directory, *args)
@@ -408,7 +408,7 @@ def test_a_model_larger_than_memory(
     folder = eptc.export(small_native.ckpt, out=tmp_path / "hf", **options)
     assert folder.parity["tone"]["mode"] == "weights"
     assert "outputs" not in folder.parity["tone"]
-    write = hf_export.write_texts
+    write = hf_texts.write_texts
 
     def spoil(directory: Path, *args: Any) -> None:
         write(directory, *args)
@@ -440,3 +440,18 @@ def test_replaces_its_own(small_native: Any, tmp_path: Path) -> None:
     shutil.copy(out / "config.json", out / "left-over.json")
     eptc.export(small_native.ckpt, **options, force=True)
     assert not (out / "left-over.json").exists()
+
+
+def test_on_the_command_line(small_native: Any, tmp_path: Path, cli: Any) -> None:
+    """One JSON document, or lines for people that say what was compared."""
+    command = ("export", small_native.ckpt, "--base", small_native.base, "--task", "tone",
+               "--target", "hf", "--out")  # fmt: skip
+    shown = cli(*command, tmp_path / "one")
+    assert (shown.code, shown.stderr) == (0, "")
+    assert "tensors on disk, 5 of them with experts" in shown.stdout
+    assert "parity in transformers passed: " in shown.stdout
+    report = cli(*command, tmp_path / "two", "--json").json
+    assert report["target"] == "hf"
+    assert report["parity"]["tone"]["weights"]["adapted"] == 5
+    unproven = cli(*command, tmp_path / "three", "--no-verify")
+    assert "NOT VERIFIED" in unproven.stdout

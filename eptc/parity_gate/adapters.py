@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from eptc import text
 from eptc.checkpoint import Checkpoint
-from eptc.errors import ParityError
+from eptc.errors import CheckpointError, ParityError
 from eptc.machine import available_memory
 from eptc.nn.adapted import ReferenceModel
 from eptc.nn.lora import LoraModel, load_lora, stream_lora
@@ -23,8 +24,8 @@ from eptc.parity_gate.gate import refuse, with_outcomes
 from eptc.parity_gate.layers import LayerGate, layer_outputs
 from eptc.parity_gate.memory import verified_by_block
 from eptc.parity_gate.reference import load_reference, stream_reference
-from eptc.parity_gate.report import ParityReport
-from eptc.tasks import resolve
+from eptc.parity_gate.report import ParityReport, furthest
+from eptc.tasks import Task, resolve
 
 __all__ = ["AdapterGate"]
 
@@ -35,8 +36,11 @@ _LINEAR = (
     "rounding of each factor, and of the base's weight"
 )
 _CUT = Bound(1e3, 1.0, "--max-rank asked for a loss; it may be no garbage")
-# Of the squared norm: what float32 leaves of a right angle.
-_RIGHT_ANGLE = 1e-4
+# What float32 adds to the least share that can be lost: of it, and of the whole.
+_MORE, _AT_MOST = 1e-3, 1e-5
+
+
+_ADVICE = "this is a bug in eptc: report it with the checkpoint's shapes"
 
 
 class AdapterGate:
@@ -78,7 +82,7 @@ class AdapterGate:
         folder: Path,
         task: str,
         *,
-        cut: bool,
+        cut: Mapping[str, float] | None,
         layers: Mapping[str, float],
         progress: Callable[[str], None],
     ) -> dict[str, Any]:
@@ -87,61 +91,84 @@ class AdapterGate:
         Args:
             folder: the adapter's.
             task: by name.
-            cut: whether its ranks were cut: then it may lose, but not be garbage.
+            cut: where its ranks were cut, the least share of each linear's size (by the Frobenius
+                norm) that is lost then; None: it loses nothing.
             layers: outcome of the linears of the IR by stage.
             progress: called with what is being done.
 
         Raises:
             ParityError: it does not give the reference's answers.
         """
-        base, reference = self._source.base.path, self._reference
-        task_id = resolve(task, reference.tasks)
-        described = reference.tasks[task_id]
+        task_id = resolve(task, self._reference.tasks)
         progress(f"parity: linears of {task}")
-        if self._streamed is None:
-            adapter = load_lora(folder, base, task=described)
-        else:
-            streamed = stream_lora(folder, base, task=described)
-            assert isinstance(streamed.model, LoraModel)
-            adapter = streamed.model
+        adapter = self._load(folder, self._reference.tasks[task_id])
         check_files(folder, adapter)
-        _check_rest(adapter, reference, task_id)
-        linears, lost = self._compare_linears(adapter, task_id, cut=cut)
+        _check_rest(adapter, self._reference, task_id)
+        linears, lost = self._compare_linears(adapter, task_id, cut)
         report = ParityReport(
-            (), _CUT if cut else FP32, layers, 0.0, tuple(linears), (), 0,
+            (), FP32 if cut is None else _CUT, layers, 0.0, tuple(linears), (), 0,
             mode="whole model" if self._streamed is None else "linear by linear",
         )  # fmt: skip
-        advice = "this is a bug in eptc: report it with the checkpoint's shapes"
-        refuse(report, advice)
+        refuse(report, _ADVICE)
         flips = 0
         if self._streamed is None:
-            kind = self._source.base.architecture.kind
-            tokenizer = text.find_tokenizer(self._source.path, base)
-            for probe in adapter_probes(reference, described, kind, tokenizer):
-                progress(f"parity: {probe.name}")
-                with torch.no_grad():
-                    got = logits(adapter.hf, probe, kind)
-                    with reference.task(task):
-                        want = logits(reference.hf, probe, kind)
-                found = compare(f"logits, {probe.name}", got, want, report.bound)
-                chosen = choices(probe.name, got, want, kind)
-                flips += sum(choice.flipped for choice in chosen)
-                if cut:
-                    chosen = []  # what flips is counted; it was asked for
-                report = with_outcomes(report, probe, [found, *chosen])
-                if not report.agrees:
-                    break
-            refuse(report, advice)
+            nearest = furthest(linears)
+            report = dataclasses.replace(
+                report, tensors=(), weights=nearest.error / nearest.bound if nearest.bound else 0.0
+            )
+            report, flips = self._compare_logits(adapter, task, report, progress)
+            refuse(report, _ADVICE)
         summary = report.summary() | {"linears": len(linears), "flips": flips}
-        if cut:
-            summary |= {
-                "lost_worst": _digits(max(lost)),
-                "lost_mean": _digits(float(np.mean(lost))),
-            }
+        if cut is not None:
+            summary["lost_worst"] = _digits(max(lost))
+            summary["lost_mean"] = _digits(float(np.mean(lost)))
         return summary
 
+    def _load(self, folder: Path, task: Task) -> LoraModel:
+        """Return an adapter on its base, by code that shares nothing with what wrote it."""
+        base = self._source.base.path
+        try:
+            if self._streamed is None:
+                return load_lora(folder, base, task=task)
+            model = stream_lora(folder, base, task=task).model
+        except CheckpointError as error:
+            raise ParityError(
+                f"the adapter that was written does not load: {error.found}", fix=_ADVICE
+            ) from error
+        assert isinstance(model, LoraModel)
+        return model
+
+    def _compare_logits(
+        self,
+        adapter: LoraModel,
+        task: str,
+        report: ParityReport,
+        progress: Callable[[str], None],
+    ) -> tuple[ParityReport, int]:
+        """Return the report with the logits of every probe, and how many choices are others.
+
+        The first probe that fails is the last. What flips for want of rank is no failure.
+        """
+        reference, kind = self._reference, self._source.base.architecture.kind
+        described = reference.tasks[resolve(task, reference.tasks)]
+        tokenizer = text.find_tokenizer(self._source.path, self._source.base.path)
+        flips = 0
+        for probe in adapter_probes(reference, described, kind, tokenizer):
+            progress(f"parity: {probe.name}")
+            with torch.no_grad(), reference.task(task):
+                want, got = logits(reference.hf, probe, kind), logits(adapter.hf, probe, kind)
+            found = compare(f"logits, {probe.name}", got, want, report.bound)
+            chosen = choices(probe.name, got, want, kind)
+            flips += sum(choice.flipped for choice in chosen)
+            report = with_outcomes(
+                report, probe, [found, *([] if report.bound is _CUT else chosen)]
+            )
+            if not report.agrees:
+                break
+        return report, flips
+
     def _compare_linears(
-        self, adapter: LoraModel, task_id: int, *, cut: bool
+        self, adapter: LoraModel, task_id: int, cut: Mapping[str, float] | None
     ) -> tuple[list[Comparison], list[float]]:
         """Compare what each linear adds with what the experts add; return what is lost of it too.
 
@@ -168,8 +195,8 @@ class AdapterGate:
             left = float((got - want).norm())
             whole = float(want.norm())
             lost.append(left / whole if whole else 0.0)
-            if cut:
-                comparisons.append(_right_angle(path, float(got.norm()), whole, left))
+            if cut is not None:
+                comparisons.append(_no_nearer(path, left / (whole or 1.0), cut[path]))
                 continue
             allowed = 1e-5 * float(want.abs().max()) + 2.0**-22 * terms + 2.0**-24 * weight
             comparisons.append(
@@ -222,13 +249,11 @@ def _parameters(model: ReferenceModel, task_id: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _right_angle(path: str, kept: float, whole: float, left: float) -> Comparison:
-    """Compare by Pythagoras: what the nearest low rank keeps and leaves are at right angles."""
-    scale = whole**2 or 1.0
-    error = abs(whole**2 - kept**2 - left**2) / scale
-    error = error if np.isfinite(error) else np.inf
-    what = f"what was cut off {path}, beside what is left of it"
-    return Comparison(what, (1,), error, _RIGHT_ANGLE, (0,), kept, whole, 1.0)
+def _no_nearer(path: str, lost: float, least: float) -> Comparison:
+    """Compare the share of a linear's size that is lost with what no matrix of its rank keeps."""
+    bound = least * (1 + _MORE) + _AT_MOST
+    error = lost if np.isfinite(lost) else np.inf
+    return Comparison(f"what {path} lost", (1,), error, bound, (0,), lost, least, 1.0)
 
 
 def _digits(value: float) -> float:

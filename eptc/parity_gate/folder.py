@@ -154,6 +154,8 @@ class FolderGate:
         model, task_id = self._model, self._task_id
         with self._source.format.blamed("its reference cannot be compared with"):
             progress("parity: weights")
+            parameters: Mapping[str, Float32]
+            places: Mapping[str, Hashable]
             if self._streamed is None:
                 parameters, places = _in_memory(model, task_id)
             else:

@@ -13,21 +13,28 @@ from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.compare import FP32, bound_of, compare
 from eptc.parity_gate.gate import refuse, with_outcomes
 from eptc.parity_gate.outputs import decide
-from eptc.parity_gate.probes import Probe
+from eptc.parity_gate.probes import Probe, builtin_examples
 from eptc.parity_gate.report import ParityReport
-from eptc.tasks import Task
+from eptc.tasks import Task, fill
+from eptc.text import TrainingTokenizer
 
 __all__ = ["Run", "prove_genai"]
 
 # Of each probe one row is continued by so many tokens.
 _TOKENS, _PROBES = 8, 8
 
-Run = Callable[[Sequence[Sequence[int]], int], Mapping[str, Any]]
-"""Token ids and how many to write -> `tokens.{i}` [n] and `logits.{i}` [n, vocabulary]."""
+Run = Callable[[Sequence[Sequence[int]], int, Sequence[str]], Mapping[str, Any]]
+"""Ids, how many to write, texts -> `tokens.{i}` [n], `logits.{i}` [n, vocabulary], `ids.{i}`."""
 
 
 def prove_genai(
-    reference: ReferenceModel, task: Task, probes: Sequence[Probe], run: Run, *, precision: str
+    reference: ReferenceModel,
+    task: Task,
+    probes: Sequence[Probe],
+    run: Run,
+    tokenizer: TrainingTokenizer | None,
+    *,
+    precision: str,
 ) -> dict[str, Any]:
     """Compare what onnxruntime-genai writes with the reference; return what was found, as JSON.
 
@@ -39,6 +46,7 @@ def prove_genai(
         task: the task, by its own list.
         probes: batches; the first row of each is continued.
         run: runs the folder.
+        tokenizer: of training: how many texts the folder's makes the same tokens of is counted.
         precision: what its weights are stored as.
 
     Raises:
@@ -47,7 +55,8 @@ def prove_genai(
     rows = [row for probe in probes if (row := _row(probe))]
     # Text first: with fewer bits that is what is bounded.
     chosen = sorted(zip(rows, probes, strict=True), key=lambda pair: pair[1].synthetic)[:_PROBES]
-    found = run([row for row, _ in chosen], _TOKENS)
+    texts = [] if tokenizer is None else [" ".join(fill(task, e)) for e in builtin_examples(task)]
+    found = run([row for row, _ in chosen], _TOKENS, texts)
     bound = bound_of(precision)
     text = any(not probe.synthetic for _, probe in chosen)
     report = ParityReport((), bound, {}, 0.0, (), (), 0)
@@ -77,7 +86,13 @@ def prove_genai(
     summary = report.summary()
     kept = ("tensors", "largest_error", "its_bound", "decisions", "flips", "ties", "text_probes",
             "synthetic_probes")  # fmt: skip
-    return {key: summary[key] for key in kept}
+    equal = [
+        found[f"ids.{number}"].tolist() == tokenizer.tokenizer(text)["input_ids"]
+        for number, text in enumerate(texts)
+        if tokenizer is not None
+    ]
+    tokenized = {"texts": len(equal), "texts_tokenized_equally": sum(equal)}
+    return {**{key: summary[key] for key in kept}, **tokenized}
 
 
 def _row(probe: Probe) -> list[int]:
