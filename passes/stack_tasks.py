@@ -20,8 +20,8 @@ class StackTasks(AdapterPass):
 
     Exact up to rounding: factors of the least rank are formed in float64 and rounded once, to
     `dtype`, which may move each product by two units of its last place. A task for which the
-    branches of a linear cancel gets none there. Other tasks than these are forgotten. A model
-    that is specialised for a task, and an adapter with a gate that reads the input, are left alone.
+    branches of a linear cancel gets none there. Other tasks than these are forgotten. Left
+    alone are a model that is specialised for a task, and a gate that reads the input.
 
     Args:
         task_ids: the tasks, by their position in the checkpoint's list.
