@@ -94,8 +94,8 @@ def check_inputs(
     lost = [path for path in linears if path not in manifest.linears]
     if lost:
         raise CheckpointError(
-            f"{source.path} adapts linears that no task of the pack {folder} did when it was built: "
-            f"{', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else ""),
+            f"{source.path} adapts linears that no task of the pack {folder} did when it was "
+            f"built: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else ""),
             expected=f"some of its {len(manifest.linears)} linears",
             fix=_REBUILD,
         )
