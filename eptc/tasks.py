@@ -10,9 +10,16 @@ from typing import Any, Literal, get_args
 
 from eptc.errors import TaskError
 
-__all__ = ["GLUE", "Kind", "Task", "fill", "resolve", "tasks_from_names"]
+__all__ = [
+    "GLUE", "Kind", "Task", "TaskChoice", "chosen", "fill", "names_several", "resolve",
+    "tasks_from_names",
+]  # fmt: skip
 
 Kind = Literal["classification", "regression", "text-to-text", "generation"]
+TaskChoice = str | int | Sequence[str | int] | None
+"""One task by name, alias or id; several of them, or as text with commas; `all`; None: the one."""
+
+_ALL = "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +205,59 @@ def resolve(wanted: str | int, tasks: Sequence[Task]) -> int:
         f"there is no task {text!r}{_nearest(text, known)}",
         expected=", ".join(f"{i} {name}" for i, name in enumerate(names)),
     )
+
+
+def names_several(choice: TaskChoice) -> bool:
+    """Whether a choice is one of several tasks, however many those turn out to be."""
+    if isinstance(choice, str):
+        return choice == _ALL or "," in choice
+    return isinstance(choice, Sequence)
+
+
+def chosen(choice: TaskChoice, tasks: Sequence[Task]) -> list[int]:
+    """Return the ids of the tasks that are meant, in the order they are named in.
+
+    Args:
+        choice: what the caller said.
+        tasks: the checkpoint's.
+
+    Raises:
+        TaskError: no such task, one that is named twice, or none where there are several.
+    """
+    known = ", ".join(task.name for task in tasks)
+    if choice is None:
+        if len(tasks) > 1:
+            raise TaskError(
+                f"there are {len(tasks)} tasks, and none was chosen",
+                expected=f"one of {known}, several with commas between them, or {_ALL}",
+                fix="choose with --task",
+            )
+        return [0]
+    if not names_several(choice):
+        assert isinstance(choice, str | int)
+        return [resolve(choice, tasks)]
+    if choice == _ALL:
+        if any(_ALL in (task.name, *task.aliases) for task in tasks):
+            raise TaskError(
+                f"{_ALL!r} is a task here, and means every task",
+                fix="name the tasks, or give the id of that one",
+            )
+        return list(range(len(tasks)))
+    assert not isinstance(choice, int)
+    wanted = [w.strip() for w in choice.split(",")] if isinstance(choice, str) else list(choice)
+    if not wanted or "" in wanted:
+        raise TaskError(f"the tasks chosen are {choice!r}", expected=f"some of {known}, or {_ALL}")
+    found: dict[int, str | int] = {}
+    for word in wanted:
+        task_id = resolve(word, tasks)
+        if task_id in found:
+            raise TaskError(
+                f"task {tasks[task_id].name!r} is chosen twice: as {found[task_id]!r} and as "
+                f"{word!r}",
+                fix="name each task once",
+            )
+        found[task_id] = word
+    return list(found)
 
 
 def tasks_from_names(names: Sequence[str], specs: Mapping[str, Task]) -> tuple[Task, ...]:
