@@ -79,11 +79,10 @@ def begin(
         return EncoderDecoder(graph("encoder"), graph("decoder"), feeds, settings)
     # Padding takes no position.
     tokens = feeds["attention_mask"].sum(axis=1)
-    longest = int((tokens + new).argmax())
-    if settings.max_positions is not None and tokens[longest] + new[longest] > settings.max_positions:
+    most, given, asked = max((t + n, t, n) for t, n in zip(tokens.tolist(), new, strict=True))
+    if settings.max_positions is not None and most > settings.max_positions:
         raise InputError(
-            f"a prompt of {tokens[longest]} tokens and {new[longest]} new ones do not fit the "
-            "model",
+            f"a prompt of {given} tokens and {asked} new ones do not fit the model",
             expected=f"{settings.max_positions} together",
             fix="give a smaller max_new_tokens or shorter texts",
         )

@@ -369,9 +369,7 @@ class Engine:
                 f"there is no graph {name!r}", expected=", ".join(self.manifest.graphs)
             )
         opened = self._graph(name)
-        arrays = checked(
-            feeds, name, opened.spec, self.manifest.vocab_size, self.manifest.tasks
-        )
+        arrays = checked(feeds, name, opened.spec, self.manifest.vocab_size, self.manifest.tasks)
         return opened.run(arrays)
 
     def warm_up(self, shapes: Iterable[tuple[int, int]] = ((1, 8),)) -> None:

@@ -78,9 +78,7 @@ def sampled(
     return None
 
 
-def limited(
-    manifest: Manifest, max_new_tokens: int | None
-) -> tuple[GenerationSpec, int | None]:
+def limited(manifest: Manifest, max_new_tokens: int | None) -> tuple[GenerationSpec, int | None]:
     """Return an engine's settings and how many tokens it may write, as far as the caller said.
 
     Raises:

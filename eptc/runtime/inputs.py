@@ -29,7 +29,7 @@ def listed(texts: Iterable[Any]) -> list[Any]:
 
 
 def prepare(
-    texts: Iterable[Example], task: Task | None | Sequence[Task | None]
+    texts: Iterable[Example], task: Task | Sequence[Task | None] | None
 ) -> list[tuple[str, ...]]:
     """Return one text or text pair per example, its task's prompt applied.
 

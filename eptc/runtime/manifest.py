@@ -203,7 +203,6 @@ class Manifest:
             if file not in self.files:
                 raise BundleError(f"{file!r} is used but not listed under files")
 
-
     def _check_tasks(self) -> None:
         """Raise BundleError where the parts of an engine of several tasks do not go together."""
         told = [name for name, graph in self.graphs.items() if TASK_IDS in graph.input_names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eptc.runtime.manifest import Manifest
     from eptc.tasks import Task
 
-__all__ = ["RowTasks", "TaskName", "Tasks", "check_task_ids", "of_task"]
+__all__ = ["RowTasks", "TaskName", "check_task_ids", "of_task"]
 
 # By its name, an alias, or its place in the engine's list.
 TaskName = str | int
@@ -61,7 +61,9 @@ class RowTasks:
         if _is_name(wanted):
             return np.full(count, self._place(wanted), np.int64)
         if not hasattr(wanted, "__len__") or not hasattr(wanted, "__iter__"):
-            raise TaskError(f"the tasks are {wanted!r}", expected="a task's name, or a list of them")
+            raise TaskError(
+                f"the tasks are {wanted!r}", expected="a task's name, or a list of names"
+            )
         if len(wanted) != count:
             raise InputError(
                 f"there are {len(wanted)} tasks for {count} {what}",

@@ -57,9 +57,7 @@ class TextTokenizer:
         BundleError: the file cannot be read.
     """
 
-    def __init__(
-        self, path: Path, spec: TokenizerSpec, limits: Iterable[int | None] = ()
-    ) -> None:
+    def __init__(self, path: Path, spec: TokenizerSpec, limits: Iterable[int | None] = ()) -> None:
         self.spec = spec
         self._plain = _read(path)
         added = self._plain.get_added_tokens_decoder()
