@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,11 +11,13 @@ from eptc import bundle
 from eptc.architectures import Kind
 from eptc.errors import InternalError
 from eptc.ir import AdaptedModel, LowRank
-from eptc.tensors import Array, LazyTensor
+from eptc.ir.folding import folded
+from eptc.tensors import Array, LazyTensor, cast
 
-__all__ = ["adapter_rank", "write_adapter"]
+__all__ = ["low_ranks", "write_adapter"]
 
 _PREFIX = "base_model.model."
+# A classification head: PEFT takes these modules for a task's own, whatever its file says.
 _HEADS = ("classifier", "score")
 _TASK_TYPES: Mapping[Kind, str] = {
     "encoder-classifier": "SEQ_CLS",
@@ -26,88 +26,115 @@ _TASK_TYPES: Mapping[Kind, str] = {
 }
 
 
-def adapter_rank(model: AdaptedModel) -> int:
-    """Return the largest rank of a factored model's linears; 0 where none has a branch left."""
-    return max((delta.A.shape[0] for delta in _low_ranks(model).values()), default=0)
+def low_ranks(model: AdaptedModel) -> dict[str, LowRank | None]:
+    """Return the one low rank beside each linear, None where it has no branch left.
+
+    Raises:
+        InternalError: the model was not factored.
+    """
+    found: dict[str, LowRank | None] = {}
+    for path, adapter in sorted(model.adapters.items()):
+        deltas = [branch.delta for branch in adapter.branches]
+        if len(deltas) > 1 or not all(isinstance(delta, LowRank) for delta in deltas):
+            raise InternalError(f"{path} is not one plain low rank")
+        found[path] = next((d for d in deltas if isinstance(d, LowRank)), None)
+    return found
 
 
 def write_adapter(
     directory: Path,
     model: AdaptedModel,
-    head: Mapping[str, LazyTensor],
+    own: Iterable[str],
     kind: Kind,
     base_name: str | None,
-) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`.
+) -> int:
+    """Write `adapter_config.json` and `adapter_model.safetensors`; return the rank.
 
-    Every linear's factors go in as they are: PEFT's alpha is each linear's rank, so that its
-    factor alpha / r is 1.
+    Every linear gets the largest rank of all: rows and columns of zeros change nothing, and
+    programs that read one `r` and one `lora_alpha` for all linears, as most that serve do,
+    scale right. Alpha is the rank, so that PEFT's factor alpha / r is 1. A head is written
+    whole, what is adapted of it folded in: PEFT adapts nothing inside of a module that it
+    replaces.
 
     Args:
         directory: an empty folder.
-        model: specialised and factored: one plain low rank beside each linear, or none.
-        head: the task's own parameters.
+        model: specialised and factored (`eptc.pipeline.factoring_passes`).
+        own: parameters that the task has of its own.
         kind: the base's.
         base_name: what the checkpoint calls its base.
     """
     from safetensors.numpy import save_file
 
-    deltas = _low_ranks(model)
-    tensors: dict[str, Array] = {}
-    for path, delta in deltas.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = _float32(delta.A)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = _float32(delta.B)
-    for name, tensor in head.items():
-        tensors[f"{_PREFIX}{name}"] = _float32(tensor)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    ranks = {path: delta.A.shape[0] for path, delta in deltas.items()}
-    bundle.write_json(directory / "adapter_config.json", _config(ranks, head, kind, base_name))
-
-
-def _config(
-    ranks: Mapping[str, int], head: Mapping[str, LazyTensor], kind: Kind, base_name: str | None
-) -> dict[str, Any]:
-    largest = max(ranks.values(), default=1)
-    # Keys are regular expressions that the end of a module's name has to match.
-    others = {re.escape(path): rank for path, rank in ranks.items() if rank != largest}
-    return {
-        "peft_type": "LORA",
-        "task_type": _TASK_TYPES[kind],
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "r": largest,
-        "lora_alpha": largest,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "target_modules": sorted(ranks),
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "modules_to_save": _owners(head) or None,
-        "use_rslora": False,
-        "use_dora": False,
+    modules = _own_modules(own, model.weights, kind)
+    saved = {
+        name: _saved(model, name)
+        for name in model.weights
+        if any(name.startswith(f"{module}.") for module in modules)
     }
+    ranks = {path: d for path, d in low_ranks(model).items() if f"{path}.weight" not in saved}
+    largest = max((d.A.shape[0] for d in ranks.values() if d is not None), default=0)
+    rank = max(1, largest)  # PEFT knows no rank 0
+    tensors: dict[str, Array] = {f"{_PREFIX}{name}": array for name, array in saved.items()}
+    for path, delta in ranks.items():
+        out, columns = model.weights[f"{path}.weight"].shape
+        a, b = np.zeros((rank, columns), np.float32), np.zeros((out, rank), np.float32)
+        if delta is not None:
+            a[: delta.A.shape[0]] = cast(delta.A.numpy(), "float32")
+            b[:, : delta.B.shape[1]] = cast(delta.B.numpy(), "float32")
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = b
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    linears = [n.removesuffix(".weight") for n, t in model.weights.items() if len(t.shape) == 2]
+    bundle.write_json(
+        directory / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": _TASK_TYPES[kind],
+            "base_model_name_or_path": base_name,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "target_modules": _targets(ranks, linears),
+            "modules_to_save": modules or None,
+            "use_rslora": False,
+            "use_dora": False,
+        },
+    )
+    return largest
 
 
-def _owners(head: Mapping[str, LazyTensor]) -> list[str]:
-    """Return the modules that PEFT is to replace by the task's: heads as a whole."""
-    owners = set()
-    for name in head:
-        first = name.split(".")[0]
-        owners.add(first if first in _HEADS else name.rpartition(".")[0])
-    return sorted(owners)
+def _saved(model: AdaptedModel, name: str) -> Array:
+    """Return a parameter of a head in float32, what is adapted of it folded in."""
+    tensor: LazyTensor = model.weights[name]
+    adapter = model.adapters.get(name.removesuffix(".weight"))
+    if adapter is not None and adapter.parameter == name and adapter.branches:
+        tensor = folded(tensor, adapter, "float32")
+    return np.ascontiguousarray(cast(tensor.numpy(), "float32"))
 
 
-def _low_ranks(model: AdaptedModel) -> dict[str, LowRank]:
-    found = {}
-    for path, adapter in sorted(model.adapters.items()):
-        for branch in adapter.branches:
-            if not isinstance(branch.delta, LowRank) or path in found:
-                raise InternalError(f"{path} is not one plain low rank")
-            found[path] = branch.delta
-    return found
+def _own_modules(own: Iterable[str], names: Collection[str], kind: Kind) -> list[str]:
+    """Return the modules that PEFT is to replace by the task's: a classification head as a whole.
+
+    An encoder's head is among them even where it is the base's: PEFT looks for it in the file.
+    """
+    found = {name.partition(".")[0] for name in names if kind == "encoder-classifier"}
+    modules = {name for name in found if name in _HEADS}
+    for name in own:
+        if name.partition(".")[0] not in modules:
+            modules.add(name.rpartition(".")[0])
+    return sorted(modules)
 
 
-def _float32(tensor: LazyTensor) -> Array:
-    return np.ascontiguousarray(tensor.numpy().astype(np.float32))
+def _targets(adapted: Collection[str], linears: Iterable[str]) -> list[str]:
+    """Return what PEFT is to adapt: last names where every linear of that name is, else paths.
+
+    Programs that serve adapters know last names, such as `q_proj`.
+    """
+    left = {path.rpartition(".")[2] for path in linears if path not in adapted}
+    return sorted(
+        {last if (last := path.rpartition(".")[2]) not in left else path for path in adapted}
+    )

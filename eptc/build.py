@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import onnx_ir
 
@@ -16,6 +16,8 @@ from eptc import bundle, checkpoint, lower, text
 from eptc.checkpoint import Routing
 from eptc.describe import describe, write_texts
 from eptc.errors import InputError
+from eptc.folder_base import Folder
+from eptc.folder_targets import FOLDER_TARGETS, export_folder
 from eptc.freezing import freeze, routes_on_input
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
@@ -29,13 +31,13 @@ from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import FILE as PLAN
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
-from eptc.tasks import Task
+from eptc.tasks import Task, TaskChoice
 
 if TYPE_CHECKING:
     from eptc.judge import Judge
     from eptc.parity_gate import Verifier
 
-__all__ = ["Bundle", "Event", "Options", "Written", "export", "plan", "precise_routes"]
+__all__ = ["Bundle", "Event", "Folder", "Options", "Written", "export", "plan", "precise_routes"]
 
 # A log-probability gap below this can flip under other float32 arithmetic.
 SMALL_MARGIN = 1e-4
@@ -64,10 +66,66 @@ class Bundle:
         return Engine.load(self.path, **options)
 
 
+@overload
 def export(
     ckpt: str | Path,
     *,
-    task: str | int | None = None,
+    target: Literal["lora"],
+    out: str | Path,
+    task: TaskChoice = ...,
+    base: str | Path | None = ...,
+    tasks: Sequence[str] | None = ...,
+    top_k: int | None = ...,
+    task_spec: str | Path | None = ...,
+    max_memory: int | None = ...,
+    verify: bool = ...,
+    allow_pickle: bool = ...,
+    format: str | None = ...,
+    max_rank: int | None = ...,
+    force: bool = ...,
+    progress: Progress = ...,
+) -> Folder: ...
+
+
+@overload
+def export(
+    ckpt: str | Path,
+    *,
+    task: TaskChoice = ...,
+    out: str | Path,
+    base: str | Path | None = ...,
+    target: str = ...,
+    tasks: Sequence[str] | None = ...,
+    top_k: int | None = ...,
+    task_spec: str | Path | None = ...,
+    probe: str | Path | None = ...,
+    precision: Precision = ...,
+    precision_plan: str | Path | None = ...,
+    calibration: str | Path | None = ...,
+    calibration_method: CalibrationMethod = ...,
+    block_method: Method = ...,
+    data: str | Path | None = ...,
+    max_drop: float | None = ...,
+    max_flips: float | None = ...,
+    search_evaluations: int | None = ...,
+    search_minutes: float | None = ...,
+    optimize_for: OptimizeFor | None = ...,
+    max_memory: int | None = ...,
+    verify: bool = ...,
+    allow_pickle: bool = ...,
+    format: str | None = ...,
+    routing: Routing = ...,
+    passes: Sequence[str | AdapterPass | GraphPass] = ...,
+    max_rank: int | None = ...,
+    force: bool = ...,
+    progress: Progress = ...,
+) -> Bundle: ...
+
+
+def export(
+    ckpt: str | Path,
+    *,
+    task: TaskChoice = None,
     out: str | Path,
     base: str | Path | None = None,
     target: str = "onnx",
@@ -92,17 +150,20 @@ def export(
     format: str | None = None,
     routing: Routing = "exact",
     passes: Sequence[str | AdapterPass | GraphPass] = (),
+    max_rank: int | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
-) -> Bundle:
-    """Compile one task of a checkpoint into a verified engine.
+) -> Bundle | Folder:
+    """Compile one task of a checkpoint into a verified engine, or write it for other programs.
 
     Args:
         ckpt: folder of a native checkpoint or of the released EPT code.
-        task: the task's name, an alias of it, or its id; None where the checkpoint has one.
+        task: the task's name, an alias of it, or its id; None where the checkpoint has one. For
+            `lora` also several of them, a list or text with commas in it, or `all`.
         out: folder of the bundle: new, empty, or replaced with `force`.
         base: folder of the base model.
-        target: what to write: `onnx`, or a target of an installed package.
+        target: what to write: `onnx`; `lora`, a stock PEFT adapter for each task; or a target of
+            an installed package.
         tasks: task names in id order, where the checkpoint does not store them.
         top_k: experts a task uses, where the checkpoint does not store it.
         task_spec: JSON file with prompts and labels of tasks that are not the published ones.
@@ -142,18 +203,28 @@ def export(
             folded, which is lossy.
         passes: exact passes of other packages to run beside eptc's own: `NAME` or
             `NAME:option=value,option=value` of an installed one, or the pass itself.
+        max_rank: for `lora`: ranks above it are cut by a singular value decomposition, which is
+            lossy; None: none is.
         force: replace what lies at `out`.
         progress: called with each stage (a string), each finished pass and, while weights are
             written, how many are.
 
     Returns:
-        The published bundle.
+        The published bundle; for `lora` the published folder.
 
     Raises:
         InputError: something about the input; nothing was written.
         ParityError: the engine does not give the reference's answers, or loses more of them than
             its precision or the budget allows; nothing was published.
     """
+    options = Options(
+        task, base, target, tasks, top_k, task_spec, probe, precision, precision_plan, calibration,
+        calibration_method, block_method, data, max_drop, max_flips, search_evaluations,
+        search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
+        passes, max_rank,
+    )  # fmt: skip
+    if target in FOLDER_TARGETS:
+        return export_folder(ckpt, options, out=out, force=force, progress=progress)
     out = Path(out)
     bundle.check_place(
         out,
@@ -163,12 +234,6 @@ def export(
             "the task description": task_spec, "the precision plan": precision_plan,
             "the calibration text": calibration, "the labelled data": data,
         },
-    )  # fmt: skip
-    options = Options(
-        task, base, target, tasks, top_k, task_spec, probe, precision, precision_plan, calibration,
-        calibration_method, block_method, data, max_drop, max_flips, search_evaluations,
-        search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
-        passes,
     )  # fmt: skip
     clock = Clock(progress)
     with contextlib.ExitStack() as stack:

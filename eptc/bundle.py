@@ -25,7 +25,18 @@ from eptc.errors import OutputError
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import MANIFEST, FileRecord
 
-__all__ = ["Draft", "check_place", "draft", "write_json", "write_manifest"]
+__all__ = [
+    "PROVENANCE",
+    "Draft",
+    "check_place",
+    "draft",
+    "file_records",
+    "write_json",
+    "write_manifest",
+]
+
+# In every folder written that is no bundle: what it was made from; of a folder of folders, which.
+PROVENANCE = "eptc.json"
 
 # What the system says where a folder cannot be written, or is taken by now.
 _NO_PLACE = (
@@ -54,7 +65,7 @@ class Draft:
         Raises:
             OutputError: the place is taken.
         """
-        for file in self.path.iterdir():
+        for file in self.path.rglob("*"):
             _sync(file)
         _sync(self.path)
         check_place(self.out, force=self.force)
@@ -109,7 +120,7 @@ def check_place(
 
     Raises:
         OutputError: it is a file, a folder with something in it and no `force`, a folder
-            that no bundle could be (one with folders inside), or holds an input.
+            that eptc cannot have written (one with other folders inside), or holds an input.
     """
     out = _absolute(out)
     try:
@@ -156,12 +167,26 @@ def _check_place(out: Path, *, force: bool) -> None:
             expected="a new or empty folder",
             fix="name another folder, or pass --force to replace what is there",
         )
-    if any(entry.is_dir() for entry in out.iterdir()):
-        raise OutputError(
-            f"the output folder {out} holds folders, so it is no bundle",
-            expected="a bundle, or a folder with plain files only, to replace with --force",
-            fix="name another folder, or remove this one yourself",
-        )
+    known = _written_folders(out)
+    for entry in out.iterdir():
+        if not entry.is_dir():
+            continue
+        if entry.name not in known or any(inner.is_dir() for inner in entry.iterdir()):
+            raise OutputError(
+                f"the output folder {out} holds the folder {entry.name}, so it is no bundle",
+                expected="what eptc wrote, or a folder with plain files only, to replace with "
+                "--force",
+                fix="name another folder, or remove this one yourself",
+            )
+
+
+def _written_folders(out: Path) -> set[str]:
+    """Return the folders that a place has because eptc wrote them there."""
+    try:
+        found = json.loads((out / PROVENANCE).read_text("utf-8"))["folders"]
+        return set(found)
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -183,16 +208,24 @@ def write_manifest(
         manifest: what it says.
         digests: SHA-256 (hex) of files, by name, that were hashed while they were written.
     """
+    written = {name: record.sha256 for name, record in manifest.files.items()}
+    manifest = dataclasses.replace(
+        manifest, files=file_records(directory, {**(digests or {}), **written})
+    )
+    write_json(directory / MANIFEST, manifest.to_json())
+    return manifest
+
+
+def file_records(
+    directory: Path, digests: Mapping[str, str] | None = None
+) -> dict[str, FileRecord]:
+    """Return hash and size of each file of a folder but its manifest; arguments as above."""
     known = digests or {}
-    files = {
-        path.name: manifest.files.get(path.name)
-        or FileRecord(known.get(path.name) or _sha256(path), path.stat().st_size)
+    return {
+        path.name: FileRecord(known.get(path.name) or _sha256(path), path.stat().st_size)
         for path in sorted(directory.iterdir())
         if path.name != MANIFEST and path.is_file()
     }
-    manifest = dataclasses.replace(manifest, files=files)
-    write_json(directory / MANIFEST, manifest.to_json())
-    return manifest
 
 
 def _sha256(path: Path) -> str:

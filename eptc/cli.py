@@ -9,7 +9,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -23,7 +23,7 @@ from eptc.precision import SCHEMES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eptc.build import Event
+    from eptc.build import Event, Folder
     from eptc.pipeline import PassRecord
     from eptc.planning import Plan
 
@@ -202,14 +202,17 @@ def main() -> None:
 @main.command()
 @click.argument("ckpt", type=_FOLDER)
 @click.option(
-    "--task", help="Name, alias or id of the task to compile; not needed where there is one."
+    "--task",
+    help="Name, alias or id of the task to compile; not needed where there is one. With --target "
+    "lora also several, comma separated, or all: a folder for each.",
 )
 @click.option(
     "--target",
     default="onnx",
     show_default=True,
     metavar="NAME",
-    help="What to write: onnx, or a target of an installed package.",
+    help="What to write. onnx: an engine. lora: a stock PEFT adapter, for PEFT and programs that "
+    "serve such. Or a target of an installed package.",
 )
 @click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
 @_source_options
@@ -307,6 +310,12 @@ def main() -> None:
     "block by block. Without it: what is available.",
 )
 @click.option(
+    "--max-rank",
+    type=int,
+    metavar="N",
+    help="With --target lora: cut ranks above it, by singular values; lossy, and measured.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."
 )
 @click.option("--no-verify", is_flag=True, help="Skip parity; the manifest records it.")
@@ -334,7 +343,7 @@ def export(
     --max-drop and --max-flips on --data.
     """
     options |= {"task": task, "target": target, "verify": not no_verify}
-    if options["precision"] == "all":
+    if options["precision"] == "all" and target not in _folder_targets():
         if dry_run or force:
             raise OptionError(
                 f"--precision all was given together with {'--dry-run' if dry_run else '--force'}",
@@ -350,6 +359,9 @@ def export(
         raise click.UsageError("Missing option '-o' / '--out'.")
     with _progress(as_json, verbose) as progress:
         bundle = eptc.export(ckpt, out=out, force=force, progress=progress, **options)
+    if not isinstance(bundle, eptc.Bundle):
+        _print_folder(bundle, as_json)
+        return
     parity = dict(bundle.manifest.parity)
     if as_json:
         click.echo(
@@ -382,6 +394,29 @@ def export(
             "float32 is sure" + _claim(scores)
         )
     click.echo(f"{bundle.path}: {_bytes(size)}, {sum(bundle.seconds.values()):.1f} s")
+
+
+def _folder_targets() -> Collection[str]:
+    from eptc.folder_targets import FOLDER_TARGETS
+
+    return FOLDER_TARGETS
+
+
+def _print_folder(folder: Folder, as_json: bool) -> None:
+    """Print what a target wrote that is no engine."""
+    if as_json:
+        click.echo(json.dumps(folder.to_json()))
+        return
+    from eptc.tables import print_adapters
+
+    for warning in folder.warnings:
+        click.echo(f"eptc: warning: {warning}", err=True)
+    if not all(found["verified"] for found in folder.parity.values()):
+        click.echo("NOT VERIFIED: --no-verify was given, and eptc.json says so")
+    if folder.target == "lora":
+        print_adapters(folder)
+    size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    click.echo(f"{folder.path}: {_bytes(size)}, {sum(folder.seconds.values()):.1f} s")
 
 
 def _claim(scores: Mapping[str, Any]) -> str:

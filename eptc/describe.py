@@ -18,7 +18,7 @@ from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import GenerationSpec, GraphSpec, TensorSpec
 from eptc.tasks import Task
 
-__all__ = ["OPSET", "describe", "write_texts"]
+__all__ = ["OPSET", "checkpoint_entry", "describe", "tool_versions", "write_texts"]
 
 OPSET = 20
 
@@ -78,30 +78,38 @@ def describe(
         else None,
         passes=tuple(record.to_json() for record in records),
         routing=source.contents.routing,
-        checkpoint={
-            "format": source.contents.format,
-            "variant": source.contents.variant,
-            "sha256": source.sha256,
-            "task_id": task_id,
-            "top_k": source.contents.top_k,
-            "kernel_sizes": list(source.contents.kernel_sizes),
-            "tasks": [task.to_json() for task in source.contents.tasks],
-            **source.contents.details,
-            **({} if source.format.plugin is None else {"origin": str(source.format.plugin)}),
-        },
+        checkpoint=checkpoint_entry(source, task_id=task_id),
         base={
             "model_type": source.base.config["model_type"],
             "sha256": source.base.sha256,
             "unused": list(source.base.unused),
         },
-        tools={
-            name: importlib.metadata.version(name)
-            for name in ("ept-compiler", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
-        }
-        | {plugin.distribution: plugin.version for plugin in plugins},
+        tools=tool_versions(("onnx", "onnx-ir", "onnxscript"), plugins),
         files={},
         parity={"verified": False},
     )
+
+
+def checkpoint_entry(source: Checkpoint, **more: Any) -> dict[str, Any]:
+    """Return what is said of the checkpoint something was made from: JSON values."""
+    return {
+        "format": source.contents.format,
+        "variant": source.contents.variant,
+        "sha256": source.sha256,
+        **more,
+        "top_k": source.contents.top_k,
+        "kernel_sizes": list(source.contents.kernel_sizes),
+        "tasks": [task.to_json() for task in source.contents.tasks],
+        **source.contents.details,
+        **({} if source.format.plugin is None else {"origin": str(source.format.plugin)}),
+    }
+
+
+def tool_versions(names: Sequence[str], plugins: Sequence[Plugin] = ()) -> dict[str, str]:
+    """Return the versions of eptc, of what it always builds with, of some packages and plugins."""
+    every = ("ept-compiler", *names, "torch", "transformers")
+    found = {name: importlib.metadata.version(name) for name in every}
+    return found | {plugin.distribution: plugin.version for plugin in plugins}
 
 
 def _graph_spec(key: str, graph: onnx_ir.Model) -> GraphSpec:

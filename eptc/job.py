@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from eptc.plugins import Plugin
 from eptc.precision import SCHEMES, Scheme
 from eptc.precision_plan import PrecisionPlan
 from eptc.skeletons import Skeleton, skeleton
-from eptc.tasks import Task, resolve
+from eptc.tasks import Task, TaskChoice, names_several, resolve
 from eptc.text import has_tokenizer
 
 __all__ = ["Clock", "Event", "Job", "Progress", "Written"]
@@ -155,7 +155,7 @@ class Job:
         return [plugin for plugin in found if plugin is not None]
 
 
-def _named(task: str | int | None, source: checkpoint.Checkpoint) -> str | int:
+def _named(task: TaskChoice, source: checkpoint.Checkpoint) -> str | int:
     """Return the task that is meant: the only one, where none is named."""
     tasks = source.contents.tasks
     if task is None and len(tasks) > 1:
@@ -164,6 +164,13 @@ def _named(task: str | int | None, source: checkpoint.Checkpoint) -> str | int:
             expected=", ".join(found.name for found in tasks),
             fix="choose one with --task",
         )
+    if names_several(task):
+        raise TaskError(
+            f"several tasks were chosen: {task!r}",
+            expected=", ".join(found.name for found in tasks),
+            fix="choose one with --task",
+        )
+    assert not isinstance(task, Sequence) or isinstance(task, str)
     return 0 if task is None else task
 
 

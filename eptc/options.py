@@ -16,7 +16,7 @@ from eptc.lower.blocks import Method
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
 from eptc.targets import Aim, find_target
-from eptc.tasks import Task
+from eptc.tasks import Task, TaskChoice
 
 __all__ = ["IN_BLOCKS", "CalibrationMethod", "Options"]
 
@@ -32,7 +32,7 @@ _FEWEST = 5
 class Options:
     """What a build is asked for; `export` describes each."""
 
-    task: str | int | None = None
+    task: TaskChoice = None
     base: str | Path | None = None
     target: str = "onnx"
     tasks: Sequence[str] | None = None
@@ -56,6 +56,7 @@ class Options:
     format: str | None = None
     routing: Routing = "exact"
     passes: Sequence[str | AdapterPass | GraphPass] = ()
+    max_rank: int | None = None
 
     @functools.cached_property
     def aim(self) -> Aim:
@@ -83,7 +84,7 @@ class Options:
         return SCHEMES[self.precision].calibrated or self.routing == "frozen"
 
     def check(self) -> None:
-        """Raise OptionError for a value that no build can have, or two that contradict."""
+        """Raise OptionError for a value that no engine can have, or two that contradict."""
         for name, value, known in (
             ("precision", self.precision, get_args(Precision)),
             ("provider to optimize for", self.provider, get_args(OptimizeFor)),
@@ -94,6 +95,12 @@ class Options:
             if value not in known:
                 raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
         fixed = self.aim.target.optimize_for
+        if self.max_rank is not None:
+            raise OptionError(
+                f"--max-rank {self.max_rank} was given together with --target {self.target}, "
+                "whose engines have no ranks",
+                expected="it with --target lora",
+            )
         if fixed is not None and self.provider != fixed:
             raise OptionError(
                 f"--optimize-for {self.provider} was given together with --target {self.target}, "

@@ -18,6 +18,7 @@ from eptc.lower.blocks import PRECISIONS, Method
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
+from eptc.passes.factor_pyramid import FactorPyramid
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes
 from eptc.passes.freeze_router import FreezeRouter
@@ -31,6 +32,7 @@ from eptc.passes.quantize_int8_static import QuantizeInt8Static
 from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
+from eptc.passes.truncate_rank import TruncateRank
 from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
 from eptc.tensors import unit_roundoff
@@ -40,6 +42,7 @@ __all__ = [
     "Ranges",
     "Step",
     "adapter_passes",
+    "factoring_passes",
     "freezing_passes",
     "graph_passes",
     "lossy_passes",
@@ -63,6 +66,22 @@ def adapter_passes(
         DropDeadExperts(),  # before folding: N - top_k of N experts are never computed
         *added,  # before folding: afterwards there is nothing to rewrite
         FoldPyramid(dtype),  # last: afterwards the model is a plain Hugging Face model
+    ]
+
+
+def factoring_passes(task_id: int, max_rank: int | None = None) -> list[AdapterPass]:
+    """Return the passes that leave one plain low rank beside each linear, in order.
+
+    Args:
+        task_id: the task.
+        max_rank: ranks above it are cut, which is lossy; None: all are kept.
+    """
+    return [
+        SpecializeRouter(task_id),  # first: nothing can be summed while a gate reads the task
+        DropDeadExperts(),  # before factoring: experts with no weight would be read for nothing
+        FactorPyramid(),
+        # Behind it: what is cut is the sum of the experts, not one of them.
+        *([] if max_rank is None else [TruncateRank(max_rank)]),
     ]
 
 
@@ -201,6 +220,8 @@ class PassRecord:
         after: sizes after it.
         error: largest deviation it caused, as a fraction of its bound; None where the contract
             was not measured.
+        bound: the largest of those bounds, as a fraction of the largest output of its linear;
+            None likewise.
         seconds: how long it took, checks not counted.
         origin: whose pass it is, a package and its version; None: eptc's own.
     """
@@ -214,6 +235,7 @@ class PassRecord:
     error: float | None
     seconds: float
     origin: str | None = None
+    bound: float | None = None
 
     @property
     def label(self) -> str:
@@ -226,14 +248,20 @@ class PassRecord:
         del data["seconds"]
         if self.origin is None:
             del data["origin"]
-        if self.error is not None:
-            # Two digits: the others depend on the processor.
-            data["error"] = float(f"{self.error:.1e}")
+        for name in ("error", "bound"):
+            if data[name] is not None:
+                # Two digits: the others depend on the processor.
+                data[name] = float(f"{data[name]:.1e}")
+        if self.bound is None:
+            del data["bound"]
         return data
 
 
 # Constants up to this many bytes stay in a graph that is checked: shape inference reads them.
 _SMALL = 1024
+
+# Outputs below this are none.
+_TINY = float(np.finfo(np.float64).tiny)
 
 _MISTAKES: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, LookupError, TypeError, ValueError,
@@ -277,15 +305,15 @@ def run_adapter_passes(
         rewritten = _guarded(label, origin, step.rewrite, model)
         seconds = time.perf_counter() - start
         _guarded(label, origin, AdaptedModel.validate, rewritten)
-        error = None
+        error, bound = None, None
         if probe is not None:
-            error = _guarded(
+            error, bound = _guarded(
                 label, origin, _measure, step, label, model, rewritten, task_id, probe
             )
         records.append(
             PassRecord(
                 step.name, step.options(), step.contract, rewritten is not model,
-                _adapter_sizes(model), _adapter_sizes(rewritten), error, seconds, origin,
+                _adapter_sizes(model), _adapter_sizes(rewritten), error, seconds, origin, bound,
             )
         )  # fmt: skip
         model = rewritten
@@ -376,16 +404,18 @@ def _measure(
     after: AdaptedModel,
     task_id: int,
     probe: LinearProbe,
-) -> float:
-    """Return the largest deviation over all linears as a fraction of its bound.
+) -> tuple[float, float]:
+    """Return the largest deviation over all linears as a fraction of its bound, and that bound.
+
+    The bound is given as a fraction of the largest output of its linear: the largest of all.
 
     The bound of an `exact` pass: a weight it computed anew was rounded once to its type, so each
     of its products may move by half a unit in its last place (2**-24 of itself in float32);
     everything else is float64 and may move by 2**-40 of the terms that are summed.
     """
     if after is before:
-        return 0.0
-    worst = 0.0
+        return 0.0, 0.0
+    worst = widest = 0.0
     for path in sorted(before.adapters):
         parameter = before.adapters[path].parameter
         old, new = (probe.output(model, path, task_id) for model in (before, after))
@@ -407,7 +437,8 @@ def _measure(
                 fix="this is a bug in the pass: report it with the checkpoint's shapes",
             )
         worst = max(worst, error)
-    return worst
+        widest = max(widest, float(bound.max()) / max(float(np.abs(old.total).max()), _TINY))
+    return worst, widest
 
 
 def _factors_rounded(before: Adapter, after: Adapter) -> float:

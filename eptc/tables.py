@@ -12,8 +12,9 @@ from eptc.parity_lines import parity_lines, thrown_away
 
 if TYPE_CHECKING:
     from eptc.comparison_report import Comparison
+    from eptc.folder_base import Folder
 
-__all__ = ["print_bench", "print_comparison", "print_inspection"]
+__all__ = ["print_adapters", "print_bench", "print_comparison", "print_inspection"]
 
 # In a pipe nothing is cut off to fit a screen.
 _UNCUT = 10_000
@@ -51,6 +52,24 @@ def print_comparison(comparison: Comparison) -> None:
     console.print(found)
     for note in notes(comparison):
         console.print(note, soft_wrap=True)
+
+
+def print_adapters(folder: Folder) -> None:
+    """Print the adapters of a folder, one a line."""
+    table = Table(
+        "task", "rank", "rounding", "lost, worst", "lost, mean", "largest error", "flips"
+    )
+    for task in folder.tasks:
+        found, parity = folder.details[task], folder.parity[task]
+        lost = found["lost"] or {}
+        verified = parity["verified"]
+        table.add_row(
+            task, str(found["rank"]), f"{found['rounding']:.1e}",
+            *(f"{100 * lost[key]:.2g} %" if lost else "" for key in ("worst", "mean")),
+            f"{parity['largest_error']:.2g}" if verified else "not verified",
+            str(parity["flips"]) if verified else "",
+        )  # fmt: skip
+    _console().print(table)
 
 
 def print_inspection(report: Mapping[str, Any]) -> None:

@@ -107,18 +107,31 @@ def find_target(name: str) -> Aim:
         OptionError: there is none of that name.
         PluginError: the package that has it cannot be used.
     """
+    from eptc.folder_targets import FOLDER_TARGETS  # which asks for options, and so for this
+
     if name in TARGETS:
         return Aim(TARGETS[name])
+    if name in FOLDER_TARGETS:
+        raise OptionError(
+            f"an engine was asked for, and --target {name} writes none",
+            expected="--target " + " or ".join(TARGETS),
+        )
     plugin = find_plugin("eptc.targets", name)
     if plugin is None:
-        names = [*TARGETS, *(p.name for p in installed("eptc.targets") if p.name not in TARGETS)]
+        names = [
+            *TARGETS,
+            *FOLDER_TARGETS,
+            *(p.name for p in installed("eptc.targets") if p.name not in TARGETS),
+        ]
         raise OptionError(f"the target is {name!r}", expected=" or ".join(names))
     return Aim(installed_target(plugin), plugin)
 
 
 def installed_target(plugin: Plugin) -> Target:
     """Return the target of an entry point; raise PluginError where it cannot be used."""
-    plugin.refuse_taken(TARGETS)
+    from eptc.folder_targets import FOLDER_TARGETS
+
+    plugin.refuse_taken({*TARGETS, *FOLDER_TARGETS})
     return plugin.make(Target)  # type: ignore[type-abstract]
 
 

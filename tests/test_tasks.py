@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eptc.errors import TaskError
-from eptc.tasks import GLUE, Task, fill, resolve, tasks_from_names
+from eptc.tasks import (
+    GLUE,
+    Task,
+    TaskChoice,
+    chosen,
+    fill,
+    names_several,
+    resolve,
+    tasks_from_names,
+)
 
 PUBLISHED = tasks_from_names(["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"], GLUE)
 WORDS = st.text(min_size=1, max_size=8)
@@ -118,3 +127,47 @@ def test_glue_targets() -> None:
     assert GLUE["qqp"].labels == ("not_duplicate", "duplicate")
     assert GLUE["stsb"].labels[13] == "2.6"
     assert (GLUE["stsb"].labels[0], GLUE["stsb"].labels[-1]) == ("0.0", "5.0")
+
+
+@pytest.mark.parametrize(
+    ("choice", "ids"),
+    [
+        ("sst2", [6]),
+        (6, [6]),
+        ("all", list(range(8))),
+        ("sst2,cola", [6, 0]),
+        (" sentiment , 0", [6, 0]),
+        (["stsb", 1], [7, 1]),
+        ("mnli,rte,cola", [1, 5, 0]),
+    ],
+)
+def test_chosen(choice: TaskChoice, ids: list[int]) -> None:
+    assert chosen(choice, PUBLISHED) == ids
+    assert names_several(choice) is (choice not in ("sst2", 6))
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (None, "8 tasks, and none was chosen"),
+        ("sst2,colla", "nearest: cola"),
+        ("sst2,sentiment", "'sst2' is chosen twice: as 'sst2' and as 'sentiment'"),
+        ([6, "6"], "'sst2' is chosen twice"),
+        ("sst2,", "tasks chosen are 'sst2,'"),
+        ([], "tasks chosen are"),
+    ],
+)
+def test_chosen_refuses(choice: TaskChoice, words: str) -> None:
+    with pytest.raises(TaskError, match=words):
+        chosen(choice, PUBLISHED)
+
+
+def test_the_only_task_need_not_be_chosen() -> None:
+    assert chosen(None, PUBLISHED[:1]) == [0]
+
+
+def test_a_task_called_all_is_no_wildcard() -> None:
+    tasks = [Task("all", "generation"), Task("b", "generation")]
+    with pytest.raises(TaskError, match="is a task here"):
+        chosen("all", tasks)
+    assert chosen("0", tasks) == [0]

@@ -13,7 +13,7 @@ from eptc.ir.model import Adapter
 from eptc.ir.numbers import Float64, eliminate, product, read
 from eptc.tensors import Array, ComputedTensor, cast
 
-__all__ = ["low_rank", "minimal_factors"]
+__all__ = ["frobenius_norm", "low_rank", "minimal_factors"]
 
 # Of the size of what is summed: a singular value below it is what float64 made of a zero.
 _ZERO = 2.0**-44
@@ -78,6 +78,11 @@ def minimal_factors(adapter: Adapter, task_id: int | None) -> tuple[Float64, Flo
         groups[_shared(delta)].append((factor, delta))
     left, right, sizes = zip(*(_sum(members) for members in groups.values()), strict=True)
     return _minimal(np.hstack(left), np.vstack(right), sum(sizes))
+
+
+def frobenius_norm(u: Float64, v: Float64) -> float:
+    """Return the Frobenius norm of u [out, k] v [k, in], the product never formed."""
+    return _norm(np.linalg.qr(u).R @ np.linalg.qr(v.T).R.T)
 
 
 def _shared(delta: Delta) -> object:

@@ -1,0 +1,86 @@
+"""The targets that are no engines, by name, and the road to each."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from eptc import bundle, checkpoint
+from eptc.adapter_export import Lora
+from eptc.errors import OptionError
+from eptc.fitting import check_fit, task_config
+from eptc.folder_base import Folder, FolderJob, FolderTarget
+from eptc.job import Clock, Progress
+from eptc.options import Options
+from eptc.tasks import chosen, names_several
+
+__all__ = ["FOLDER_TARGETS", "export_folder"]
+
+FOLDER_TARGETS: dict[str, FolderTarget] = {target.name: target for target in (Lora(),)}
+
+# What every one of them takes: what is read, what of it, and whether it is proven.
+_COMMON = frozenset({
+    "allow_pickle", "base", "format", "max_memory", "target", "task", "task_spec", "tasks",
+    "top_k", "verify",
+})  # fmt: skip
+
+
+def export_folder(
+    ckpt: str | Path, options: Options, *, out: str | Path, force: bool, progress: Progress
+) -> Folder:
+    """Write tasks of a checkpoint as a folder that is no engine.
+
+    Args:
+        ckpt: folder of the checkpoint.
+        options: what is asked for; its target is one of `FOLDER_TARGETS`.
+        out: a new or empty folder, or one to replace with `force`.
+        force: replace what lies at `out`.
+        progress: called with what is being done.
+
+    Raises:
+        InputError: something about the input; nothing was written.
+        ParityError: what was written does not give the reference's answers; nothing was
+            published.
+    """
+    target = FOLDER_TARGETS[options.target]
+    _check(target, options)
+    out, clock = Path(out), Clock(progress)
+    bundle.check_place(
+        out, force=force,
+        inputs={
+            "the checkpoint": ckpt, "the base model": options.base,
+            "the task description": options.task_spec,
+        },
+    )  # fmt: skip
+    with clock.stage("read the checkpoint"):
+        source = checkpoint.read(
+            Path(ckpt), None if options.base is None else Path(options.base),
+            top_k=options.top_k, tasks=options.tasks,
+            task_spec=None if options.task_spec is None else Path(options.task_spec),
+            allow_pickle=options.allow_pickle, format=options.format,
+        )  # fmt: skip
+        task_ids = tuple(chosen(options.task, source.contents.tasks))
+        for task_id in task_ids:
+            check_fit(source, task_id, task_config(source, task_id))
+    job = FolderJob(options, source, task_ids, names_several(options.task), clock, progress)
+    with bundle.draft(out, force=force) as draft:
+        folder = target.write(job, draft.path)
+        draft.publish()
+    notes = (*source.contents.notes, *folder.warnings)
+    return dataclasses.replace(folder, path=draft.out, warnings=notes, seconds=clock.seconds)
+
+
+def _check(target: FolderTarget, options: Options) -> None:
+    """Raise OptionError for an option that means nothing to the target, or a bad value."""
+    for field in dataclasses.fields(Options):
+        value = getattr(options, field.name)
+        if field.name in _COMMON | target.takes or value in (None, field.default, []):
+            continue
+        name = {"passes": "pass"}.get(field.name, field.name).replace("_", "-")
+        said = f" {value}" if isinstance(value, str | int | float) else ""
+        raise OptionError(
+            f"--{name}{said} was given together with --target {target.name}, which writes no "
+            "engine",
+            fix="leave one out",
+        )
+    target.check(options)
