@@ -58,9 +58,9 @@ class RowTasks:
                     fix="name one for all of them, or one for each",
                 )
             return np.zeros(count, np.int64)
-        if _is_name(wanted):
+        if isinstance(wanted, str | int | np.integer):
             return np.full(count, self._place(wanted), np.int64)
-        if not hasattr(wanted, "__len__") or not hasattr(wanted, "__iter__"):
+        if not hasattr(wanted, "__len__"):
             raise TaskError(
                 f"the tasks are {wanted!r}", expected="a task's name, or a list of names"
             )
@@ -99,14 +99,18 @@ class RowTasks:
         return settings.task_max_new_tokens[place] if self._several else settings.max_new_tokens
 
     def _place(self, name: object) -> int:
-        if not _is_name(name):
-            raise TaskError(f"a task is {name!r}", expected=_listed(self.tasks))
         known = [task for task in self.tasks if task is not None]
+        if not isinstance(name, str | int | np.integer) or isinstance(name, bool):
+            raise TaskError(f"a task is {name!r}", expected=_listed(known))
         if not known:
             raise TaskError(
                 f"task {name!r} was named, and the engine is of no task", fix="leave it out"
             )
-        return resolve(str(name), known)
+        if isinstance(name, str):
+            return resolve(name, known)
+        if not 0 <= name < len(known):
+            raise TaskError(f"there is no task {name}", expected=_listed(known))
+        return int(name)
 
 
 def check_task_ids(ids: NumpyArray, tasks: Sequence[Task | None]) -> None:
@@ -169,10 +173,6 @@ def _max_length(manifest: Manifest, task: Task | None) -> int | None:
     if manifest.tasks and task is not None:
         limits.append(task.max_length)
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str | int | np.integer) and not isinstance(value, bool)
 
 
 def _listed(tasks: Sequence[Task | None]) -> str:

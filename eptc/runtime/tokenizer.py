@@ -64,7 +64,7 @@ class TextTokenizer:
         self._special = {token.content: i for i, token in added.items() if token.special}
         self._cutting: dict[int | None, tokenizers.Tokenizer] = {None: self._plain}
         for limit in (spec.max_length, *limits):
-            if limit not in self._cutting:
+            if limit is not None and limit not in self._cutting:
                 cutting = self._cutting[limit] = _read(path)
                 cutting.enable_truncation(
                     limit, strategy="longest_first", direction=spec.truncation_side
