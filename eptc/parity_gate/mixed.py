@@ -35,9 +35,7 @@ class MixedModel:
             they are.
     """
 
-    def __init__(
-        self, reference: ReferenceModel, tasks: Sequence[str], width: int | None
-    ) -> None:
+    def __init__(self, reference: ReferenceModel, tasks: Sequence[str], width: int | None) -> None:
         self._reference, self._width = reference, width
         names = np.array(tasks)
         self._rows = {task: np.flatnonzero(names == task) for task in dict.fromkeys(tasks)}
