@@ -20,8 +20,8 @@ class StackTasks(AdapterPass):
 
     Exact up to rounding: factors of the least rank are formed in float64 and rounded once, to
     `dtype`, which may move each product by two units of its last place. A task for which the
-    branches of a linear cancel gets none there. Other tasks than these are forgotten. An adapter
-    with a gate that reads the input is left alone.
+    branches of a linear cancel gets none there. Other tasks than these are forgotten. Left
+    alone are a model that is specialised for a task, and a gate that reads the input.
 
     Args:
         task_ids: the tasks, by their position in the checkpoint's list.
@@ -39,6 +39,8 @@ class StackTasks(AdapterPass):
 
     def rewrite(self, model: AdaptedModel) -> AdaptedModel:
         """Return the model with a branch for each task; itself where there is nothing to do."""
+        if model.task_id is not None:
+            return model
         adapters = {path: self._stack(adapter) for path, adapter in model.adapters.items()}
         if all(adapters[path] is model.adapters[path] for path in adapters):
             return model

@@ -11,6 +11,7 @@ from eptc.errors import InternalError, ParityError
 from eptc.ir import AdaptedModel, Constant, LowRank, OfTask
 from eptc.linear_probe import LinearProbe
 from eptc.passes.fold_pyramid import FoldPyramid
+from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stack_tasks import StackTasks
 from eptc.pipeline import run_adapter_passes
 
@@ -52,6 +53,11 @@ def test_twice_is_once_and_folding_leaves_it_alone(model: AdaptedModel) -> None:
     stacked = StackTasks((0, 1)).rewrite(model)
     assert StackTasks((0, 1)).rewrite(stacked) is stacked
     assert FoldPyramid().rewrite(stacked) is stacked
+
+
+def test_a_model_of_one_task_is_left_alone(model: AdaptedModel) -> None:
+    fixed = SpecializeRouter(1).rewrite(model)
+    assert StackTasks((0, 1)).rewrite(fixed) is fixed
 
 
 @pytest.mark.parametrize("task_id", [0, 1])
