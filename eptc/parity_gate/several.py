@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from eptc.errors import ParityError
+import numpy as np
+
+from eptc.errors import InputError, ParityError
 from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.compare import bound_of
 from eptc.parity_gate.gate import make_probes, prove_outputs, run_probes
@@ -16,6 +18,7 @@ from eptc.parity_gate.probes import Example, Probe, builtin_examples
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.task_weights import check_task_weights
 from eptc.runtime import Engine
+from eptc.runtime.spec import TASK_IDS
 from eptc.text import TrainingTokenizer
 
 __all__ = ["prove_tasks"]
@@ -66,6 +69,9 @@ def prove_tasks(
     progress("parity: weights")
     files = [graph.file for graph in manifest.graphs.values()]
     weights = check_task_weights(directory, files, reference, task_ids)
+    for name in manifest.graphs:
+        for place in (-1, len(tasks)):
+            _check_refused(engine, name, place)
     empty = ParityReport((), bound_of(manifest.precision), {}, 0.0, (), (), 0)
     parts: dict[str, ParityReport] = {}
     report = dataclasses.replace(empty, layers=dict(layers or {}), weights=max(weights))
@@ -87,6 +93,32 @@ def prove_tasks(
     names = [task.name for task in tasks]
     mixed = run_probes(engine, reference, names, probes, empty, progress)
     return report.of_tasks(parts, mixed)
+
+
+def _check_refused(engine: Engine, name: str, place: int) -> None:
+    """Check that a graph fails where a row names no task, for callers that do not look.
+
+    Raises:
+        ParityError: it answers.
+    """
+    sizes = {"past_sequence": 0}
+    feeds = {
+        spec.name: np.zeros(
+            [size if isinstance(size, int) else sizes.get(size, 1) for size in spec.shape],
+            spec.dtype,
+        )
+        + ("mask" in spec.name)
+        for spec in engine.manifest.graphs[name].inputs
+    }
+    try:
+        engine._graph(name).run({**feeds, TASK_IDS: np.array([place])})
+    except InputError:
+        return
+    raise ParityError(
+        f"the graph {name!r} answers a row of task {place}, which there is not",
+        expected="an error",
+        fix="this is a bug in the lowering: report it",
+    )
 
 
 def _naming(task: str, progress: Callable[[str], None]) -> Callable[[str], None]:
