@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -262,8 +264,6 @@ def test_writers_refuse(writers: tuple[Engine, dict[str, Engine]]) -> None:
 
 def _limited(engine: Engine, **limits: int) -> Engine:
     """Return an engine whose tasks write so many tokens at most, and take such texts."""
-    import dataclasses
-
     manifest = engine.manifest
     assert manifest.generation is not None
     settings = dataclasses.replace(
@@ -485,11 +485,7 @@ def test_probes_of_ones_own(built: eptc.Bundle, small_native: Folders, tmp_path:
         )
 
 
-def test_a_bundle_of_an_earlier_version(
-    small_native: Folders, single: Callable[[str], Engine], tmp_path: Path
-) -> None:
-    import shutil
-
+def test_a_bundle_of_an_earlier_version(single: Callable[[str], Engine], tmp_path: Path) -> None:
     alone = single("tone")
     old = shutil.copytree(alone.directory, tmp_path / "old")
     data = json.loads((old / "manifest.json").read_text())

@@ -65,7 +65,8 @@ def check_task_weights(
     for name in own:
         stack = stacks.head(name)
         for place, found in enumerate(parameters):
-            _check_head(f"{name} of task {place}", stack[place], found[name])
+            task = reference.tasks[task_ids[place]].name
+            _check_head(f"{name} of task {task}", stack[place], found[name])
     stacks.finish()
     return worst
 

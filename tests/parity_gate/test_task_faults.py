@@ -57,12 +57,14 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], No
 
 def _order(sound: Insert, model: Any, adapters: Any, heads: Any, task_ids: Any) -> None:
     """Low ranks and heads stand in another order than the tasks."""
-    sound(model, adapters, [heads[1], heads[0], heads[2]], [1, 0, 2])
+    first, second, third = task_ids
+    sound(model, adapters, [heads[1], heads[0], heads[2]], [second, first, third])
 
 
 def _linears(sound: Insert, model: Any, adapters: Any, heads: Any, task_ids: Any) -> None:
     """Low ranks of two tasks are exchanged; heads are not."""
-    sound(model, adapters, heads, [1, 0, 2])
+    first, second, third = task_ids
+    sound(model, adapters, heads, [second, first, third])
 
 
 def _heads(sound: Insert, model: Any, adapters: Any, heads: Any, task_ids: Any) -> None:
@@ -92,7 +94,7 @@ def _wider(array: Any) -> None:
 STORED = {
     "order of all": (_order, "with what task tone adds"),
     "order of low ranks": (_linears, "with what task tone adds"),
-    "heads exchanged": (_heads, "classifier.bias of task 0"),
+    "heads exchanged": (_heads, "classifier.weight of task tone"),
     "B of one task": (
         _stack(f"attention.self.value{STACKED}B", _scaled),
         "attention.self.value.weight, with what task score adds",
@@ -102,12 +104,14 @@ STORED = {
         "intermediate.dense.weight, with what task score adds",
     ),
     "head of one task": (
-        _stack(f"classifier{STACKED}weight", _scaled), "classifier.weight of task 2",
+        _stack(f"classifier{STACKED}weight", _scaled), "classifier.weight of task score",
     ),
     "beyond a head": (
         _stack(f"classifier{STACKED}weight", _wider), "goes beyond its 1 outputs",
     ),
-    "bias of one task": (_stack(f"classifier{STACKED}bias", _scaled), "classifier.bias of task 2"),
+    "bias of one task": (
+        _stack(f"classifier{STACKED}bias", _scaled), "classifier.bias of task score",
+    ),
 }  # fmt: skip
 
 
@@ -171,13 +175,9 @@ def _after(change: Callable[[ir.Model, ir.Value], ir.Value]) -> Callable[..., No
 
 def _next(model: ir.Model, ids: ir.Value) -> ir.Value:
     """Every row has the task after its own."""
-    after = ids.producer()
-    assert after is not None
     node = next(n for n in model.graph if n.op_type == "Gather" and ids in n.inputs)
-    one, count = (constant(model.graph, np.array(n, np.int64)) for n in (1, 3))
-    added = insert(node, "Add", [ids, one], path="fault").outputs[0]
-    added.type = ids.type
-    return insert(node, "Mod", [added, count], path="fault").outputs[0]
+    after = constant(model.graph, np.array([1, 2, 0], np.int64))
+    return insert(node, "Gather", [after, ids], path="fault").outputs[0]
 
 
 def _first_rows(model: ir.Model, ids: ir.Value) -> ir.Value:
