@@ -23,6 +23,7 @@ from eptc.precision import SCHEMES
 if TYPE_CHECKING:
     from eptc.build import Folder
     from eptc.planning import Plan
+    from eptc.runtime import Engine
 
 __all__ = ["main"]
 
@@ -105,8 +106,9 @@ def main() -> None:
 @click.argument("ckpt", type=FOLDER)
 @click.option(
     "--task",
-    help="Name, alias or id of the task to compile; not needed where there is one. With --target "
-    "lora also several, comma separated, or all: a folder for each.",
+    help="Name, alias or id of the task to compile; not needed where there is one. Several, comma "
+    "separated, or all: one engine whose rows name their task; with --target lora a folder for "
+    "each.",
 )
 @click.option(
     "--target",
@@ -253,7 +255,7 @@ def export(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile one task of the checkpoint CKPT into a verified engine.
+    """Compile one task, or several, of the checkpoint CKPT into a verified engine.
 
     The engine is compared with the unfolded PyTorch model before it is published. Where they
     differ, nothing is published and the exit code is 1. Below float32 that holds for the engine
@@ -287,6 +289,7 @@ def export(
                 {
                     "bundle": str(bundle.path),
                     "task": bundle.manifest.task.name if bundle.manifest.task else None,
+                    "tasks": [task.name for task in bundle.manifest.tasks],
                     "passes": [dataclasses.asdict(record) for record in bundle.passes],
                     "seconds": bundle.seconds,
                     "files": {n: f.size for n, f in bundle.manifest.files.items()},
@@ -440,9 +443,13 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.argument("bundle", type=FOLDER)
 @click.argument("texts", nargs=-1, metavar="TEXT...")
 @click.option("--pair", "pairs", nargs=2, multiple=True, help="A pair of texts; may be repeated.")
-@click.option("--task", help="Of a pack: the task that answers.")
-@click.option("--folded", is_flag=True, help="Of a pack: in sessions for this task alone.")
 @click.option("--data", type=FOLDER, help="JSON lines file with the task's fields.")
+@click.option(
+    "--task",
+    help="Where BUNDLE serves several: the task of all texts. Without it each line of --data has "
+    "its own, in `task`; of a pack it is needed.",
+)
+@click.option("--folded", is_flag=True, help="Of a pack: in sessions for this task alone.")
 @click.option("--truncate", is_flag=True, help="Cut texts that are too long instead of refusing.")
 @click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
 @click.option("--sample", "do_sample", is_flag=True, help="Draw tokens at random.")
@@ -460,9 +467,9 @@ def run(
     bundle: Path,
     texts: tuple[str, ...],
     pairs: tuple[tuple[str, str], ...],
+    data: Path | None,
     task: str | None,
     folded: bool,
-    data: Path | None,
     truncate: bool,
     stream: bool,
     providers: tuple[str, ...],
@@ -485,20 +492,19 @@ def run(
     writing = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
     given_providers = list(providers) or None
     with open_engine(bundle, task=task, folded=folded, providers=given_providers) as engine:
-        described = engine.task
-        labelled = engine.manifest.kind == "encoder-classifier" or bool(
-            described and described.labels
-        )
+        examples, tasks = _with_tasks(engine, examples)
         if stream:
-            for example in examples:
-                for piece in engine.stream(example, truncate=truncate, **writing):
+            for i, example in enumerate(examples):
+                own = None if tasks is None else tasks[i]
+                for piece in engine.stream(example, task=own, truncate=truncate, **writing):
                     click.echo(piece, nl=False)
                 click.echo()
             return
+        labelled = engine.manifest.kind == "encoder-classifier" or _all_labelled(engine, tasks)
         if labelled and not writing:
-            answers: Sequence[Any] = engine.classify(examples, truncate=truncate)
+            answers: Sequence[Any] = engine.classify(examples, tasks=tasks, truncate=truncate)
         else:
-            answers = engine.generate(examples, truncate=truncate, **writing)
+            answers = engine.generate(examples, tasks=tasks, truncate=truncate, **writing)
     if as_json:
         both = zip(examples, answers, strict=True)
         listed = [{"input": example, **dataclasses.asdict(answer)} for example, answer in both]
@@ -508,9 +514,35 @@ def run(
         click.echo(_answer(answer))
 
 
+def _with_tasks(engine: Engine, examples: list[Any]) -> tuple[list[Any], list[str] | None]:
+    """Return the texts, and the task of each; None where there is one."""
+    if not engine.manifest.tasks:
+        return examples, None
+    found, tasks = [], []
+    for example in examples:
+        if not isinstance(example, dict) or not isinstance(example.get("task"), str):
+            raise OptionError(
+                f"the engine serves {len(engine.tasks)} tasks, and {str(example)[:60]!r} names "
+                "none",
+                expected=", ".join(task.name for task in engine.tasks),
+                fix="give --task, or a line of --data with `task`",
+            )
+        tasks.append(example["task"])
+        found.append({key: value for key, value in example.items() if key != "task"})
+    return found, tasks
+
+
+def _all_labelled(engine: Engine, tasks: list[str] | None) -> bool:
+    """Whether every task that is asked for has labels to choose from."""
+    if not engine.manifest.tasks:
+        return all(task.labels for task in engine.tasks) and bool(engine.tasks)
+    views = [engine.for_task(name) for name in dict.fromkeys(tasks or ())]
+    return all(view.task is not None and view.task.labels for view in views)
+
+
 @main.command()
 @click.argument("bundle", type=FOLDER)
-@click.option("--task", help="Of a pack: the task that is measured.")
+@click.option("--task", help="Where BUNDLE serves several: the task that is measured.")
 @click.option("--folded", is_flag=True, help="Of a pack: in sessions for this task alone.")
 @click.option("--batch", default="1,8", show_default=True, callback=_sizes, help="Rows a call.")
 @click.option(

@@ -93,9 +93,10 @@ def check_inputs(
     linears = [path for path in task.linears if f"{path}.weight" not in manifest.heads]
     lost = [path for path in linears if path not in manifest.linears]
     if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise CheckpointError(
             f"{source.path} adapts linears that no task of the pack {folder} did when it was "
-            f"built: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else ""),
+            f"built: {', '.join(lost[:3])}{more}",
             expected=f"some of its {len(manifest.linears)} linears",
             fix=_REBUILD,
         )

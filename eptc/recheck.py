@@ -11,7 +11,7 @@ from typing import Any
 from eptc import checkpoint
 from eptc.calibration import twin
 from eptc.errors import BundleError, OptionError, OutputError, ParityError
-from eptc.examples_file import read_examples
+from eptc.examples_file import Example, read_examples, read_task_examples
 from eptc.lossy import budget_of
 from eptc.machine import available_memory
 from eptc.options import Options
@@ -26,8 +26,9 @@ from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier, Subject
 from eptc.precision import SCHEMES
 from eptc.runtime import Engine, Manifest, load_manifest
-from eptc.runtime.pack import Pack, only_task
+from eptc.runtime.pack import Pack, only_task, open_engine
 from eptc.runtime.spec import PACK
+from eptc.stacking import refused_blocks
 from eptc.tasks import Task
 
 __all__ = ["parity"]
@@ -67,7 +68,8 @@ def parity(
         tasks: task names in id order; None: the manifest's.
         top_k: experts a task uses; None: the manifest's.
         task_spec: JSON file with prompts and labels; None: the manifest's.
-        data: JSON lines file with labelled examples; both sides are scored on it.
+        data: JSON lines file with labelled examples; both sides are scored on it. Where the
+            engine serves several tasks each row names its own in `task`.
         allow_pickle: read `.bin` files (weights only).
         format: of the checkpoint; None: the manifest's.
         progress: called with what is being done.
@@ -83,10 +85,10 @@ def parity(
     """
     folder = Path(bundle)
     pack = _pack(folder, task)
-    name = "" if pack is None else only_task(pack.manifest, task, folder)
-    manifest = load_manifest(folder) if pack is None else pack.manifest.engine(name)
-    described = manifest.task
-    if described is None:
+    packed = "" if pack is None else only_task(pack.manifest, task, folder)
+    manifest = load_manifest(folder) if pack is None else pack.manifest.engine(packed)
+    tasks_of = manifest.tasks or (() if manifest.task is None else (manifest.task,))
+    if not tasks_of:
         raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
     recorded = manifest.checkpoint
     kind = _format(folder, recorded) if format is None else checkpoint.find_format(format)
@@ -108,24 +110,31 @@ def parity(
     )
     _check_origin(folder, manifest, source)
     names = [t.name for t in source.contents.tasks]
-    if described.name not in names:
+    if lost := [task.name for task in tasks_of if task.name not in names]:
         raise BundleError(
-            f"{folder} was built for task {described.name!r}, which the checkpoint does not have",
+            f"{folder} was built for task {lost[0]!r}, which the checkpoint does not have",
             expected=", ".join(names),
         )
-    examples = read_examples(Path(data), described, labelled=True) if data is not None else None
-    if examples is not None and described.kind == "generation":
-        raise OptionError(
-            f"task {described.name!r} has no labels to score", fix="leave --data out"
-        )
+    examples = None if data is None else _labelled(Path(data), manifest)
+    for name in examples or {}:
+        if next(task for task in tasks_of if task.name == name).kind == "generation":
+            raise OptionError(f"task {name!r} has no labels to score", fix="leave --data out")
+    by_block = pack is None and _by_block(folder, manifest.precision, source)
+    subject = Subject(source, tasks_of[0].name, None, by_block)
+    if not manifest.tasks:
+        if examples is not None:
+            subject = dataclasses.replace(subject, examples=examples[tasks_of[0].name])
+    elif by_block:
+        raise refused_blocks(source, manifest.precision)
+    else:
+        chosen = [task.name for task in tasks_of]
+        subject = dataclasses.replace(subject, task=chosen, examples=examples)
     with contextlib.ExitStack() as stack:
         verifier: LocalVerifier | PackGate
         if pack is not None:
             verifier = pack_gate(source, None)
-            report, _ = verifier.prove(pack, name, examples=examples, progress=progress)
+            report, _ = verifier.prove(pack, packed, examples=subject.examples, progress=progress)
         else:
-            by_block = _by_block(folder, manifest.precision, source)
-            subject = Subject(source, described.name, examples, by_block)
             verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
             if manifest.precision in _SIMULATED:
                 folder = _simulated(folder, manifest, stack)
@@ -134,33 +143,57 @@ def parity(
         if examples is None or verifier.tokenizer is None:
             return report
         progress("score")
-        with (
-            Engine.load(folder, providers=["cpu"]) if pack is None else pack.engine(name)
-        ) as engine:
-            got = answers(engine, examples)
-        want = reference_answers(
-            manifest, verifier.reference, described, verifier.tokenizer, examples
-        )
-    scores = compare_answers(
-        described, want, got, right_answers(described, examples), precision=manifest.precision
+        with open_engine(folder, task=packed or None, providers=["cpu"]) as engine:
+            scores = {
+                name: _scores(engine.for_task(name), verifier, rows)
+                for name, rows in examples.items()
+            }
+    return dataclasses.replace(
+        report, scores=scores if manifest.tasks else scores[tasks_of[0].name]
     )
-    fixes = _what_loses(manifest)
-    budget = _allowed(manifest, described) if fixes else Budget(max_flips=0.0)
-    if reason := budget.exceeded(scores):
-        raise ParityError(reason, fix=", ".join(fixes) or "build the bundle again")
-    return dataclasses.replace(report, scores=scores)
 
 
 def _pack(folder: Path, task: str | None) -> Pack | None:
-    """Return the pack in a folder; None where it is a bundle, which has one task."""
+    """Return the pack in a folder; None where it is a bundle, of which every task is compared."""
     if (folder / PACK).exists():
         return Pack.load(folder, providers=["cpu"])
     if task is not None:
         raise OptionError(
             f"--task {task} was given for {folder}, which is no pack",
-            fix="leave it out: a bundle has one engine",
+            fix="leave it out: every task of a bundle is compared",
         )
     return None
+
+
+def _labelled(path: Path, manifest: Manifest) -> dict[str, list[Example]]:
+    """Return the labelled rows of a file by the name of their task."""
+    if manifest.tasks:
+        return read_task_examples(path, manifest.tasks, labelled=True)
+    assert manifest.task is not None
+    return {manifest.task.name: read_examples(path, manifest.task, labelled=True)}
+
+
+def _scores(
+    engine: Engine, verifier: LocalVerifier | PackGate, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """Return how an engine of one task and the reference score on labelled rows.
+
+    Raises:
+        ParityError: the engine loses more than it may.
+    """
+    manifest, task = engine.manifest, engine.task
+    assert task is not None
+    assert verifier.tokenizer is not None
+    got = answers(engine, examples)
+    want = reference_answers(manifest, verifier.reference, task, verifier.tokenizer, examples)
+    scores = compare_answers(
+        task, want, got, right_answers(task, examples), precision=manifest.precision
+    )
+    fixes = _what_loses(manifest)
+    budget = _allowed(manifest, task) if fixes else Budget(max_flips=0.0)
+    if reason := budget.exceeded(scores):
+        raise ParityError(reason, fix=", ".join(fixes) or "build the bundle again")
+    return scores
 
 
 def _what_loses(manifest: Manifest) -> list[str]:

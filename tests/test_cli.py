@@ -823,9 +823,9 @@ def _copy_bundle(bundle: Path, target: Path) -> Path:
             lambda b: (b / "manifest.json").write_text(
                 (b / "manifest.json")
                 .read_text()
-                .replace('"schema_version": 1', '"schema_version": 2')
+                .replace('"schema_version": 2', '"schema_version": 3')
             ),
-            "schema version 2|newer",
+            "schema version 3|newer",
             id="newer-manifest",
         ),
     ],

@@ -6,7 +6,8 @@
     y   = x W^T + (x Gather(A, ids)) Gather(B, ids)
 
 A [count, in, k] and B [count, k, out] hold the tasks' factors, transposed and filled up with
-zeros to the largest rank. Linears that read the same x share the first product.
+zeros to the largest rank. Linears that read the same x share the first product: their A stand
+side by side, under all their names.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from eptc.ir.numbers import read
 from eptc.lower.branch_nodes import BranchNodes
 from eptc.lower.calls import Call, add_to, calls
 from eptc.lower.edit import constant, drop, insert, replace
+from eptc.lower.weights import PACKED, STACKED
+from eptc.runtime.spec import TASK_IDS
 from eptc.tensors import LazyTensor
 
-__all__ = ["TASK_IDS", "insert_tasks"]
-
-TASK_IDS = "task_ids"
+__all__ = ["insert_tasks"]
 
 
 def insert_tasks(
@@ -148,7 +149,7 @@ def _add_branches(
     ranks = [_rank(of_linear) for of_linear in factors]
     down = stacks.rows(
         nodes,
-        f"{first.path}.tasks.A",
+        PACKED.join(f"{call.path}{STACKED}A" for call in together),
         (_features(first.x), sum(ranks)),
         [functools.partial(_side_by_side, deltas, ranks) for deltas in zip(*factors, strict=True)],
     )
@@ -161,7 +162,7 @@ def _add_branches(
         nodes = BranchNodes(call)
         up = stacks.rows(
             nodes,
-            f"{call.path}.tasks.B",
+            f"{call.path}{STACKED}B",
             (rank, _features(call.y)),
             [functools.partial(_transposed, None if d is None else d.B) for d in of_linear],
         )
@@ -229,7 +230,7 @@ def _replace_parameter(
 def _replace_linear(call: Call, parts: Sequence[Callable[[], Float64]], stacks: _Stacks) -> None:
     nodes = BranchNodes(call)
     shape = (_features(call.x), _features(call.y))
-    weight = stacks.rows(nodes, f"{call.path}.tasks.weight", shape, parts)
+    weight = stacks.rows(nodes, f"{call.path}{STACKED}weight", shape, parts)
     y = _unrolled(nodes, _times(nodes, call.x, weight))
     if call.node.op_type == "Gemm" and len(call.node.inputs) > 2:
         bias = call.node.inputs[2]
@@ -244,7 +245,7 @@ def _replace_bias(
     call: Call, bias: ir.Value, parts: Sequence[Callable[[], Float64]], stacks: _Stacks
 ) -> None:
     nodes = BranchNodes(call)
-    rows = stacks.rows(nodes, f"{call.path}.tasks.bias", (_features(call.y),), parts)
+    rows = stacks.rows(nodes, f"{call.path}{STACKED}bias", (_features(call.y),), parts)
     if nodes.leading == 2:
         rows = nodes.op("Unsqueeze", rows, nodes.numbers(1))
     for node, index in tuple(bias.uses()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from eptc import text
 from eptc.checkpoint import Checkpoint
 from eptc.errors import BundleError, ParityError
 from eptc.nn.adapted import ReferenceModel
-from eptc.parity_gate.gate import probed, refuse
+from eptc.parity_gate.compare import FP32
+from eptc.parity_gate.gate import prove_outputs, refuse
 from eptc.parity_gate.interface import check_manifest
 from eptc.parity_gate.layers import LayerGate, layer_outputs
 from eptc.parity_gate.probes import Example
@@ -56,7 +57,7 @@ class PackGate:
         name: str,
         *,
         examples: Sequence[Example] | None = None,
-        layers: dict[str, float] | None = None,
+        layers: Mapping[str, float] | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> tuple[ParityReport, ParityReport]:
         """Compare both engines of a task, the one that is fed its factors and the folded one.
@@ -85,9 +86,10 @@ class PackGate:
             reports = []
             for engine, deviation in zip(engines, weights, strict=True):
                 check_manifest(engine.manifest, self.reference, task_id)
-                report = probed(
-                    engine, self.reference, task_id, self.tokenizer, weights=deviation,
-                    examples=examples, layers=layers, progress=progress,
+                report = prove_outputs(
+                    engine, self.reference, task_id, self.tokenizer,
+                    ParityReport((), FP32, dict(layers or {}), deviation, (), (), 0),
+                    examples=examples, progress=progress,
                 )  # fmt: skip
                 which = "folded" if reports else "switched"
                 refuse(report, f"this is a bug in the {which} graphs of the pack: report it")

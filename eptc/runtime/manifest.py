@@ -15,6 +15,7 @@ from eptc.runtime.spec import (
     INTERFACES,
     MANIFEST,
     PACK,
+    TASK_IDS,
     FileRecord,
     GenerationSpec,
     GraphSpec,
@@ -36,7 +37,7 @@ __all__ = [
     "read_manifest",
 ]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _REBUILD: Final = "copy the bundle again, or build it again with `eptc export`"
 
@@ -52,8 +53,9 @@ class Manifest:
         precision: `fp32`; `fp16-weights` and `bf16-weights` for matrices that are stored in 16
             bits and computed in float32; what the engine was lowered to: `fp16`, `bf16`, `int8`,
             `int8-static`, `int8-weights`, `int4`, or `mixed`.
-        task: the task it was compiled for; None for a bare model.
-        num_labels: width of a classifier's logits; None for an engine that writes text.
+        task: the task it was compiled for; None for a bare model, or where there are several.
+        num_labels: width of a classifier's logits, that of the widest head where there are
+            several; None for an engine that writes text.
         vocab_size: token ids are below it; None where unknown.
         graphs: by role, the keys of `INTERFACES[kind]`.
         generation: None for a classifier.
@@ -67,6 +69,8 @@ class Manifest:
             `any` where all operators are standard ones.
         parity: summary of the comparison with the reference; `verified` says whether it ran.
         routing: what the answer to one row depends on.
+        tasks: where the engine serves several tasks, each; a row names its own by its place
+            among them.
     """
 
     kind: str
@@ -87,6 +91,7 @@ class Manifest:
     parity: Mapping[str, Any]
     optimized_for: str = "any"
     routing: RoutingSpec = STATIC
+    tasks: tuple[Task, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -99,6 +104,7 @@ class Manifest:
             "precision": self.precision,
             "optimized_for": self.optimized_for,
             "task": self.task.to_json() if self.task is not None else None,
+            "tasks": [task.to_json() for task in self.tasks] if self.tasks else None,
             "routing": self.routing.to_json(),
             "num_labels": self.num_labels,
             "vocab_size": self.vocab_size,
@@ -156,6 +162,9 @@ class Manifest:
             routing=STATIC
             if (routing := fields.optional("routing", None)) is None
             else RoutingSpec.from_json(routing, "routing"),
+            tasks=()
+            if fields.optional("tasks", None) is None
+            else tuple(_given_task(item) for item in fields.items("tasks")),
             schema_version=version,
         )
         fields.finish()
@@ -188,6 +197,7 @@ class Manifest:
                 raise BundleError("an encoder-decoder has no decoder_start_token_id")
         elif not writes and self.num_labels is None:
             raise BundleError("a classifier has no num_labels")
+        self._check_tasks()
         if not writes and self.task is not None and self.task.num_outputs != self.num_labels:
             raise BundleError(
                 f"task {self.task.name!r} has {self.task.num_outputs} outputs, "
@@ -201,6 +211,33 @@ class Manifest:
         for file in named:
             if file not in self.files:
                 raise BundleError(f"{file!r} is used but not listed under files")
+
+    def _check_tasks(self) -> None:
+        """Raise BundleError where the parts of an engine of several tasks do not go together."""
+        told = [name for name, graph in self.graphs.items() if TASK_IDS in graph.input_names]
+        if not self.tasks:
+            if told:
+                raise BundleError(f"graph {told[0]!r} reads {TASK_IDS}, and there are no tasks")
+            return
+        names = [task.name for task in self.tasks]
+        if self.task is not None or len(names) < 2 or len(set(names)) < len(names):
+            raise BundleError(
+                f"the engine is of the tasks {names}, and of {self.task}",
+                expected="two tasks or more, each once, or one",
+            )
+        if missing := [name for name in self.graphs if name not in told]:
+            raise BundleError(f"graph {missing[0]!r} has no {TASK_IDS}, and there are tasks")
+        widest = max(task.num_outputs for task in self.tasks)
+        if self.kind == "encoder-classifier" and widest != self.num_labels:
+            raise BundleError(
+                f"the widest task has {widest} outputs, num_labels is {self.num_labels}"
+            )
+        if self.generation is not None:
+            limits = self.generation.task_max_new_tokens
+            if len(limits) != len(names):
+                raise BundleError(
+                    f"there are {len(names)} tasks, and task_max_new_tokens of {len(limits)}"
+                )
 
 
 def load_manifest(directory: str | Path) -> Manifest:
@@ -288,8 +325,10 @@ def plain_file(path: Path) -> int:
 
 
 def _task(data: object) -> Task | None:
-    if data is None:
-        return None
+    return None if data is None else _given_task(data)
+
+
+def _given_task(data: object) -> Task:
     try:
         return Task.from_json(Fields(data, "task").data)
     except TaskError as error:

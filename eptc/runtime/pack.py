@@ -202,24 +202,24 @@ def open_engine(
 
     Args:
         directory: the bundle or the pack.
-        task: of a pack, the task; None where there is one.
+        task: the task; None where there is one, or for an engine whose rows name theirs.
         folded: of a pack, whether the engine has sessions of its own.
         providers: as for `Engine.load`.
         threads: likewise.
 
     Raises:
         BundleError: neither a bundle nor a pack, or damaged.
-        OptionError: a task was named for a bundle.
-        TaskError: the pack has no such task, or several and none was named.
+        OptionError: a folded engine of a bundle was asked for.
+        TaskError: there is no such task; the pack has several, and none was named.
     """
     if not (directory / PACK).exists():
-        if task is not None or folded:
+        if folded:
             raise OptionError(
-                f"--{'folded' if task is None else 'task'} was given for {directory}, which is no "
-                "pack",
-                fix="leave it out: a bundle has one engine",
+                f"--folded was given for {directory}, which is no pack",
+                fix="leave it out: a bundle has sessions of its own",
             )
-        return Engine.load(directory, providers=providers, threads=threads)
+        engine = Engine.load(directory, providers=providers, threads=threads)
+        return engine if task is None else engine.for_task(task)
     pack = Pack.load(directory, providers=providers, threads=threads)
     return pack.engine(only_task(pack.manifest, task, directory), folded=folded)
 

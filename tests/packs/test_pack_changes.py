@@ -116,10 +116,9 @@ def test_a_linear_without_an_input_is_refused(
     packed: Packed, write_lora: Callable[..., Path]
 ) -> None:
     folder = write_lora("bert.encoder.layer.0.attention.self.key")
-    _refused(
-        packed, CheckpointError, r"adapts linears that no task .*: bert.*attention\.self\.key", folder,
-        tasks=["mood"], task_spec=folder / "tasks.json",
-    )  # fmt: skip
+    said = r"adapts linears that no task .*: bert.*attention\.self\.key"
+    options = {"tasks": ["mood"], "task_spec": folder / "tasks.json"}
+    _refused(packed, CheckpointError, said, folder, **options)
 
 
 def test_another_base_is_refused(packed: Packed, copy_native: Folders) -> None:
