@@ -96,6 +96,28 @@ def export(  # type: ignore[overload-overlap]  # `str` has the names of targets 
 def export(
     ckpt: str | Path,
     *,
+    layout: Literal["pack"],
+    out: str | Path,
+    task: TaskChoice = ...,
+    base: str | Path | None = ...,
+    target: Literal["onnx"] = ...,
+    tasks: Sequence[str] | None = ...,
+    top_k: int | None = ...,
+    task_spec: str | Path | None = ...,
+    optimize_for: OptimizeFor | None = ...,
+    max_memory: int | None = ...,
+    verify: bool = ...,
+    allow_pickle: bool = ...,
+    format: str | None = ...,
+    force: bool = ...,
+    progress: Progress = ...,
+) -> Folder: ...
+
+
+@overload
+def export(
+    ckpt: str | Path,
+    *,
     task: TaskChoice = ...,
     out: str | Path,
     base: str | Path | None = ...,
@@ -122,7 +144,7 @@ def export(
     routing: Routing = ...,
     passes: Sequence[str | AdapterPass | GraphPass] = ...,
     max_rank: int | None = ...,
-    layout: Layout = ...,
+    layout: Literal["flat", "optimum"] = ...,
     genai_python: str | Path | None = ...,
     force: bool = ...,
     progress: Progress = ...,

@@ -8,7 +8,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,7 +263,7 @@ def export(
     --max-drop and --max-flips on --data.
     """
     options |= {"task": task, "target": target, "verify": not no_verify}
-    if options["precision"] == "all" and target not in _folder_targets():
+    if options["precision"] == "all" and not _writes_folder(target, options["layout"]):
         if dry_run or force:
             raise OptionError(
                 f"--precision all was given together with {'--dry-run' if dry_run else '--force'}",
@@ -317,10 +317,10 @@ def export(
     click.echo(f"{bundle.path}: {_bytes(size)}, {sum(bundle.seconds.values()):.1f} s")
 
 
-def _folder_targets() -> Collection[str]:
-    from eptc.folder_targets import FOLDER_TARGETS
+def _writes_folder(target: str, layout: str) -> bool:
+    from eptc.folder_targets import folder_target
 
-    return FOLDER_TARGETS
+    return folder_target(target, layout) is not None
 
 
 def _print_folder(folder: Folder, as_json: bool) -> None:

@@ -111,6 +111,11 @@ class Options:
                 "run in onnxruntime-genai",
                 expected="it with --target genai",
             )
+        if self.layout == "pack":
+            raise OptionError(
+                "--layout pack was given where one engine is meant",
+                expected="it without --dry-run and --precision all",
+            )
         if self.layout != "flat" and self.aim.plugin is not None:
             raise OptionError(
                 f"--layout {self.layout} was given together with --target {self.target}",

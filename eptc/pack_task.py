@@ -205,7 +205,7 @@ def describe_task(
     """
     config = task_config(source, factored.task_id)
     engine = describe(
-        source, factored.task_id, {**config.to_dict(), **factored.model.config},
+        source, [factored.task_id], {**config.to_dict(), **factored.model.config},
         text.generation_config(source.base.path), graphs, tokenizer, factored.records,
         precision="fp32", optimize_for=optimize_for,
         plugins=[] if source.format.plugin is None else [source.format.plugin],

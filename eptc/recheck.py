@@ -133,7 +133,8 @@ def parity(
         verifier: LocalVerifier | PackGate
         if pack is not None:
             verifier = pack_gate(source, None)
-            report, _ = verifier.prove(pack, packed, examples=subject.examples, progress=progress)
+            rows = None if examples is None else examples[tasks_of[0].name]
+            report, _ = verifier.prove(pack, packed, examples=rows, progress=progress)
         else:
             verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
             if manifest.precision in _SIMULATED:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import eptc
-from eptc import pack_export, pack_graphs
+from eptc import pack_graphs
 from eptc.errors import CheckpointError, OptionError, ParityError
 from eptc.pack_graphs import PackGraphs
-from eptc.pack_task import adapter_file
+from eptc.pack_task import adapter_file, task_tensors
 from eptc.runtime import LinearSpec, read_pack
 from eptc.runtime.pack_tensors import factor_names
 from tests.conftest import Folders, Outcome
@@ -145,8 +145,11 @@ def test_faulty_tensors_are_not_published(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
-    right = pack_export.task_tensors
-    monkeypatch.setattr(pack_export, "task_tensors", lambda *given: change(right(*given)))
+
+    def changed(*given: Any) -> dict[str, Any]:
+        return change(dict(task_tensors(*given)))
+
+    monkeypatch.setattr("eptc.pack_export.task_tensors", changed)
     with pytest.raises(ParityError):
         _build(small_native, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -155,13 +158,13 @@ def test_faulty_tensors_are_not_published(
 def test_the_tensors_of_another_task_are_not_published(
     small_native: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, made = pack_export.task_tensors, list[Any]()
+    made: list[Any] = []
 
     def first(*given: Any) -> Any:
-        made.append(right(*given))
+        made.append(task_tensors(*given))
         return made[0]
 
-    monkeypatch.setattr(pack_export, "task_tensors", first)
+    monkeypatch.setattr("eptc.pack_export.task_tensors", first)
     with pytest.raises(ParityError, match=r"the weight .* is off|is not the base's"):
         _build(small_native, tmp_path / "out", task="tone,same")
 
@@ -172,21 +175,25 @@ def _lost_linear(graphs: PackGraphs) -> None:
 
     graph = graphs.models["model"].graph
     total = next(node for node in graph if (node.name or "").endswith("branch/Add"))
-    replace_all_uses_with(total.outputs[0], total.inputs[0])
+    without = total.inputs[0]
+    assert without is not None
+    replace_all_uses_with(total.outputs[0], without)
 
 
-def _folded_twice(graphs: PackGraphs) -> None:
+def _no_activation(graphs: PackGraphs) -> None:
     """Let the folded graph's output be off."""
     from onnx_ir.convenience import replace_all_uses_with
 
     graph = graphs.models["folded.model"].graph
     gelu = next(node for node in graph if node.op_type in ("Gelu", "Erf"))
-    replace_all_uses_with(gelu.outputs[0], gelu.inputs[0])
+    linear = gelu.inputs[0]
+    assert linear is not None
+    replace_all_uses_with(gelu.outputs[0], linear)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(_lost_linear, "bug in the switched graphs"), (_folded_twice, "bug in the folded graphs")],
+    [(_lost_linear, "bug in the switched graphs"), (_no_activation, "bug in the folded graphs")],
 )
 def test_a_faulty_graph_is_not_published(
     small_native: Folders,

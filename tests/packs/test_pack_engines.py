@@ -38,7 +38,7 @@ def test_recorded_checkpoints(golden: Path, tmp_path: Path, name: str) -> None:
     rng, logits = np.random.default_rng(0), dict[str, Any]()
     ids = rng.integers(3, 60, (3, 7))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    for task in (names[0], names[3], names[5]):
+    for task in (names[3], names[5]):
         alone = tmp_path / task
         eptc.export(ckpt, task=task, out=alone, verify=False, **given)
         with Engine.load(alone, providers=["cpu"]) as engine:
@@ -51,8 +51,8 @@ def test_recorded_checkpoints(golden: Path, tmp_path: Path, name: str) -> None:
                 bound = 3e-5 * max(1.0, np.abs(array).max())
                 np.testing.assert_allclose(got[key], array, rtol=0, atol=bound)
         logits[task] = next(iter(first.values()))
-    one, two, three = logits.values()
-    assert np.abs(one - two).max() > 1e-3 < np.abs(one - three).max()
+    one, two = logits.values()
+    assert np.abs(one - two).max() > 1e-3
 
 
 def _first(engine: Engine, feeds: Given) -> dict[str, Any]:
@@ -174,10 +174,10 @@ def test_heads_of_other_models(
     model.save_pretrained(base)
     first = _write_lora(tmp_path / "first", model, linears, head, 3)
     second = _write_lora(tmp_path / "second", model, linears, head, 5 if head else 3)
-    given = {"base": base, "task_spec": first / "tasks.json", "tasks": ["first"]}
+    given: dict[str, Any] = {"base": base, "task_spec": first / "tasks.json", "tasks": ["first"]}
     out = tmp_path / "pack"
     eptc.export(first, task="first", layout="pack", out=out, **given)
-    given2 = {"base": base, "task_spec": second / "tasks.json", "tasks": ["second"]}
+    given2 = {**given, "task_spec": second / "tasks.json", "tasks": ["second"]}
     eptc.add_task(out, second, **given2)
     pack = Pack.load(out, providers=["cpu"])
     ids = np.random.default_rng(0).integers(3, 40, (3, 9))

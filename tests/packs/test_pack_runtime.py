@@ -243,8 +243,9 @@ def test_a_task_is_found_by_name_or_alias(built_pack: Path, alone: Alone) -> Non
     with pytest.raises(TaskError, match="has 2 tasks, and none was chosen"):
         open_engine(built_pack, providers=["cpu"])
     assert open_engine(built_pack, task="score", providers=["cpu"]).task == pack.tasks["score"]
-    with pytest.raises(OptionError, match=r"--task was given for .*, which is no pack"):
-        open_engine(alone("tone"), task="tone")
+    assert open_engine(alone("tone"), task="sentiment").task == pack.tasks["tone"]
+    with pytest.raises(TaskError, match="'score'"):
+        open_engine(alone("tone"), task="score")
     with pytest.raises(OptionError, match="--folded was given"):
         open_engine(alone("tone"), folded=True)
 
