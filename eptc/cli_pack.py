@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from eptc.cli_common import FOLDER, command, json_option, progress_shown, source_options
-from eptc.runtime.pack_manifest import read_pack
 
 __all__ = ["pack"]
 
@@ -79,6 +78,8 @@ def remove(folder: Path, task: str, as_json: bool) -> None:
 @command
 def list_(folder: Path, as_json: bool) -> None:
     """List the tasks: labels, ranks, sizes, where they come from."""
+    from eptc.runtime.pack_manifest import read_pack
+
     manifest = read_pack(folder)
     tasks = {name: entry.told() for name, entry in manifest.tasks.items()}
     if as_json:

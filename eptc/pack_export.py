@@ -162,15 +162,16 @@ def pack_gate(source: Checkpoint, max_memory: int | None) -> PackGate:
     Raises:
         OptionError: there is no memory for it.
     """
-    from eptc.parity_gate.memory import verified_by_block, whole_model_bytes
+    from eptc.parity_gate.memory import engine_bytes, whole_model_bytes
     from eptc.parity_gate.packs import PackGate
 
     limit = available_memory() if max_memory is None else max_memory
-    if verified_by_block(source, "fp32", limit):
-        assert limit is not None
+    # The reference, and both engines of a task.
+    needed = whole_model_bytes(source) + engine_bytes(source)
+    if limit is not None and needed > limit:
         raise OptionError(
-            f"tasks of a pack are compared with the whole model in memory, which takes "
-            f"{whole_model_bytes(source) / 1e9:.1f} GB, and {limit / 1e9:.1f} GB may be used",
+            "tasks of a pack are compared with the whole model in memory, which takes "
+            f"{needed / 1e9:.1f} GB, and {limit / 1e9:.1f} GB may be used",
             fix="build where there is more memory, give --no-verify and compare later with "
             "`eptc parity`, or export each task by itself",
         )

@@ -83,7 +83,7 @@ class PackGate:
                 raise ParityError(f"the engine of {name} does not load: {error}") from error
             progress(f"parity: weights of {name}")
             weights = self._check_weights(pack, name, task_id)
-            reports = []
+            reports: list[ParityReport] = []
             for engine, deviation in zip(engines, weights, strict=True):
                 check_manifest(engine.manifest, self.reference, task_id)
                 report = prove_outputs(

@@ -60,7 +60,9 @@ def test_what_the_manifest_says_of_a_task(built_pack: Path) -> None:
 
 
 def test_one_task_may_be_a_pack(small_native: Folders, tmp_path: Path) -> None:
-    folder = _build(small_native, tmp_path / "one", task="tone")
+    """Of standard operators, too."""
+    folder = _build(small_native, tmp_path / "one", task="tone", optimize_for="any")
+    assert read_pack(tmp_path / "one").optimized_for == "any"
     assert folder.tasks == ("tone",)
     with eptc.Pack.load(tmp_path / "one", providers=["cpu"]).engine("tone") as engine:
         assert engine.classify(TEXTS["tone"])
@@ -83,6 +85,17 @@ def test_options_that_no_pack_has(
 ) -> None:
     with pytest.raises(OptionError, match=said):
         _build(small_native, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--dry-run",), ("--precision", "all")])
+def test_what_is_one_engine_s_alone(
+    small_native: Folders, tmp_path: Path, cli: Cli, option: tuple[str, ...]
+) -> None:
+    ended = cli("export", small_native.ckpt, "--base", small_native.base, "--task", "all",
+                "--layout", "pack", "-o", tmp_path / "out", *option)  # fmt: skip
+    assert ended.code == 2
+    assert "--layout pack" in ended.stderr
     assert not (tmp_path / "out").exists()
 
 

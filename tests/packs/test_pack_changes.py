@@ -364,3 +364,16 @@ def test_parity_of_a_pack_asks_for_its_own_checkpoint(
         eptc.parity(packed.path, reference=folders.ckpt, base=folders.base)
     with pytest.raises(OptionError, match="which is no pack"):
         eptc.parity(alone("tone"), reference=folders.ckpt, base=folders.base, task="tone")
+
+
+def test_scores_on_labelled_rows(packed: Packed, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": label} for text in TEXTS["tone"] for label in ("good", "bad")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = eptc.parity(
+        packed.path, reference=packed.folders.ckpt, base=packed.folders.base, task="tone",
+        data=data,
+    )  # fmt: skip
+    assert report.scores is not None
+    assert report.scores["rows"] == len(rows)
+    assert report.scores["flips"] == 0
