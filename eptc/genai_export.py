@@ -134,19 +134,22 @@ class Interpreter:
                 expected="an environment of its own: it takes the place of onnxruntime-gpu",
                 fix=_INSTALL,
             )
-        path = Path(given or sys.executable)
-        if shutil.which(path) is None:
+        found = shutil.which(given or sys.executable)
+        if found is None:
             raise OptionError(
-                f"{path} is no Python interpreter", expected="one that has onnxruntime-genai",
+                f"{given} is no Python interpreter", expected="one that has onnxruntime-genai",
                 fix=_INSTALL,
             )  # fmt: skip
+        path = Path(found).absolute()  # not resolved: a link in an environment's folder stays one
         done = _call([path, genai_runner.__file__, "versions"])
-        if done.returncode:
+        try:
+            done.check_returncode()
+            return cls(path, dict(json.loads(done.stdout)))
+        except (subprocess.CalledProcessError, ValueError, TypeError) as error:
             raise MissingExtraError(
                 f"{path} cannot run onnxruntime-genai and its model builder: {_last(done)}",
                 fix=_INSTALL,
-            )
-        return cls(path, json.loads(done.stdout))
+            ) from error
 
     def build(self, model: Path, out: Path, precision: str) -> None:
         """Let the model builder write a folder for a CPU.

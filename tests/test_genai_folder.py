@@ -133,16 +133,23 @@ def test_nowhere_to_build(golden: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(MissingExtraError, match="No module named X") as error:
         released(golden, tmp_path / "out")
     assert "pip install onnxruntime-genai" in str(error.value)
+    odd = script(tmp_path / "odd", 'print("hello")')
+    with pytest.raises(MissingExtraError, match="model builder: hello"):
+        released(golden, tmp_path / "out", genai_python=odd)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_builder_that_fails(golden: Path, tmp_path: Path) -> None:
+def test_a_builder_that_fails(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last words are said. The interpreter is named relative to where the command runs."""
     failing = script(
         tmp_path / "failing",
         f'if "versions" in sys.argv:\n    {VERSIONS}\nelse:\n    sys.exit("no such model")',
     )
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"model builder of onnxruntime-genai 0\.0 failed: no"):
-        released(golden, tmp_path / "out", genai_python=failing)
+        released(golden, tmp_path / "out", genai_python=f"./{failing.name}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["failing"]
 
 

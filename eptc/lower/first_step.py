@@ -44,15 +44,16 @@ def first_step(encoder: ir.Model, decoder: ir.Model) -> ir.Model:
     ids = inputs["input_ids"]
     for name, past in inputs.items():
         if ".decoder." in name:
-            _substitute(past, _empty(graph, ids, past))
+            ir.convenience.replace_all_uses_with(past, _empty(graph, ids, past))
         elif ".encoder." in name:
-            _substitute(past, cached[name.replace("past_key_values.", "present.", 1)])
+            made = cached[name.replace("past_key_values.", "present.", 1)]
+            ir.convenience.replace_all_uses_with(past, made)
     kept = [value for name, value in inputs.items() if not name.startswith("past_key_values.")]
     graph.inputs.clear()
     graph.inputs.extend([*kept, hidden])
     graph.outputs.extend(cached.values())
-    for node in encoder.graph.opset_imports.items():
-        graph.opset_imports.setdefault(*node)
+    for domain, version in encoder.graph.opset_imports.items():
+        graph.opset_imports.setdefault(domain, version)
     return model
 
 
@@ -62,10 +63,6 @@ def _with_rows(state: ir.Value, graph: ir.Graph) -> ir.Shape:
     past = next(value for value in graph.inputs if ".encoder.key" in str(value.name))
     assert past.shape is not None
     return ir.Shape([past.shape[0], past.shape[2], state.shape[2]])
-
-
-def _substitute(old: ir.Value, new: ir.Value) -> None:
-    ir.convenience.replace_all_uses_with(old, new)
 
 
 def _empty(graph: ir.Graph, ids: ir.Value, past: ir.Value) -> ir.Value:
