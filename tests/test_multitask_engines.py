@@ -100,7 +100,8 @@ def test_each_row_is_answered_as_by_its_own_engine(
 def test_a_task_has_names(engine: Engine) -> None:
     texts = [WORDS[0]] * 5
     by_name = engine.classify(texts, tasks=["tone", "tone", "score", "tone", "score"])
-    assert engine.classify(texts, tasks=["sentiment", 0, 2, np.int64(0), "score"]) == by_name
+    named: list[Any] = ["sentiment", 0, 2, np.int64(0), "score"]
+    assert engine.classify(texts, tasks=named) == by_name
     assert engine.classify(texts, tasks=("tone",) * 5) == engine.classify(texts, tasks="tone")
     assert engine.classify([], tasks=[]) == engine.classify([], tasks="same") == []
     assert [task.name for task in engine.tasks] == ["tone", "same", "score"]
