@@ -173,7 +173,8 @@ def _check_place(out: Path, *, force: bool) -> None:
             continue
         if entry.name not in known or any(inner.is_dir() for inner in entry.iterdir()):
             raise OutputError(
-                f"the output folder {out} holds the folder {entry.name}, so it is no bundle",
+                f"the output folder {out} holds folders that eptc did not write, such as "
+                f"{entry.name}",
                 expected="what eptc wrote, or a folder with plain files only, to replace with "
                 "--force",
                 fix="name another folder, or remove this one yourself",
