@@ -16,7 +16,7 @@ import pytest
 
 import eptc
 from eptc import planning
-from eptc.errors import InputError, OptionError, TaskError
+from eptc.errors import BundleError, InputError, OptionError, TaskError
 from eptc.parity_gate import RemoteVerifier
 from eptc.runtime import Classification, Engine
 from tests.conftest import Folders
@@ -498,6 +498,56 @@ def test_a_bundle_of_an_earlier_version(single: Callable[[str], Engine], tmp_pat
         assert engine.classify([WORDS[0]]) == alone.classify([WORDS[0]])
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": "tone"}, "and of tone"),
+        ({"tasks": ["tone"]}, "of the tasks tone, and of none alone"),
+        ({"tasks": ["tone", "tone", "score"]}, "tone, tone, score"),
+        ({"tasks": None}, "reads task_ids, and there are no tasks"),
+        ({"inputs": None}, "has no task_ids"),
+        ({"num_labels": 3}, "the widest task has 2 outputs"),
+        ({"tasks": 7}, "'tasks' is 7"),
+    ],
+)
+def test_manifests_that_contradict_themselves(
+    built: eptc.Bundle, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    bundle = shutil.copytree(built.path, tmp_path / "bundle")
+    data = json.loads((bundle / "manifest.json").read_text())
+    tasks = {task["name"]: task for task in data["tasks"]}
+    for key, value in change.items():
+        if key == "inputs":
+            graph = data["graphs"]["model"]
+            graph["inputs"] = [each for each in graph["inputs"] if each["name"] != "task_ids"]
+        elif key == "task":
+            data["task"] = tasks[value]
+        elif isinstance(value, list):
+            data["tasks"] = [tasks[name] for name in value]
+        else:
+            data[key] = value
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=words):
+        Engine.load(bundle)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "any"])
+def test_other_providers(
+    small_native: Folders, engine: Engine, tmp_path: Path, provider: Any
+) -> None:
+    bundle = eptc.export(
+        small_native.ckpt, base=small_native.base, task="all", optimize_for=provider,
+        out=tmp_path / "other",
+    )  # fmt: skip
+    texts, tasks = [text for _, text in ROWS], [task for task, _ in ROWS]
+    with bundle.load(providers=["cpu"]) as other:
+        both = zip(
+            other.classify(texts, tasks=tasks), engine.classify(texts, tasks=tasks), strict=True
+        )
+        for got, want in both:
+            _same(got, want)
+
+
 # ---- what is refused
 
 
@@ -548,6 +598,30 @@ def test_too_little_memory_to_verify(
     assert "--max-memory" in str(caught.value.fix)
     bundle = eptc.export(small_native.ckpt, verify=False, **given)
     assert bundle.manifest.parity == {"verified": False}
+
+
+def test_a_16_bit_base_is_not_kept(copy_native: Folders, tmp_path: Path) -> None:
+    """Its rounding adds up over blocks, and only whole engines of several tasks are verified."""
+    import safetensors.numpy
+
+    path = copy_native.base / "model.safetensors"
+    tensors = {
+        name: tensor.astype(np.float16)
+        for name, tensor in safetensors.numpy.load_file(path).items()
+    }
+    path.unlink()
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((copy_native.ckpt / "ept_config.json").read_text())
+    config["base"]["sha256"] = None
+    (copy_native.ckpt / "ept_config.json").write_text(json.dumps(config))
+    given: dict[str, Any] = {"base": copy_native.base, "task": "all", "out": tmp_path / "x"}
+    with pytest.raises(OptionError, match="fp16-weights, whose rounding") as caught:
+        eptc.export(copy_native.ckpt, precision="keep", **given)
+    assert "--precision fp32" in str(caught.value.fix)
+    bundle = eptc.export(copy_native.ckpt, precision="keep", verify=False, **given)
+    assert bundle.manifest.precision == "fp16-weights"
+    with bundle.load(providers=["cpu"]) as engine:
+        assert engine.classify([WORDS[0]], tasks="tone")[0].label in ("bad", "good")
 
 
 # ---- the command line
