@@ -85,16 +85,14 @@ def measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
             off = _difference(_call(sessions[TOGETHER], own)(), calls[ALONE]())
             seconds = _timed(calls, options.rounds, _CLOCKS[options.clock])
             ratio = paired_ratio(seconds[TOGETHER], seconds[ALONE], seed=_SEED)
+            medians = {n: round(1e3 * float(np.median(each)), 3) for n, each in seconds.items()}
             cases.append({
                 "graph": graph, "batch": batch, "sequence": sequence, "off_by": off,
-                "milliseconds": {
-                    name: round(1e3 * float(np.median(each)), 3) for name, each in seconds.items()
-                },
-                "ratio": dataclasses.asdict(ratio),
+                "milliseconds": medians, "ratio": dataclasses.asdict(ratio),
             })  # fmt: skip
             low, high = ratio.low or ratio.estimate, ratio.high or ratio.estimate
             print(f"{graph:8} {batch:2} x {sequence:<10} "
-                  f"{cases[-1]['milliseconds'][ALONE]:10.2f}   {ratio.estimate:.3f} "
+                  f"{medians[ALONE]:10.2f}   {ratio.estimate:.3f} "
                   f"({low:.3f}-{high:.3f})", flush=True)  # fmt: skip
         del sessions
         gc.collect()
@@ -150,7 +148,7 @@ def _feeds(session: Any, batch: int, sequence: int) -> dict[str, Any]:
         "batch": batch, "sequence": 1 if decodes else sequence, "past_sequence": _PAST,
         "encoder_sequence": sequence,
     }  # fmt: skip
-    feeds = {}
+    feeds: dict[str, Any] = {}
     for node in session.get_inputs():
         shape = [size if isinstance(size, int) else sizes[size] for size in node.shape]
         if node.type == "tensor(float)":
