@@ -19,6 +19,8 @@ BIN := .venv/bin
 BUNDLE := build/demo
 # Its transformers is older than the one eptc needs.
 OPTIMUM := .cache/optimum
+# Programs that the tests hand engines and folders to, and that need other versions than eptc.
+SIDE := .cache/tests
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -43,7 +45,16 @@ demo: .venv/.ready
 		"An absolute delight from the first minute to the last." \
 		"The screen cracked after a week and nobody answers my mails.")
 
+$(SIDE)/%/.ready: tests/environments/%.txt .venv/.ready
+	@echo "setting up $(SIDE)/$* (once)"
+	@rm -rf $(SIDE)/$*
+	@tests/environments/make.sh $(BIN)/python $(SIDE)/$* $<
+	@touch $@
+
 test: .venv/.ready
+	@# Without one of them the tests that need it are skipped, and say so.
+	-@$(MAKE) --no-print-directory $(SIDE)/genai/.ready
+	-@$(MAKE) --no-print-directory $(SIDE)/optimum/.ready
 	@echo "running the tests"
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --quiet
 
@@ -83,4 +94,4 @@ bench-precisions: .venv/.bench
 	$(BIN)/python -m benchmarks.precisions
 
 clean:
-	rm -rf .venv $(OPTIMUM) build
+	rm -rf .venv $(OPTIMUM) $(SIDE) build

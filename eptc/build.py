@@ -23,7 +23,8 @@ from eptc.freezing import freeze, routes_on_input
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
 from eptc.lower.blocks import Method
-from eptc.options import CalibrationMethod, Options
+from eptc.optimum_layout import check_layout, lay_out
+from eptc.options import CalibrationMethod, Layout, Options
 from eptc.parity_lines import beside_routes
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.pipeline import PassRecord, run_adapter_passes, run_graph_passes
@@ -71,18 +72,21 @@ class Bundle:
 def export(  # type: ignore[overload-overlap]  # `str` has the names of targets yet to be installed
     ckpt: str | Path,
     *,
-    target: Literal["lora"],
+    target: Literal["lora", "hf", "genai"],
     out: str | Path,
     task: TaskChoice = ...,
     base: str | Path | None = ...,
     tasks: Sequence[str] | None = ...,
     top_k: int | None = ...,
     task_spec: str | Path | None = ...,
+    probe: str | Path | None = ...,
+    precision: Literal["fp32", "keep", "int4"] = ...,
     max_memory: int | None = ...,
     verify: bool = ...,
     allow_pickle: bool = ...,
     format: str | None = ...,
     max_rank: int | None = ...,
+    genai_python: str | Path | None = ...,
     force: bool = ...,
     progress: Progress = ...,
 ) -> Folder: ...
@@ -118,6 +122,8 @@ def export(
     routing: Routing = ...,
     passes: Sequence[str | AdapterPass | GraphPass] = ...,
     max_rank: int | None = ...,
+    layout: Layout = ...,
+    genai_python: str | Path | None = ...,
     force: bool = ...,
     progress: Progress = ...,
 ) -> Bundle: ...
@@ -152,6 +158,8 @@ def export(
     routing: Routing = "exact",
     passes: Sequence[str | AdapterPass | GraphPass] = (),
     max_rank: int | None = None,
+    layout: Layout = "flat",
+    genai_python: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> Bundle | Folder:
@@ -163,8 +171,9 @@ def export(
             `lora` also several of them, a list or text with commas in it, or `all`.
         out: folder of the bundle: new, empty, or replaced with `force`.
         base: folder of the base model.
-        target: what to write: `onnx`; `lora`, a stock PEFT adapter for each task; or a target of
-            an installed package.
+        target: what to write: `onnx`; `lora`, a stock PEFT adapter for each task; `hf`, the
+            folded model for transformers; `genai`, the same for onnxruntime-genai; or a target
+            of an installed package.
         tasks: task names in id order, where the checkpoint does not store them.
         top_k: experts a task uses, where the checkpoint does not store it.
         task_spec: JSON file with prompts and labels of tasks that are not the published ones.
@@ -206,12 +215,15 @@ def export(
             `NAME:option=value,option=value` of an installed one, or the pass itself.
         max_rank: for `lora`: ranks above it are cut by a singular value decomposition, which is
             lossy; None: none is.
+        layout: of a bundle: `flat`, or `optimum`, which optimum-onnx's ORTModel classes load too.
+        genai_python: for `genai`: an interpreter that has onnxruntime-genai; None: what the
+            environment variable `EPTC_GENAI_PYTHON` names, else this one.
         force: replace what lies at `out`.
         progress: called with each stage (a string), each finished pass and, while weights are
             written, how many are.
 
     Returns:
-        The published bundle; for `lora` the published folder.
+        The published bundle; for `lora`, `hf` and `genai` the published folder.
 
     Raises:
         InputError: something about the input; nothing was written.
@@ -222,7 +234,7 @@ def export(
         task, base, target, tasks, top_k, task_spec, probe, precision, precision_plan, calibration,
         calibration_method, block_method, data, max_drop, max_flips, search_evaluations,
         search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
-        passes, max_rank,
+        passes, max_rank, layout, genai_python,
     )  # fmt: skip
     if target in FOLDER_TARGETS:
         return export_folder(ckpt, options, out=out, force=force, progress=progress)
@@ -241,6 +253,8 @@ def export(
         with clock.stage("read the checkpoint"):
             job = Job.read(ckpt, options)
             source = job.source
+            if layout == "optimum":
+                check_layout(job)
             examples = _Examples.read(options, job)
         verifier = stack.enter_context(_verifier(job, examples.probe)) if verify else None
         # Hashing takes one processor, tracing another.
@@ -318,6 +332,9 @@ def export(
         for folder in (exact, routed):
             if folder is not None:
                 shutil.rmtree(folder)
+        if layout == "optimum":
+            with clock.stage("layout optimum"):
+                manifest = lay_out(draft.path, manifest, verify=verify)
         if options.aim.plugin is not None:
             with clock.stage(f"target {options.target}"):
                 manifest = options.aim.add(draft.path, manifest)

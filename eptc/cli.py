@@ -17,7 +17,7 @@ import click
 
 import eptc
 from eptc.errors import BundleError, EptcError, MissingExtraError, OptionError
-from eptc.parity_lines import parity_lines
+from eptc.parity_lines import folder_lines, parity_lines
 from eptc.precision import SCHEMES
 
 if TYPE_CHECKING:
@@ -214,7 +214,8 @@ def main() -> None:
     show_default=True,
     metavar="NAME",
     help="What to write. onnx: an engine. lora: a stock PEFT adapter, for PEFT and programs that "
-    "serve such. Or a target of an installed package.",
+    "serve such. hf: the folded model as a folder for transformers. genai: the same, built for "
+    "onnxruntime-genai. Or a target of an installed package.",
 )
 @click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
 @_source_options
@@ -316,6 +317,20 @@ def main() -> None:
     type=int,
     metavar="N",
     help="With --target lora: cut ranks above it, by singular values; lossy, and measured.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["flat", "optimum"]),
+    default="flat",
+    show_default=True,
+    help="Names and files of the bundle. optimum: those that optimum-onnx's ORTModel classes "
+    "load as well.",
+)
+@click.option(
+    "--genai-python",
+    metavar="PATH",
+    help="With --target genai: Python of an environment that has onnxruntime-genai. Without it: "
+    "what EPTC_GENAI_PYTHON names, else this one.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."
@@ -420,6 +435,9 @@ def _print_folder(folder: Folder, as_json: bool) -> None:
         click.echo("NOT VERIFIED: --no-verify was given, and eptc.json says so")
     if folder.target == "lora":
         print_adapters(folder)
+    else:
+        for line in (line for parity in folder.parity.values() for line in folder_lines(parity)):
+            click.echo(line)
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     click.echo(f"{folder.path}: {_bytes(size)}, {sum(folder.seconds.values()):.1f} s")
 

@@ -18,9 +18,10 @@ from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
 from eptc.targets import Aim, find_target
 from eptc.tasks import Task, TaskChoice, names_several
 
-__all__ = ["IN_BLOCKS", "CalibrationMethod", "Options"]
+__all__ = ["IN_BLOCKS", "CalibrationMethod", "Layout", "Options"]
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+Layout = Literal["flat", "optimum"]
 # What has weights in blocks, whose scales a method chooses.
 IN_BLOCKS = ("int8-weights", "int4", "auto")
 
@@ -57,6 +58,8 @@ class Options:
     routing: Routing = "exact"
     passes: Sequence[str | AdapterPass | GraphPass] = ()
     max_rank: int | None = None
+    layout: Layout = "flat"
+    genai_python: str | Path | None = None
 
     @functools.cached_property
     def aim(self) -> Aim:
@@ -91,6 +94,7 @@ class Options:
             ("calibration method", self.calibration_method, get_args(CalibrationMethod)),
             ("block method", self.block_method, get_args(Method)),
             ("routing", self.routing, get_args(Routing)),
+            ("layout", self.layout, get_args(Layout)),
         ):
             if value not in known:
                 raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
@@ -100,6 +104,17 @@ class Options:
                 f"--max-rank {self.max_rank} was given together with --target {self.target}, "
                 "whose engines have no ranks",
                 expected="it with --target lora",
+            )
+        if self.genai_python is not None:
+            raise OptionError(
+                f"--genai-python was given together with --target {self.target}, which is not "
+                "run in onnxruntime-genai",
+                expected="it with --target genai",
+            )
+        if self.layout != "flat" and self.aim.plugin is not None:
+            raise OptionError(
+                f"--layout {self.layout} was given together with --target {self.target}",
+                expected="it with --target onnx",
             )
         if fixed is not None and self.provider != fixed:
             raise OptionError(

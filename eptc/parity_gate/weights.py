@@ -17,13 +17,17 @@ from eptc.nn.adapted import AdaptedLinear, ReferenceModel
 from eptc.parity_gate.nearest import check_nearest
 from eptc.parity_gate.stored import Decoder, quantized, read
 
-__all__ = ["check_close", "check_equal", "check_stored", "check_weights", "plain_parameters"]
+__all__ = [
+    "ELEMENTS", "check_close", "check_equal", "check_stored", "check_weights", "off_by",
+    "plain_parameters",
+]  # fmt: skip
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 # Compared at once, in float64: there is no room for copies of a large matrix, and some in
 # float64 should fit the processor's cache.
-_ELEMENTS = 2**15
+ELEMENTS = 2**15
 
 
 def check_weights(
@@ -205,15 +209,11 @@ def check_close(name: str, array: Array, base: Float32, delta: Float32) -> float
     found = _oriented(array, base + delta)
     if found.shape != base.shape:
         raise ParityError(f"the weight {name} in the engine has the shape {list(found.shape)}")
-    rounding, smallest = _rounding(array.dtype)
-    branches, worst = 1e-5 * float(np.abs(delta).max()), 0.0
-    step = max(1, _ELEMENTS // max(1, base[:1].size))
+    largest, worst = float(np.abs(delta).max()), 0.0
+    step = max(1, ELEMENTS // max(1, base[:1].size))
     for start in range(0, len(base), step):
         rows = slice(start, start + step)
-        want = base[rows].astype(np.float64) + delta[rows].astype(np.float64)
-        bound = np.maximum(rounding * np.abs(want), smallest) + branches
-        ratio = np.abs(found[rows].astype(np.float64) - want)
-        ratio /= np.maximum(bound, np.finfo(np.float64).tiny)
+        want, ratio = off_by(found[rows], base[rows], delta[rows], found.dtype, largest)
         error = float(ratio.max())
         if not error <= 1.0:  # NaN is not either
             row, column = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
@@ -225,6 +225,30 @@ def check_close(name: str, array: Array, base: Float32, delta: Float32) -> float
             )
         worst = max(worst, error)
     return worst
+
+
+def off_by(
+    found: Array, base: Float32, delta: Float32, stored: np.dtype[Any], largest: float
+) -> tuple[Float64, Float64]:
+    """Return what some rows of an adapted weight should be, and how far off they are.
+
+    Args:
+        found: the rows as they were written.
+        base: the base's.
+        delta: what the experts add.
+        stored: the type in which they are stored, to which they were rounded once.
+        largest: the largest element of what the experts add to the weight as a whole.
+
+    Returns:
+        The sum of base and experts, and each element's distance from it as a fraction of its
+        bound.
+    """
+    rounding, smallest = _rounding(stored)
+    want = base.astype(np.float64) + delta.astype(np.float64)
+    bound = np.maximum(rounding * np.abs(want), smallest) + 1e-5 * largest
+    ratio = np.abs(found.astype(np.float64) - want)
+    ratio /= np.maximum(bound, np.finfo(np.float64).tiny)
+    return want, ratio
 
 
 def _rounding(dtype: np.dtype[Any]) -> tuple[float, float]:
