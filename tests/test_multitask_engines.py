@@ -560,6 +560,7 @@ def test_other_providers(
         ({"task": ["score"]}, "'score' alone"),
         ({"task": "all", "precision": "fp16"}, "--precision fp16 is chosen by one task's text"),
         ({"task": "all", "precision": "int8-static", "calibration": "x"}, "int8-static"),
+        ({"task": "all", "layout": "optimum"}, "--layout optimum"),
         ({"task": "all", "routing": "frozen"}, "--routing frozen"),
         ({"task": "all", "routing": "per-sample"}, "--routing per-sample"),
         ({"task": "all", "precision": "int8", "data": "x", "max_drop": 1.0}, "--data"),
