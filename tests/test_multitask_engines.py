@@ -18,7 +18,7 @@ import eptc
 from eptc import planning
 from eptc.errors import BundleError, InputError, OptionError, TaskError
 from eptc.parity_gate import RemoteVerifier
-from eptc.runtime import Classification, Engine
+from eptc.runtime import Classification, Engine, TextTooLongError
 from tests.conftest import Folders
 
 SETS = {"t5-tiny": 5e-5, "t5-gated-tiny": 1e-4, "llama-tiny": 5e-5}
@@ -189,6 +189,38 @@ def test_an_engine_of_one_task_takes_its_name(single: Callable[[str], Engine]) -
         alone.for_task(1)
     with pytest.raises(InputError, match="unknown input 'task_ids'"):
         alone.run({**alone.tokenize([WORDS[0]]), "task_ids": np.array([0])})
+
+
+def test_lengths_and_prompts_are_the_tasks_own(copy_native: Folders, tmp_path: Path) -> None:
+    path = copy_native.ckpt / "ept_config.json"
+    config = json.loads(path.read_text())
+    config["tasks"][0]["max_length"] = 5
+    config["tasks"][2] |= {"max_length": 8, "prompt": "the {text} was not"}
+    path.write_text(json.dumps(config))
+    bundle = eptc.export(copy_native.ckpt, base=copy_native.base, task="all", out=tmp_path / "all")
+    alone = {
+        task: eptc.export(
+            copy_native.ckpt, base=copy_native.base, task=task, out=tmp_path / task, verify=False
+        ).load(providers=["cpu"], threads=1)
+        for task in ("tone", "score")
+    }
+    long = "good " * 9
+    with bundle.load(providers=["cpu"], threads=1) as engine:
+        feeds = engine.tokenize(
+            [long, "bad", long], tasks=["tone", "tone", "score"], truncate=True
+        )
+        assert feeds["attention_mask"].sum(axis=1).tolist() == [5, 3, 8]
+        with pytest.raises(TextTooLongError, match="text 1 has 11 tokens") as caught:
+            engine.classify(["bad", long], tasks=["score", "tone"])
+        assert (caught.value.position, caught.value.limit) == (1, 5)
+        texts, tasks = [long, "bad film", long, "dull"], ["tone", "score", "score", "tone"]
+        answers = engine.classify(texts, tasks=tasks, truncate=True)
+        for text, task, got in zip(texts, tasks, answers, strict=True):
+            _same(got, alone[task].classify([text], truncate=True)[0])
+        for task, view in ((task, engine.for_task(task)) for task in alone):
+            assert view.manifest.tokenizer == alone[task].manifest.tokenizer
+            with pytest.raises(TextTooLongError):
+                view.classify([long])
 
 
 # ---- engines that write
