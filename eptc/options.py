@@ -159,6 +159,12 @@ class Options:
                 expected="--precision " + ", ".join(fits),
                 fix="choose one of those, or export each task by itself",
             )
+        if self.layout == "optimum":
+            raise OptionError(
+                f"--layout optimum was given, and optimum does not tell {several} the tasks of "
+                "its rows",
+                fix="leave it out, or export each task by itself",
+            )
         if self.routing != "exact":
             raise OptionError(
                 f"--routing {self.routing} was given, and {several} has no routes that depend on "

@@ -213,7 +213,7 @@ RELEASED = [
          arguments=replaced("--tasks", "sst2,cola,sst2")),
     case("empty-name", nothing, "--tasks is 'sst2,,cola'",
          arguments=replaced("--tasks", "sst2,,cola")),
-    case("no-task", nothing, "none was chosen|one with --task", arguments=without("--task")),
+    case("no-task", nothing, "none was chosen|choose with --task", arguments=without("--task")),
     case("unknown-target", nothing, "target is 'coreml'|expected: onnx", "--target", "coreml"),
     case("unknown-option", nothing, "No such option", "--colour", "red"),
     case("probe-without-verification", nothing, "--probe was given together with --no-verify",

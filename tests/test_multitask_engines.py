@@ -16,9 +16,9 @@ import pytest
 
 import eptc
 from eptc import planning
-from eptc.errors import InputError, OptionError, TaskError
+from eptc.errors import BundleError, InputError, OptionError, TaskError
 from eptc.parity_gate import RemoteVerifier
-from eptc.runtime import Classification, Engine
+from eptc.runtime import Classification, Engine, TextTooLongError
 from tests.conftest import Folders
 
 SETS = {"t5-tiny": 5e-5, "t5-gated-tiny": 1e-4, "llama-tiny": 5e-5}
@@ -100,7 +100,8 @@ def test_each_row_is_answered_as_by_its_own_engine(
 def test_a_task_has_names(engine: Engine) -> None:
     texts = [WORDS[0]] * 5
     by_name = engine.classify(texts, tasks=["tone", "tone", "score", "tone", "score"])
-    assert engine.classify(texts, tasks=["sentiment", 0, 2, np.int64(0), "score"]) == by_name
+    named: list[Any] = ["sentiment", 0, 2, np.int64(0), "score"]
+    assert engine.classify(texts, tasks=named) == by_name
     assert engine.classify(texts, tasks=("tone",) * 5) == engine.classify(texts, tasks="tone")
     assert engine.classify([], tasks=[]) == engine.classify([], tasks="same") == []
     assert [task.name for task in engine.tasks] == ["tone", "same", "score"]
@@ -188,6 +189,38 @@ def test_an_engine_of_one_task_takes_its_name(single: Callable[[str], Engine]) -
         alone.for_task(1)
     with pytest.raises(InputError, match="unknown input 'task_ids'"):
         alone.run({**alone.tokenize([WORDS[0]]), "task_ids": np.array([0])})
+
+
+def test_lengths_and_prompts_are_the_tasks_own(copy_native: Folders, tmp_path: Path) -> None:
+    path = copy_native.ckpt / "ept_config.json"
+    config = json.loads(path.read_text())
+    config["tasks"][0]["max_length"] = 5
+    config["tasks"][2] |= {"max_length": 8, "prompt": "the {text} was not"}
+    path.write_text(json.dumps(config))
+    bundle = eptc.export(copy_native.ckpt, base=copy_native.base, task="all", out=tmp_path / "all")
+    alone = {
+        task: eptc.export(
+            copy_native.ckpt, base=copy_native.base, task=task, out=tmp_path / task, verify=False
+        ).load(providers=["cpu"], threads=1)
+        for task in ("tone", "score")
+    }
+    long = "good " * 9
+    with bundle.load(providers=["cpu"], threads=1) as engine:
+        feeds = engine.tokenize(
+            [long, "bad", long], tasks=["tone", "tone", "score"], truncate=True
+        )
+        assert feeds["attention_mask"].sum(axis=1).tolist() == [5, 3, 8]
+        with pytest.raises(TextTooLongError, match="text 1 has 11 tokens") as caught:
+            engine.classify(["bad", long], tasks=["score", "tone"])
+        assert (caught.value.position, caught.value.limit) == (1, 5)
+        texts, tasks = [long, "bad film", long, "dull"], ["tone", "score", "score", "tone"]
+        answers = engine.classify(texts, tasks=tasks, truncate=True)
+        for text, task, got in zip(texts, tasks, answers, strict=True):
+            _same(got, alone[task].classify([text], truncate=True)[0])
+        for task, view in ((task, engine.for_task(task)) for task in alone):
+            assert view.manifest.tokenizer == alone[task].manifest.tokenizer
+            with pytest.raises(TextTooLongError):
+                view.classify([long])
 
 
 # ---- engines that write
@@ -497,6 +530,56 @@ def test_a_bundle_of_an_earlier_version(single: Callable[[str], Engine], tmp_pat
         assert engine.classify([WORDS[0]]) == alone.classify([WORDS[0]])
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": "tone"}, "and of tone"),
+        ({"tasks": ["tone"]}, "of the tasks tone, and of none alone"),
+        ({"tasks": ["tone", "tone", "score"]}, "tone, tone, score"),
+        ({"tasks": None}, "reads task_ids, and there are no tasks"),
+        ({"inputs": None}, "has no task_ids"),
+        ({"num_labels": 3}, "the widest task has 2 outputs"),
+        ({"tasks": 7}, "'tasks' is 7"),
+    ],
+)
+def test_manifests_that_contradict_themselves(
+    built: eptc.Bundle, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    bundle = shutil.copytree(built.path, tmp_path / "bundle")
+    data = json.loads((bundle / "manifest.json").read_text())
+    tasks = {task["name"]: task for task in data["tasks"]}
+    for key, value in change.items():
+        if key == "inputs":
+            graph = data["graphs"]["model"]
+            graph["inputs"] = [each for each in graph["inputs"] if each["name"] != "task_ids"]
+        elif key == "task":
+            data["task"] = tasks[value]
+        elif isinstance(value, list):
+            data["tasks"] = [tasks[name] for name in value]
+        else:
+            data[key] = value
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=words):
+        Engine.load(bundle)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "any"])
+def test_other_providers(
+    small_native: Folders, engine: Engine, tmp_path: Path, provider: Any
+) -> None:
+    bundle = eptc.export(
+        small_native.ckpt, base=small_native.base, task="all", optimize_for=provider,
+        out=tmp_path / "other",
+    )  # fmt: skip
+    texts, tasks = [text for _, text in ROWS], [task for task, _ in ROWS]
+    with bundle.load(providers=["cpu"]) as other:
+        both = zip(
+            other.classify(texts, tasks=tasks), engine.classify(texts, tasks=tasks), strict=True
+        )
+        for got, want in both:
+            _same(got, want)
+
+
 # ---- what is refused
 
 
@@ -509,6 +592,7 @@ def test_a_bundle_of_an_earlier_version(single: Callable[[str], Engine], tmp_pat
         ({"task": ["score"]}, "'score' alone"),
         ({"task": "all", "precision": "fp16"}, "--precision fp16 is chosen by one task's text"),
         ({"task": "all", "precision": "int8-static", "calibration": "x"}, "int8-static"),
+        ({"task": "all", "layout": "optimum"}, "--layout optimum"),
         ({"task": "all", "routing": "frozen"}, "--routing frozen"),
         ({"task": "all", "routing": "per-sample"}, "--routing per-sample"),
         ({"task": "all", "precision": "int8", "data": "x", "max_drop": 1.0}, "--data"),
@@ -547,6 +631,30 @@ def test_too_little_memory_to_verify(
     assert "--max-memory" in str(caught.value.fix)
     bundle = eptc.export(small_native.ckpt, verify=False, **given)
     assert bundle.manifest.parity == {"verified": False}
+
+
+def test_a_16_bit_base_is_not_kept(copy_native: Folders, tmp_path: Path) -> None:
+    """Its rounding adds up over blocks, and only whole engines of several tasks are verified."""
+    import safetensors.numpy
+
+    path = copy_native.base / "model.safetensors"
+    tensors = {
+        name: tensor.astype(np.float16)
+        for name, tensor in safetensors.numpy.load_file(path).items()
+    }
+    path.unlink()
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((copy_native.ckpt / "ept_config.json").read_text())
+    config["base"]["sha256"] = None
+    (copy_native.ckpt / "ept_config.json").write_text(json.dumps(config))
+    given: dict[str, Any] = {"base": copy_native.base, "task": "all", "out": tmp_path / "x"}
+    with pytest.raises(OptionError, match="fp16-weights, whose rounding") as caught:
+        eptc.export(copy_native.ckpt, precision="keep", **given)
+    assert "--precision fp32" in str(caught.value.fix)
+    bundle = eptc.export(copy_native.ckpt, precision="keep", verify=False, **given)
+    assert bundle.manifest.precision == "fp16-weights"
+    with bundle.load(providers=["cpu"]) as engine:
+        assert engine.classify([WORDS[0]], tasks="tone")[0].label in ("bad", "good")
 
 
 # ---- the command line

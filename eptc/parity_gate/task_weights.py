@@ -51,7 +51,7 @@ def check_task_weights(
     stacks = _Stacks(directory, files)
     worst = [0.0] * len(task_ids)
     for path, layer in reference.layers.items():
-        factors = stacks.factors(path)
+        factors = stacks.factors(path, shared.get(f"{path}.bias"))
         base = layer.weight.detach().numpy()
         for place, task_id in enumerate(task_ids):
             name = f"{path}.weight, with what task {reference.tasks[task_id].name} adds,"
@@ -95,10 +95,14 @@ class _Stacks:
                     self._columns |= dict.fromkeys(name.split(PACKED), name)
         self._left = set(self._stored)
 
-    def factors(self, path: str) -> tuple[Array, Array] | None:
-        """Return A [tasks, in, k] and B [tasks, k, out] of a linear; None where it has none."""
-        up = f"{path}{STACKED}B"
-        if up not in self._stored:
+    def factors(self, path: str, bias: Float32 | None) -> tuple[Array, Array] | None:
+        """Return A [tasks, in, k] and B [tasks, k, out] of a linear; None where it has none.
+
+        Raises:
+            ParityError: one without the other, or behind B another bias than the linear's.
+        """
+        up = self._up(path)
+        if up is None:
             return None
         a_name = f"{path}{STACKED}A"
         if a_name not in self._columns:
@@ -111,15 +115,28 @@ class _Stacks:
                 break
             start += width
         self._left -= {up, stack}
-        return read(self._stored[stack])[..., start : start + width], read(self._stored[up])
+        b = read(self._stored[up])
+        if PACKED in up:
+            name = up.partition(PACKED)[2]
+            if bias is None:
+                raise ParityError(f"the engine has {name}, the reference none", fix=_FIX)
+            for row in b[:, -1]:
+                check_equal(name, row, bias)
+        return read(self._stored[stack])[..., start : start + width], b[:, :width]
+
+    def _up(self, path: str) -> str | None:
+        """Return the name of B, which may have the bias as its last row."""
+        b_name = f"{path}{STACKED}B"
+        names = (b_name, f"{b_name}{PACKED}{path}.bias")
+        return next((name for name in names if name in self._stored), None)
 
     def _rank(self, a_name: str) -> int:
-        b_name = f"{a_name.removesuffix('A')}B"
-        if b_name not in self._stored:
-            raise ParityError(f"the engine has {a_name} and no {b_name}", fix=_FIX)
-        rank = self._stored[b_name].shape[1]
-        assert isinstance(rank, int)
-        return rank
+        up = self._up(a_name.removesuffix(f"{STACKED}A"))
+        if up is None:
+            raise ParityError(f"the engine has {a_name} and no B beside it", fix=_FIX)
+        rows = self._stored[up].shape[1]
+        assert isinstance(rows, int)
+        return rows - (PACKED in up)
 
     def head(self, name: str) -> Array:
         """Return a parameter of each task's head: [tasks, in, out] or [tasks, out]."""

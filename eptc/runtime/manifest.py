@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 from eptc.errors import BundleError, TaskError
 from eptc.runtime.json_fields import Fields
 from eptc.runtime.routing import STATIC, RoutingSpec
+from eptc.runtime.row_tasks import check_tasks
 from eptc.runtime.spec import (
     INTERFACES,
     MANIFEST,
     PACK,
-    TASK_IDS,
     FileRecord,
     GenerationSpec,
     GraphSpec,
@@ -197,7 +197,7 @@ class Manifest:
                 raise BundleError("an encoder-decoder has no decoder_start_token_id")
         elif not writes and self.num_labels is None:
             raise BundleError("a classifier has no num_labels")
-        self._check_tasks()
+        check_tasks(self)
         if not writes and self.task is not None and self.task.num_outputs != self.num_labels:
             raise BundleError(
                 f"task {self.task.name!r} has {self.task.num_outputs} outputs, "
@@ -211,33 +211,6 @@ class Manifest:
         for file in named:
             if file not in self.files:
                 raise BundleError(f"{file!r} is used but not listed under files")
-
-    def _check_tasks(self) -> None:
-        """Raise BundleError where the parts of an engine of several tasks do not go together."""
-        told = [name for name, graph in self.graphs.items() if TASK_IDS in graph.input_names]
-        if not self.tasks:
-            if told:
-                raise BundleError(f"graph {told[0]!r} reads {TASK_IDS}, and there are no tasks")
-            return
-        names = [task.name for task in self.tasks]
-        if self.task is not None or len(names) < 2 or len(set(names)) < len(names):
-            raise BundleError(
-                f"the engine is of the tasks {names}, and of {self.task}",
-                expected="two tasks or more, each once, or one",
-            )
-        if missing := [name for name in self.graphs if name not in told]:
-            raise BundleError(f"graph {missing[0]!r} has no {TASK_IDS}, and there are tasks")
-        widest = max(task.num_outputs for task in self.tasks)
-        if self.kind == "encoder-classifier" and widest != self.num_labels:
-            raise BundleError(
-                f"the widest task has {widest} outputs, num_labels is {self.num_labels}"
-            )
-        if self.generation is not None:
-            limits = self.generation.task_max_new_tokens
-            if len(limits) != len(names):
-                raise BundleError(
-                    f"there are {len(names)} tasks, and task_max_new_tokens of {len(limits)}"
-                )
 
 
 def load_manifest(directory: str | Path) -> Manifest:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eptc.errors import InputError, TaskError
+from eptc.errors import BundleError, InputError, TaskError
 from eptc.runtime.spec import TASK_IDS, GraphSpec
 from eptc.tasks import resolve
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eptc.runtime.manifest import Manifest
     from eptc.tasks import Task
 
-__all__ = ["RowTasks", "TaskName", "check_task_ids", "of_task"]
+__all__ = ["RowTasks", "TaskName", "check_task_ids", "check_tasks", "of_task"]
 
 # By its name, an alias, or its place in the engine's list.
 TaskName = str | int
@@ -111,6 +111,34 @@ class RowTasks:
         if not 0 <= name < len(known):
             raise TaskError(f"there is no task {name}", expected=_listed(known))
         return int(name)
+
+
+def check_tasks(manifest: Manifest) -> None:
+    """Raise BundleError where the parts of an engine of several tasks do not go together."""
+    told = [name for name, graph in manifest.graphs.items() if TASK_IDS in graph.input_names]
+    if not manifest.tasks:
+        if told:
+            raise BundleError(f"graph {told[0]!r} reads {TASK_IDS}, and there are no tasks")
+        return
+    names = [task.name for task in manifest.tasks]
+    if manifest.task is not None or len(names) < 2 or len(set(names)) < len(names):
+        raise BundleError(
+            f"the engine is of the tasks {', '.join(names)}, and of "
+            + ("none alone" if manifest.task is None else manifest.task.name),
+            expected="two tasks or more, each once, or one alone",
+        )
+    if missing := [name for name in manifest.graphs if name not in told]:
+        raise BundleError(f"graph {missing[0]!r} has no {TASK_IDS}, and there are tasks")
+    widest = max(task.num_outputs for task in manifest.tasks)
+    if manifest.kind == "encoder-classifier" and widest != manifest.num_labels:
+        raise BundleError(
+            f"the widest task has {widest} outputs, num_labels is {manifest.num_labels}"
+        )
+    limits = () if manifest.generation is None else manifest.generation.task_max_new_tokens
+    if manifest.generation is not None and len(limits) != len(names):
+        raise BundleError(
+            f"there are {len(names)} tasks, and task_max_new_tokens of {len(limits)}"
+        )
 
 
 def check_task_ids(ids: NumpyArray, tasks: Sequence[Task | None]) -> None:
