@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["factor_names", "folded_weights", "read_tensors"]
 
-# Rows that are summed in float64 at once: they stay in the processor's cache.
-_ROWS: Final = 64
+# Bytes of float64 that are summed at once. Threads of numpy's products wait for one another at
+# the end of each: where other programs run, few large ones take a tenth of the time of many.
+_BLOCK: Final = 32 * 2**20
 
 
 def factor_names(path: str) -> tuple[str, str]:
@@ -128,8 +130,11 @@ def _folded(path: Path, spec: LinearSpec, a: NumpyArray, b: NumpyArray) -> Numpy
     left, right = (a, b) if spec.transposed else (b.T, a.T)
     shape = left.shape[0], right.shape[1]
     base: Any = np.memmap(path, "<f4", "r", offset=spec.offset, shape=shape)
-    total, columns = np.empty(shape, np.float32), right.astype(np.float64)
-    for start in range(0, shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
+    # Pages of its own, which go back to the system when ONNX Runtime has copied them.
+    pages = mmap.mmap(-1, shape[0] * shape[1] * np.dtype(np.float32).itemsize)
+    total = np.frombuffer(pages, np.float32).reshape(shape)
+    columns, step = right.astype(np.float64), max(1, _BLOCK // (8 * shape[1]))
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
         total[rows] = base[rows] + left[rows].astype(np.float64) @ columns
     return total
