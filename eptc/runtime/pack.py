@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -198,7 +199,8 @@ def _give_back() -> None:
     Opening a session, ONNX Runtime copies each weight twice, and what it frees then, half the
     size of the weights, would stay with the process.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    trim = getattr(library, "malloc_trim", None)
     if trim is not None:
         trim(0)
 

@@ -377,3 +377,26 @@ def test_scores_on_labelled_rows(packed: Packed, tmp_path: Path) -> None:
     assert report.scores is not None
     assert report.scores["rows"] == len(rows)
     assert report.scores["flips"] == 0
+
+
+def test_a_file_goes_after_the_manifest_that_lists_it(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, the pack is whole, and what is left goes with the next change."""
+    right = Path.unlink
+
+    def killed(path: Path, **options: Any) -> None:
+        if path.name == "tone.onnx_adapter":
+            raise KeyboardInterrupt
+        right(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            eptc.remove_task(packed.path, "tone")
+    assert list(packed.manifest()["tasks"]) == ["score"]
+    report = eptc.verify(packed.path)
+    assert report.ok
+    assert report.warnings == ("tone.onnx_adapter is not listed in the manifest",)
+    packed.add(task="same", verify=False)
+    assert not (packed.path / "tone.onnx_adapter").exists()
