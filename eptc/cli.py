@@ -373,12 +373,12 @@ def _export_all(
 
 
 @main.command()
-@click.argument("path", type=FOLDER, metavar="CKPT|BUNDLE")
+@click.argument("path", type=FOLDER, metavar="CKPT|BUNDLE|PACK")
 @source_options
 @json_option
 @command
 def inspect(path: Path, as_json: bool, **options: Any) -> None:
-    """Show what a checkpoint or a bundle holds: tasks, experts, routes with margins, sizes."""
+    """Show what a checkpoint, a bundle or a pack holds: tasks, experts, margins, sizes."""
     report = eptc.inspect(path, **options)
     if as_json:
         click.echo(json.dumps(report))
@@ -410,7 +410,9 @@ def convert(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
 @json_option
 @command
 def parity(bundle: Path, reference: Path, as_json: bool, **options: Any) -> None:
-    """Compare BUNDLE with the unfolded PyTorch model again; exit code 1 where they differ.
+    """Compare BUNDLE, or a task of a pack, with the unfolded PyTorch model again.
+
+    Exit code 1 where they differ.
 
     The manifest supplies --tasks and --top-k.
     """
@@ -430,7 +432,7 @@ def parity(bundle: Path, reference: Path, as_json: bool, **options: Any) -> None
 @json_option
 @command
 def verify(bundle: Path, as_json: bool) -> None:
-    """Check BUNDLE's hashes, schema and graphs; needs no reference and no compiler."""
+    """Check hashes, schema and graphs of BUNDLE or a pack; needs no reference, no compiler."""
     report = eptc.verify(bundle)
     if as_json:
         click.echo(json.dumps(report.to_json()))
@@ -478,7 +480,7 @@ def run(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Answer texts with BUNDLE's engine; needs no torch and no transformers.
+    """Answer texts with the engine of BUNDLE, or of a pack's task; needs no torch.
 
     A task with labels answers with a label and its probability, any other with text. An option
     about writing makes a task with labels write too.
