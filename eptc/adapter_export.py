@@ -155,7 +155,8 @@ def _write_one(job: FolderJob, task_id: int, folder: Path, gate: AdapterGate | N
         exact, model, records = _factor(job, task_id, gate, layers)
     with job.clock.stage("write"):
         own = source.contents.heads.get(task.name, {})
-        rank = write_adapter(folder, model, own, kind, source.format.base_name(source.path))
+        name = source.format.base_name(source.path)
+        rank = write_adapter(folder, model, exact, own, kind, name)
         figures = _figures(exact, model, rank, max_rank)
     parity: dict[str, Any] = {"verified": False}
     if gate is not None:

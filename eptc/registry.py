@@ -16,6 +16,7 @@ PASSES: dict[str, str] = {
     "freeze-router": "eptc.passes.freeze_router:FreezeRouter",
     "drop-dead-experts": "eptc.passes.drop_dead_experts:DropDeadExperts",
     "factor-pyramid": "eptc.passes.factor_pyramid:FactorPyramid",
+    "stack-tasks": "eptc.passes.stack_tasks:StackTasks",
     "truncate-rank": "eptc.passes.truncate_rank:TruncateRank",
     "fold-pyramid": "eptc.passes.fold_pyramid:FoldPyramid",
     "fold-transposes": "eptc.passes.fold_transposes:FoldTransposes",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar
 
-from eptc.ir import AdaptedModel, Adapter, Branch, Constant, LowRank, minimal_factors
+from eptc.ir import AdaptedModel, Adapter, Branch, Constant, LowRank, low_rank
 from eptc.pass_base import AdapterPass, Contract
-from eptc.tensors import Array, ComputedTensor, cast
 
 __all__ = ["FactorPyramid"]
 
@@ -45,21 +43,9 @@ class FactorPyramid(AdapterPass):
         gates = [branch.gate for branch in adapter.branches]
         if not gates or not all(isinstance(gate, Constant) for gate in gates) or _is_one(adapter):
             return adapter
-        rank = minimal_factors(adapter, None)[0].shape[1]
-        if rank == 0:
-            return dataclasses.replace(adapter, branches=())
-        first = adapter.branches[0].delta
-        out, columns = first.out_features, first.in_features
-        # Computed anew for each: kept, those of all linears would be as large as the model.
-        a, b = (
-            ComputedTensor(
-                f"{adapter.target}.{name}", self.dtype, shape,
-                functools.partial(_rounded, adapter, index, self.dtype),
-            )
-            for index, name, shape in ((1, "A", (rank, columns)), (0, "B", (out, rank)))
-        )  # fmt: skip
-        branch = Branch(LowRank(a, b, out, columns), Constant(1.0), 1.0)
-        return dataclasses.replace(adapter, branches=(branch,))
+        delta = low_rank(adapter, None, self.dtype, adapter.target)
+        branches = () if delta is None else (Branch(delta, Constant(1.0), 1.0),)
+        return dataclasses.replace(adapter, branches=branches)
 
 
 def _is_one(adapter: Adapter) -> bool:
@@ -67,7 +53,3 @@ def _is_one(adapter: Adapter) -> bool:
     (first, *others) = adapter.branches
     plain = isinstance(first.delta, LowRank) and first.scale == 1.0
     return plain and not others and first.gate == Constant(1.0)
-
-
-def _rounded(adapter: Adapter, index: int, dtype: str) -> Array:
-    return cast(minimal_factors(adapter, None)[index], dtype)

@@ -234,34 +234,30 @@ def test_more_than_a_low_rank_is_refused(make: Any, options: Any, words: str) ->
         checkpoint.read(made.ckpt, made.base)
 
 
-def _tied(root: Path) -> None:
-    config = root / "config.json"
+def _tie(base: Path) -> None:
+    """Make the output projection of a base the embedding itself."""
+    import safetensors.torch
+
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    del weights["lm_head.weight"]
+    safetensors.torch.save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = base / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
 def test_half_of_a_tied_pair_is_refused(make: Any, name: str) -> None:
     """PEFT trains a copy of the one; the other stays what it was."""
-    import safetensors.torch
-
     made = make("llama", modules_to_save=[name])
-    base = safetensors.torch.load_file(made.base / "model.safetensors")
-    del base["lm_head.weight"]
-    safetensors.torch.save_file(base, made.base / "model.safetensors", metadata={"format": "pt"})
-    _tied(made.base)
+    _tie(made.base)
     with pytest.raises(CheckpointError, match="which is one parameter with"):
         checkpoint.read(made.ckpt, made.base)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_a_tied_head_as_target_is_refused(make: Any) -> None:
-    import safetensors.torch
-
     made = make("llama", target_modules=["lm_head", "q_proj"])
-    base = safetensors.torch.load_file(made.base / "model.safetensors")
-    del base["lm_head.weight"]
-    safetensors.torch.save_file(base, made.base / "model.safetensors", metadata={"format": "pt"})
-    _tied(made.base)
+    _tie(made.base)
     with pytest.raises(CheckpointError, match="is the embedding itself"):
         checkpoint.read(made.ckpt, made.base)
 

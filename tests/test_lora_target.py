@@ -333,6 +333,33 @@ def test_a_lora_is_written_with_the_factor_in_it(tmp_path: Path) -> None:
     agree(ask(found), want)
 
 
+@pytest.mark.parametrize("max_rank", [None, 1])
+def test_what_is_adapted_of_a_head_is_folded_into_it(tmp_path: Path, max_rank: int | None) -> None:
+    """PEFT adapts nothing inside of a classification head, and replaces it whole."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**shape(num_labels=3))
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["query", "classifier"])
+    ).eval()
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            # Of the query there is rank 1: a cut leaves it as it is.
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+            if "query.lora_A" in name:
+                parameter.data[1] = parameter.data[0]
+    want = ask(adapted)
+    adapted.save_pretrained(str(tmp_path / "ckpt"))
+    folder = eptc.export(
+        tmp_path / "ckpt", base=tmp_path / "base", target="lora", out=tmp_path / "out",
+        max_rank=max_rank,
+    )  # fmt: skip
+    assert folder.details["default"]["rank"] == 1  # the head's is no rank of the adapter
+    found = peft.PeftModel.from_pretrained(load(tmp_path / "base"), folder.path).eval()
+    agree(ask(found), want)
+
+
 # ---- ranks that are cut
 
 

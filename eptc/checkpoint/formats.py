@@ -262,7 +262,7 @@ class Mept(Format):
         from eptc.nn.mept import MeptModel
 
         return MeptModel.load(
-            path, base, tasks=tasks, top_k=options.top_k,
+            path, base, task=tasks[0], top_k=options.top_k,
             mode="per-sample" if options.routing == "per-sample" else "batch",
             allow_pickle=options.allow_pickle,
         )  # fmt: skip

@@ -9,8 +9,8 @@ Everything is immutable: a pass returns a new model.
 """
 
 from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank, Rows
-from eptc.ir.factoring import minimal_factors, singular_values
-from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, PerTask, Routed
+from eptc.ir.factoring import low_rank, minimal_factors, singular_values
+from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, OfTask, PerTask, Routed
 from eptc.ir.numbers import Float64
 from eptc.ir.prompts import PromptLayout, PromptSite, PromptTuning
 from eptc.ir.routing import InputRouter, Normalization, Route, TaskRouter, Unit
@@ -31,6 +31,7 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "Normalization",
+    "OfTask",
     "PerTask",
     "PromptLayout",
     "PromptSite",
@@ -42,6 +43,7 @@ __all__ = [
     "TokenRouter",
     "Tucker",
     "Unit",
+    "low_rank",
     "minimal_factors",
     "singular_values",
 ]

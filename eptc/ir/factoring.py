@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
-from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker
+from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank
 from eptc.ir.model import Adapter
 from eptc.ir.numbers import Float64, eliminate, product, read
+from eptc.tensors import Array, ComputedTensor, cast
 
-__all__ = ["minimal_factors", "singular_values"]
+__all__ = ["low_rank", "minimal_factors", "singular_values"]
 
 # Of the size of what is summed: a singular value below it is what float64 made of a zero.
 _ZERO = 2.0**-44
+
+
+def low_rank(adapter: Adapter, task_id: int | None, dtype: str, name: str) -> LowRank | None:
+    """Return what a linear's branches add for one task as a low rank of the least rank.
+
+    Lazy: factors are computed when they are read, in float64, rounded once, and not kept.
+
+    Args:
+        adapter: its branches, one or more, have gates that do not read the input.
+        task_id: the task; None where no gate reads it.
+        dtype: type of the factors.
+        name: what the factors are called, before `.A` and `.B`.
+
+    Returns:
+        None where the branches cancel.
+    """
+    rank = minimal_factors(adapter, task_id)[0].shape[1]
+    if rank == 0:
+        return None
+    first = adapter.branches[0].delta
+    out, columns = first.out_features, first.in_features
+
+    def factor(index: int) -> Array:
+        return cast(minimal_factors(adapter, task_id)[index], dtype)
+
+    # Computed anew for each: kept, those of all linears would be as large as the model.
+    a = ComputedTensor(f"{name}.A", dtype, (rank, columns), functools.partial(factor, 1))
+    b = ComputedTensor(f"{name}.B", dtype, (out, rank), functools.partial(factor, 0))
+    return LowRank(a, b, out, columns)
 
 
 def minimal_factors(adapter: Adapter, task_id: int | None) -> tuple[Float64, Float64]:

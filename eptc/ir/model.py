@@ -16,7 +16,7 @@ from eptc.ir.routing import InputRouter, TaskRouter
 from eptc.tasks import Task
 from eptc.tensors import LazyTensor
 
-__all__ = ["AdaptedModel", "Adapter", "Branch", "Constant", "Gate", "PerTask", "Routed"]
+__all__ = ["AdaptedModel", "Adapter", "Branch", "Constant", "Gate", "OfTask", "PerTask", "Routed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,18 @@ class Routed:
     expert: int
 
 
-Gate = Constant | PerTask | Routed
+@dataclasses.dataclass(frozen=True)
+class OfTask:
+    """A gate that is 1 for one task and 0 for every other.
+
+    Args:
+        task_id: the task.
+    """
+
+    task_id: int
+
+
+Gate = Constant | PerTask | Routed | OfTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,22 +127,21 @@ class Adapter:
                     f"the routed adapter at {self.target} was asked without an input"
                 )
             weights = dict(enumerate(gates))
+        if task_id is None and any(_reads_task(branch.gate) for branch in self.branches):
+            raise InternalError(f"the routed adapter at {self.target} was asked without a task")
         if (router := self.router) is not None:
-            if task_id is None:
-                raise InternalError(
-                    f"the routed adapter at {self.target} was asked without a task"
-                )
+            assert task_id is not None
             route = router.route(task_id)
             weights = dict(zip(route.experts, route.weights, strict=True))
-        return tuple(
-            branch.scale
-            * (
-                branch.gate.factor
-                if isinstance(branch.gate, Constant)
-                else weights.get(branch.gate.expert, 0.0)
-            )
-            for branch in self.branches
-        )
+
+        def value(gate: Gate) -> float:
+            if isinstance(gate, Constant):
+                return gate.factor
+            if isinstance(gate, OfTask):
+                return float(gate.task_id == task_id)
+            return weights.get(gate.expert, 0.0)
+
+        return tuple(branch.scale * value(branch.gate) for branch in self.branches)
 
     def delta(self, task_id: int | None) -> Float64:
         """Return the sum of the branches [out, in] in float64; zero where there are none."""
@@ -220,4 +230,6 @@ class AdaptedModel:
 
 
 def _reads_task(gate: Gate) -> bool:
-    return isinstance(gate, PerTask) or (isinstance(gate, Routed) and gate.router.reads_task)
+    if isinstance(gate, Routed):
+        return gate.router.reads_task
+    return isinstance(gate, PerTask | OfTask)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["attend", "causal_mask", "hidden", "padding_mask", "traced_attention"]
+__all__ = [
+    "attend", "causal_mask", "hidden", "padding_mask", "split_heads", "traced_attention",
+]  # fmt: skip
 
 _NAME = "eptc-traced"
 _MASKED = torch.finfo(torch.float32).min
@@ -62,6 +64,12 @@ def causal_mask(
     if attention_mask is not None:
         allowed = allowed & _visible(attention_mask)
     return hidden(allowed)
+
+
+def split_heads(joined: torch.Tensor, width: int) -> torch.Tensor:
+    """[batch, rows, heads * width] -> [batch, heads, rows, width]."""
+    batch, rows, total = joined.shape
+    return joined.reshape(batch, rows, total // width, width).transpose(1, 2)
 
 
 def attend(

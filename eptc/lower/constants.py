@@ -23,9 +23,10 @@ def constant_value(value: ir.Value) -> Float64 | None:
     Raises:
         InternalError: one of them is not.
     """
-    nodes, leaves = _ancestors(value)
-    if any(leaf.is_graph_input() for leaf in leaves):
+    found = _ancestors(value)
+    if found is None:
         return None
+    nodes, leaves = found
     if missing := [leaf.name for leaf in leaves if leaf.const_value is None]:
         raise InternalError(f"{missing[0]} has no data yet")
     if not nodes:
@@ -42,18 +43,23 @@ def constant_value(value: ir.Value) -> Float64 | None:
     for item in (*part.outputs, *(output for node in part for output in node.outputs)):
         item.type = ir.TensorType(ir.DataType.DOUBLE)
     model = ir.Model(part, ir_version=10)
-    (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {})
-    return np.asarray(found, np.float64)
+    (result,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {})
+    return np.asarray(result, np.float64)
 
 
-def _ancestors(value: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:
-    """Return the nodes a value is made by, and the inputs and initializers they start from."""
+def _ancestors(value: ir.Value) -> tuple[list[ir.Node], list[ir.Value]] | None:
+    """Return the nodes a value is made by, and the initializers they start from.
+
+    None where one of them is an input: nearly every linear's, and found after a few steps.
+    """
     nodes: dict[ir.Node, None] = {}
     leaves: dict[ir.Value, None] = {}
     open_values = [value]
     while open_values:
         item = open_values.pop()
         node = item.producer()
+        if item.is_graph_input():
+            return None
         if node is None:
             leaves[item] = None
         elif node not in nodes:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import EncoderDecoderCache
 
-from eptc.lower.attention import causal_mask, padding_mask
+from eptc.lower.attention import causal_mask, padding_mask, split_heads
 from eptc.lower.graph_spec import GraphSpec, Port, ids
 from eptc.lower.kv_cache import cache, flatten
 from eptc.lower.relative_position import use_table
@@ -90,9 +90,7 @@ class _SplitHeads(torch.nn.Module):
         self.heads = heads
 
     def forward(self, joined: torch.Tensor) -> torch.Tensor:
-        batch, keys, width = joined.shape
-        split = joined.reshape(batch, keys, self.heads, width // self.heads)
-        return split.transpose(1, 2)
+        return split_heads(joined, joined.shape[2] // self.heads)
 
 
 class _Encoder(torch.nn.Module):

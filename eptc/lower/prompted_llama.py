@@ -10,7 +10,7 @@ import torch
 from transformers.models.llama.modeling_llama import rotate_half
 
 from eptc.ir.prompts import PromptLayout
-from eptc.lower.attention import attend, causal_mask
+from eptc.lower.attention import attend, causal_mask, split_heads
 from eptc.lower.graph_spec import GraphSpec, Port, ids
 from eptc.lower.prompt_site import ConstantPrefix, ConstantPrompts, PromptSite
 
@@ -149,24 +149,18 @@ def _layer(
     every = normed
     if layer.drops_prompts and prefix is None:
         every = torch.cat([layer.input_layernorm(prompts), normed], dim=1)
-    keys, values = (_heads(attention, f(every)) for f in (attention.k_proj, attention.v_proj))
+    d = attention.head_dim
+    keys, values = (split_heads(f(every), d) for f in (attention.k_proj, attention.v_proj))
     if prefix is not None:
         keys, values = prefix.before(positions.rotated(keys, length), values)
     else:
         keys = positions.rotated(keys, None)
     if layer.keeps_last:
         tokens, normed, start = tokens[:, -1:], normed[:, -1:], -1
-    queries = positions.rotated(_heads(attention, attention.q_proj(normed)), start)
+    queries = positions.rotated(split_heads(attention.q_proj(normed), d), start)
     result, _ = attend(
         attention, queries, keys, values, positions.mask[:, :, start:], scaling=attention.scaling
     )
     hidden = tokens + attention.o_proj(result.reshape(*tokens.shape[:2], -1))
     output: torch.Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return output
-
-
-def _heads(attention: Any, joined: torch.Tensor) -> torch.Tensor:
-    """[batch, rows, heads * d] -> [batch, heads, rows, d]."""
-    batch, rows, width = joined.shape
-    shape = (batch, rows, width // attention.head_dim, attention.head_dim)
-    return joined.reshape(shape).transpose(1, 2)

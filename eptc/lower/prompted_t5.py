@@ -9,7 +9,7 @@ import torch
 
 from eptc.ir.prompts import PromptLayout
 from eptc.lower import encoder_decoder
-from eptc.lower.attention import attend, padding_mask
+from eptc.lower.attention import attend, padding_mask, split_heads
 from eptc.lower.graph_spec import GraphSpec
 from eptc.lower.prompt_site import ConstantPrefix, ConstantPrompts, PromptSite, swapped
 
@@ -118,8 +118,9 @@ def _block(
     every = normed
     if prefix is None:
         every = torch.cat([layer.layer_norm(prompts), normed], dim=1)
-    queries = _heads(attention, attention.q(normed))
-    keys, values = (_heads(attention, linear(every)) for linear in (attention.k, attention.v))
+    d = attention.key_value_proj_dim
+    queries = split_heads(attention.q(normed), d)
+    keys, values = (split_heads(linear(every), d) for linear in (attention.k, attention.v))
     if prefix is not None:
         keys, values = prefix.before(keys, values)
     result, _ = attend(
@@ -127,10 +128,3 @@ def _block(
     )
     hidden = tokens + attention.o(result.reshape(*tokens.shape[:2], attention.inner_dim))
     return (block.layer[-1](hidden),)
-
-
-def _heads(attention: Any, joined: torch.Tensor) -> torch.Tensor:
-    """[batch, rows, heads * d] -> [batch, heads, rows, d]."""
-    batch, rows, _ = joined.shape
-    shape = (batch, rows, attention.n_heads, attention.key_value_proj_dim)
-    return joined.reshape(shape).transpose(1, 2)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from eptc.tasks import Task
+from eptc.tasks import Task, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AdaptedLinear", "ReferenceModel", "Undecided"]
+__all__ = ["AdaptedLinear", "ReferenceModel", "SingleTaskModel", "Undecided"]
 
 
 class Undecided:
@@ -136,3 +136,42 @@ class ReferenceModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def plain_name(self, name: str, task_id: int) -> str:
         """Return the name a parameter of `hf` has in the plain task model; empty where none."""
+
+
+class SingleTaskModel(ReferenceModel):
+    """A reference of a system that trains one task: no heads beside the base's own.
+
+    A subclass sets `layers`.
+
+    Args:
+        hf_model: the task model.
+        task: what it was trained on.
+    """
+
+    def __init__(self, hf_model: PreTrainedModel, task: Task) -> None:
+        super().__init__()
+        self.hf = hf_model
+        self.heads = {}
+        self._task = task
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The one task."""
+        return (self._task,)
+
+    @contextlib.contextmanager
+    def task(self, task: str | int) -> Iterator[int]:
+        """Check that a task is the one there is; yield its id.
+
+        Raises:
+            TaskError: there is no such task.
+        """
+        yield resolve(task, self.tasks)
+
+    def plain_name(self, name: str, task_id: int) -> str:  # noqa: ARG002  # there is one
+        """Return the name a parameter of `hf` has in the plain task model; empty where none."""
+        for path in self.layers:
+            if name.startswith(f"{path}."):
+                part = name.removeprefix(f"{path}.")
+                return f"{path}.{part.removeprefix('base.')}" if part.startswith("base.") else ""
+        return name

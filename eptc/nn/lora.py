@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from eptc.errors import CheckpointError
-from eptc.nn.adapted import AdaptedLinear, ReferenceModel
+from eptc.nn.adapted import AdaptedLinear, SingleTaskModel
 from eptc.nn.base import read_base, require
 from eptc.nn.meta_base import MetaBase
 from eptc.nn.replace import replace_parameters
 from eptc.nn.stored import read_json, read_pickle, read_safetensors
 from eptc.nn.streamed import StreamedModel
-from eptc.tasks import Task, resolve
+from eptc.tasks import Task
 
 __all__ = ["LoraLinear", "LoraModel", "load_lora", "stream_lora"]
 
@@ -48,37 +47,16 @@ class LoraLinear(AdaptedLinear):
         return self.scaling * (self.B @ self.A)
 
 
-class LoraModel(ReferenceModel):
+class LoraModel(SingleTaskModel):
     """A Hugging Face model with a `LoraLinear` in the place of every adapted linear."""
 
     layers: Mapping[str, LoraLinear]
 
     def __init__(self, hf_model: Any, layers: Mapping[str, LoraLinear], task: Task) -> None:
-        super().__init__()
-        self.hf = hf_model
+        super().__init__(hf_model, task)
         self.layers = layers
-        self.heads = {}
-        self._task = task
         for path, layer in layers.items():
             hf_model.set_submodule(path, layer)
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """The one task."""
-        return (self._task,)
-
-    @contextlib.contextmanager
-    def task(self, task: str | int) -> Iterator[int]:
-        """Check that a task is the one; yield its id."""
-        yield resolve(task, self.tasks)
-
-    def plain_name(self, name: str, task_id: int) -> str:  # noqa: ARG002
-        """Return the name a parameter of `hf` has in the plain task model; empty where none."""
-        path, _, part = name.rpartition(".")
-        if path in self.layers and part in ("A", "B"):
-            return ""
-        owner = path.removesuffix(".base")
-        return f"{owner}.{part}" if owner in self.layers else name
 
 
 def load_lora(

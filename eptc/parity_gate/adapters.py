@@ -35,6 +35,7 @@ _LINEAR = (
     "1e-5 of the largest element of what the experts add, summed in float32 by the reference, one "
     "rounding of each factor, and of the base's weight"
 )
+_ADDED = Bound(1e-5, 0.0, _LINEAR)
 _CUT = Bound(1e3, 1.0, "--max-rank asked for a loss; it may be no garbage")
 # What float32 adds to the least share that can be lost: of it, and of the whole.
 _MORE, _AT_MOST = 1e-3, 1e-5
@@ -106,7 +107,7 @@ class AdapterGate:
         _check_rest(adapter, self._reference, task_id)
         linears, lost = self._compare_linears(adapter, task_id, cut)
         report = ParityReport(
-            (), FP32 if cut is None else _CUT, layers, 0.0, tuple(linears), (), 0,
+            (), _ADDED if cut is None else _CUT, layers, 0.0, tuple(linears), (), 0,
             mode="whole model" if self._streamed is None else "linear by linear",
         )  # fmt: skip
         refuse(report, _ADVICE)
@@ -114,8 +115,9 @@ class AdapterGate:
         if self._streamed is None:
             nearest = furthest(linears)
             report = dataclasses.replace(
-                report, tensors=(), weights=nearest.error / nearest.bound if nearest.bound else 0.0
-            )
+                report, tensors=(), bound=FP32 if cut is None else _CUT,
+                weights=nearest.error / nearest.bound if nearest.bound else 0.0,
+            )  # fmt: skip
             report, flips = self._compare_logits(adapter, task, report, progress)
             refuse(report, _ADVICE)
         summary = report.summary() | {"linears": len(linears), "flips": flips}

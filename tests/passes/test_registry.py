@@ -32,6 +32,7 @@ from eptc.registry import PASSES, find_pass, passes_table
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED: dict[str, dict[str, Any]] = {
+    "stack-tasks": {"task_ids": (0, 1)},
     "specialize-router": {"task_id": 1},
     "freeze-router": {"gates": {"b": [0.5, 0.25, 0.25]}, "spread": {"b": [0.1, 0.1, 0.0]}},
     "truncate-rank": {"max_rank": 1},

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from eptc.errors import CheckpointError
-from eptc.nn.adapted import ReferenceModel
+from eptc.nn.adapted import SingleTaskModel
 from eptc.nn.mept.base import task_model
 from eptc.nn.mept.llama import prompt_llama
 from eptc.nn.mept.site import PromptSite
 from eptc.nn.mept.stored import StoredMept, StoredSite, read
 from eptc.nn.mept.t5 import prompt_t5
-from eptc.tasks import Task, resolve
+from eptc.tasks import Task
 
 __all__ = ["Coupling", "MeptModel"]
 
@@ -24,7 +22,7 @@ __all__ = ["Coupling", "MeptModel"]
 Coupling = Literal["batch", "per-sample"]
 
 
-class MeptModel(ReferenceModel):
+class MeptModel(SingleTaskModel):
     """A checkpoint on its base, in eval mode.
 
     Attributes:
@@ -37,13 +35,10 @@ class MeptModel(ReferenceModel):
         prompts: positions that prompts take.
     """
 
-    def __init__(self, hf: Any, stored: StoredMept, tasks: Sequence[Task], mode: Coupling) -> None:
-        super().__init__()
-        self.hf = hf
+    def __init__(self, hf: Any, stored: StoredMept, task: Task, mode: Coupling) -> None:
+        super().__init__(hf, task)
         self.layers = {}
-        self.heads = {}
         self.prompts = stored.length
-        self._tasks = tuple(tasks)
         # The original code fails for more than one row where a block has one prompt.
         coupled = mode == "batch" and not (stored.length == 1 and stored.blocks)
         t5 = hf.config.model_type == "t5"
@@ -78,7 +73,7 @@ class MeptModel(ReferenceModel):
         directory: str | Path,
         base_dir: str | Path,
         *,
-        tasks: Sequence[Task] | None = None,
+        task: Task | None = None,
         mode: Coupling = "batch",
         top_k: int | None = None,
         allow_pickle: bool = False,
@@ -89,7 +84,7 @@ class MeptModel(ReferenceModel):
             directory: the checkpoint's folder.
             base_dir: the base's: its configuration, and its weights where the checkpoint holds
                 only what was trained.
-            tasks: its one task; None: one named `default`.
+            task: its one task; None: one named `default`.
             mode: `batch` as the original code computes, `per-sample` without what mixes rows.
             top_k: how many experts are mixed, where the folder does not say.
             allow_pickle: whether a `.bin` file may be read, weights only.
@@ -101,25 +96,7 @@ class MeptModel(ReferenceModel):
         """
         stored = read(Path(directory), top_k=top_k, allow_pickle=allow_pickle)
         hf = task_model(Path(base_dir), stored.tensors, stored.settings)
-        return cls(hf, stored, tasks or _default(hf), mode).eval()
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """The one task."""
-        return self._tasks
-
-    @contextlib.contextmanager
-    def task(self, task: str | int) -> Iterator[int]:
-        """Yield the id of its one task, by name, alias or id.
-
-        Raises:
-            TaskError: there is no such task.
-        """
-        yield resolve(task, self.tasks)
-
-    def plain_name(self, name: str, task_id: int) -> str:  # noqa: ARG002  # there is one
-        """Return the name a parameter of `hf` has in the task model: the same."""
-        return name
+        return cls(hf, stored, task or _default(hf), mode).eval()
 
 
 def _site(site: StoredSite, stored: StoredMept, where: str, *, coupled: bool) -> PromptSite:
@@ -146,8 +123,8 @@ def _site(site: StoredSite, stored: StoredMept, where: str, *, coupled: bool) ->
     )
 
 
-def _default(hf: Any) -> tuple[Task, ...]:
+def _default(hf: Any) -> Task:
     if hf.config.model_type == "t5":
-        return (Task("default", "generation"),)
+        return Task("default", "generation")
     labels = tuple(f"LABEL_{i}" for i in range(hf.config.num_labels))
-    return (Task("default", "classification", labels=labels),)
+    return Task("default", "classification", labels=labels)

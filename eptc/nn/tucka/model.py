@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from eptc.errors import CheckpointError
-from eptc.nn.adapted import ReferenceModel
+from eptc.nn.adapted import SingleTaskModel
 from eptc.nn.base import read_base, require
 from eptc.nn.replace import replace_parameters
 from eptc.nn.tucka.linear import RouteState, Routing, TuckaLinear, TuckaRouter
 from eptc.nn.tucka.stored import StoredTucka, read
-from eptc.tasks import Task, resolve
+from eptc.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["TuckaModel"]
 
 
-class TuckaModel(ReferenceModel):
+class TuckaModel(SingleTaskModel):
     """A base with a TuckA adapter, its stored centroids used.
 
     The authors' loader draws the centroids anew on the first forward; what was trained, and what
@@ -51,11 +51,8 @@ class TuckaModel(ReferenceModel):
         *,
         routing: Routing = "batch",
     ) -> None:
-        super().__init__()
+        super().__init__(hf_model, task)
         hf_model.requires_grad_(False)
-        self.hf: PreTrainedModel = hf_model
-        self.heads: Mapping[str, nn.Module] = {}
-        self._task = task
         self._state = RouteState(stored.router)
         router = TuckaRouter(stored.centroids, stored.groups, routing)
         self.layers: Mapping[str, TuckaLinear] = {
@@ -100,29 +97,6 @@ class TuckaModel(ReferenceModel):
         model = cls(hf_model, stored, task, routing=routing).eval()
         model._find_constant_routes()
         return model
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """The one task."""
-        return (self._task,)
-
-    @contextlib.contextmanager
-    def task(self, task: str | int) -> Iterator[int]:
-        """Check that a task is the one there is; yield its id.
-
-        Raises:
-            TaskError: there is no such task.
-        """
-        yield resolve(task, self.tasks)
-
-    def plain_name(self, name: str, task_id: int) -> str:
-        """Return the name a parameter of `hf` has in the plain task model; empty where none."""
-        del task_id
-        for path in self.layers:
-            if name.startswith(f"{path}."):
-                part = name.removeprefix(f"{path}.")
-                return f"{path}.{part.removeprefix('base.')}" if part.startswith("base.") else ""
-        return name
 
     @torch.no_grad()
     def _find_constant_routes(self) -> None:

@@ -6,9 +6,7 @@ only because this one does not.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from eptc.nn import load_base
-from eptc.nn.adapted import AdaptedLinear, ReferenceModel
-from eptc.tasks import Task, resolve
+from eptc.nn.adapted import AdaptedLinear, ReferenceModel, SingleTaskModel
+from eptc.tasks import Task
 
 __all__ = ["load_npz"]
 
@@ -30,11 +28,6 @@ class LowRankLinear(AdaptedLinear):
         self.A, self.B = (nn.Parameter(t.float(), requires_grad=False) for t in (A, B))
         self.scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., out] for x [..., in]."""
-        y: Tensor = self.base(x)
-        return y + self.delta(x)
-
     def delta(self, x: Tensor, task_id: int | None = None) -> Tensor:  # noqa: ARG002  # there is one
         """Return what the branch adds [..., out]."""
         return self.scale * (x @ self.A.T) @ self.B.T
@@ -44,14 +37,11 @@ class LowRankLinear(AdaptedLinear):
         return self.scale * (self.B @ self.A)
 
 
-class NpzModel(ReferenceModel):
+class NpzModel(SingleTaskModel):
     """A Hugging Face model with low ranks beside its linears, and one task."""
 
     def __init__(self, checkpoint: Path, base: Path, task: Task) -> None:
-        super().__init__()
-        self.hf = load_base(base)
-        self.heads = {}
-        self._task = task
+        super().__init__(load_base(base), task)
         scale = json.loads((checkpoint / "adapter.json").read_text())["scale"]
         arrays = np.load(checkpoint / "adapter.npz", allow_pickle=False)
         layers = {}
@@ -62,24 +52,6 @@ class NpzModel(ReferenceModel):
             layers[name] = LowRankLinear(linear, name, a, b, float(scale))
             self.hf.set_submodule(name, layers[name])
         self.layers = layers
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """The one task."""
-        return (self._task,)
-
-    @contextlib.contextmanager
-    def task(self, task: str | int) -> Iterator[int]:
-        """Check that a task is the one; yield its id."""
-        yield resolve(task, self.tasks)
-
-    def plain_name(self, name: str, task_id: int) -> str:  # noqa: ARG002
-        """Return the name that a parameter has in the plain model; empty for A and B."""
-        path, _, part = name.rpartition(".")
-        if path in self.layers:
-            return ""
-        owner = path.removesuffix(".base")
-        return f"{owner}.{part}" if owner in self.layers else name
 
 
 def load_npz(checkpoint: Path, base: Path, task: Task) -> ReferenceModel:
