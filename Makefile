@@ -3,6 +3,7 @@
 # make lint   formatting, types, import rules
 # make bench  measure engines and builds (CASES=minilm,t5-base-2 chooses, QUICK=1 is rough)
 # make bench-routing  measure experts that are chosen by the input (SYSTEMS=mept,smop, MODELS=t5-base)
+# make bench-tasks  measure eight tasks in one engine beside one task's own (MODELS=minilm)
 # make bench-precisions  score every precision on the example's four tasks
 # Each sets up what it needs in .venv first; a second run starts at once.
 
@@ -24,7 +25,7 @@ SIDE := .cache/tests
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench bench-routing bench-precisions clean
+.PHONY: demo test lint bench bench-routing bench-tasks bench-precisions clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (once)"
@@ -85,6 +86,9 @@ bench: .venv/.bench
 bench-routing: .venv/.bench
 	$(BIN)/python -m benchmarks.routing $(if $(SYSTEMS),--systems '$(SYSTEMS)') \
 		$(if $(MODELS),--models '$(MODELS)') $(if $(LAYERS),--layers $(LAYERS))
+
+bench-tasks: .venv/.bench
+	$(BIN)/python -m benchmarks.tasks $(if $(MODELS),--models '$(MODELS)')
 
 bench-precisions: .venv/.bench
 	$(BIN)/python -m benchmarks.precisions

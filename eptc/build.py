@@ -16,6 +16,7 @@ from eptc import bundle, checkpoint, lower, text
 from eptc.checkpoint import Routing
 from eptc.describe import describe, write_texts
 from eptc.errors import InputError
+from eptc.examples_file import Example, read_task_examples
 from eptc.folder_base import Folder
 from eptc.folder_targets import FOLDER_TARGETS, export_folder
 from eptc.freezing import freeze, routes_on_input
@@ -32,7 +33,7 @@ from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import FILE as PLAN
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
-from eptc.tasks import Task, TaskChoice
+from eptc.tasks import TaskChoice
 
 if TYPE_CHECKING:
     from eptc.judge import Judge
@@ -254,7 +255,7 @@ def export(
             source = job.source
             if layout == "optimum":
                 check_layout(job)
-            examples = _Examples.read(options, job.task)
+            examples = _Examples.read(options, job)
         verifier = stack.enter_context(_verifier(job, examples.probe)) if verify else None
         # Hashing takes one processor, tracing another.
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
@@ -339,7 +340,7 @@ def export(
                 manifest = options.aim.add(draft.path, manifest)
         draft.publish()
     notes = (
-        *source.contents.notes, *precise_routes(source, job.task_id), *examples.notes,
+        *source.contents.notes, *precise_routes(source, *job.task_ids), *examples.notes,
         *frozen_notes, *lowered_notes,
     )  # fmt: skip
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
@@ -374,19 +375,22 @@ def _judge(
     return Judge(job, model, verifier, layers, clock, progress)
 
 
-def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ...]:
+def precise_routes(source: checkpoint.Checkpoint, *task_ids: int) -> tuple[str, ...]:
     """Return a warning for each linear whose choice of experts is within rounding of another."""
     notes = []
     for path, adapter in source.contents.adapters.items():
         router = adapter.router
         if router is None:
             continue
-        margin = router.route(task_id).margin
-        if margin < SMALL_MARGIN:
-            notes.append(
-                f"{path}: the last expert chosen leads by only {margin:.1e} in log probability; "
-                "arithmetic in bfloat16 may choose another"
-            )
+        for task_id in task_ids:
+            margin = router.route(task_id).margin
+            if margin < SMALL_MARGIN:
+                task = source.contents.tasks[task_id].name
+                notes.append(
+                    f"{path}{f', task {task}' if len(task_ids) > 1 else ''}: the last expert "
+                    f"chosen leads by only {margin:.1e} in log probability; arithmetic in "
+                    "bfloat16 may choose another"
+                )
     return tuple(notes)
 
 
@@ -395,23 +399,27 @@ class _Examples:
     """The texts a build was given.
 
     Args:
-        probe: to verify on; None for the built-in ones.
+        probe: to verify on, by task where there are several; None for the built-in ones.
         data: labelled ones to score on; None where there are none.
         texts: what ranges of activations are seen on.
         notes: what a user should know about them.
         called: what `texts` are, for people.
     """
 
-    probe: Sequence[Mapping[str, Any]] | None = None
+    probe: Sequence[Example] | Mapping[str, Sequence[Example]] | None = None
     data: Sequence[Mapping[str, Any]] | None = None
     texts: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
     called: str = "the calibration text"
 
     @classmethod
-    def read(cls, options: Options, task: Task) -> _Examples:
+    def read(cls, options: Options, job: Job) -> _Examples:
         if not (options.probe or options.data or options.calibrated):
             return cls()
+        if job.several:  # and nothing but probes is taken
+            assert options.probe is not None
+            return cls(read_task_examples(Path(options.probe), job.tasks))
+        task = job.task
         from eptc.calibration import read_calibration
         from eptc.parity_gate import builtin_examples, read_examples
 
@@ -489,7 +497,7 @@ class _Writer:
             # Settings that config.json leaves out have the values transformers gives them.
             settings = {**job.config.to_dict(), **model.config}
             manifest = describe(
-                job.source, job.task_id, settings, self._generation, graphs, self._tokenizer,
+                job.source, job.task_ids, settings, self._generation, graphs, self._tokenizer,
                 records, precision=precision, optimize_for=job.options.provider,
                 plugins=job.plugins,
             )  # fmt: skip
@@ -498,26 +506,31 @@ class _Writer:
 
 
 @contextlib.contextmanager
-def _verifier(job: Job, examples: Sequence[Mapping[str, Any]] | None) -> Iterator[Verifier]:
+def _verifier(
+    job: Job, examples: Sequence[Example] | Mapping[str, Sequence[Example]] | None
+) -> Iterator[Verifier]:
     """Give the reference side, in a process of its own where the plan says so."""
     from eptc.parity_gate import LocalVerifier, RemoteVerifier, Subject
 
-    subject = Subject(
-        job.source, job.named_task, examples, job.plan.verification == "block by block"
-    )
+    subject = Subject(job.source, _asked(job), examples, job.plan.verification == "block by block")
     found = RemoteVerifier(subject) if job.plan.own_process else LocalVerifier(subject)
     with contextlib.closing(found):
         yield found
+
+
+def _asked(job: Job) -> str | int | Sequence[str | int]:
+    """Return the task, or tasks, as the caller named them."""
+    return 0 if job.options.task is None else job.options.task
 
 
 def _rewrite(
     job: Job, verifier: Verifier | None, layers: dict[str, float], progress: Progress
 ) -> tuple[AdaptedModel, list[PassRecord]]:
     """Run the adapter passes; with a reference, each is followed by the layer gate."""
-    passes, task_id, model = job.adapter_passes(), job.task_id, job.source.model
+    passes, task_ids, model = job.adapter_passes(), job.task_ids, job.model
     if verifier is None:
         return run_adapter_passes(
-            model, passes, task_id=task_id, probe=None, after=lambda record, _: progress(record),
+            model, passes, task_id=task_ids, probe=None, after=lambda record, _: progress(record),
             origins=job.origins,
         )  # fmt: skip
     from eptc.parity_gate import LayerGate
@@ -532,5 +545,5 @@ def _rewrite(
         progress(record)
 
     return run_adapter_passes(
-        model, passes, task_id=task_id, probe=gate.probe, after=after, origins=job.origins
+        model, passes, task_id=task_ids, probe=gate.probe, after=after, origins=job.origins
     )

@@ -17,6 +17,10 @@ def parity_lines(parity: Mapping[str, Any]) -> Iterator[str]:
     for name, found in (("parity before lowering", parity.get("exact")), ("parity", parity)):
         if found and found["verified"]:
             yield f"{name} passed{_under(found)}: {_compared(found)}"
+            for task, part in found.get("tasks", {}).items():
+                yield f"  {task}: {_compared(part)}"
+            if mixed := found.get("mixed"):
+                yield f"  rows of several tasks in a batch: {_compared(mixed)}"
     if (frozen := parity.get("frozen")) is not None:
         yield beside_routes(frozen)
 

@@ -213,7 +213,7 @@ RELEASED = [
          arguments=replaced("--tasks", "sst2,cola,sst2")),
     case("empty-name", nothing, "--tasks is 'sst2,,cola'",
          arguments=replaced("--tasks", "sst2,,cola")),
-    case("no-task", nothing, "none was chosen|one with --task", arguments=without("--task")),
+    case("no-task", nothing, "none was chosen|choose with --task", arguments=without("--task")),
     case("unknown-target", nothing, "target is 'coreml'|expected: onnx", "--target", "coreml"),
     case("unknown-option", nothing, "No such option", "--colour", "red"),
     case("probe-without-verification", nothing, "--probe was given together with --no-verify",
@@ -823,9 +823,9 @@ def _copy_bundle(bundle: Path, target: Path) -> Path:
             lambda b: (b / "manifest.json").write_text(
                 (b / "manifest.json")
                 .read_text()
-                .replace('"schema_version": 1', '"schema_version": 2')
+                .replace('"schema_version": 2', '"schema_version": 3')
             ),
-            "schema version 2|newer",
+            "schema version 3|newer",
             id="newer-manifest",
         ),
     ],

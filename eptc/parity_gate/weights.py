@@ -12,12 +12,15 @@ import numpy.typing as npt
 import onnx_ir
 
 from eptc.errors import ParityError
-from eptc.lower.weights import PACKED, PART
+from eptc.lower.weights import PACKED, PART, STACKED
 from eptc.nn.adapted import AdaptedLinear, ReferenceModel
 from eptc.parity_gate.nearest import check_nearest
 from eptc.parity_gate.stored import Decoder, quantized, read
 
-__all__ = ["ELEMENTS", "check_stored", "check_weights", "off_by"]
+__all__ = [
+    "ELEMENTS", "check_close", "check_equal", "check_stored", "check_weights", "off_by",
+    "plain_parameters",
+]  # fmt: skip
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -49,12 +52,17 @@ def check_weights(
     Raises:
         ParityError: a weight is off, or an adapted one is in no file.
     """
-    parameters = {
+    parameters = plain_parameters(reference, task_id)
+    return check_stored(directory, files, parameters, reference.layers, task_id)
+
+
+def plain_parameters(reference: ReferenceModel, task_id: int) -> dict[str, Float32]:
+    """Return the reference's parameters by the names the plain model of a task has."""
+    return {
         plain: parameter.detach().numpy()
         for name, parameter in reference.hf.named_parameters(remove_duplicate=False)
         if (plain := reference.plain_name(name, task_id))
     }
-    return check_stored(directory, files, parameters, reference.layers, task_id)
 
 
 def check_stored(
@@ -101,8 +109,8 @@ def _check_one(
     if isinstance(found, Decoder):
         return check_nearest(name, found, base, delta)
     if delta is not None:
-        return _check_close(name, found, base, delta)
-    _check_equal(name, found, base)
+        return check_close(name, found, base, delta)
+    check_equal(name, found, base)
     return 0.0
 
 
@@ -137,7 +145,7 @@ def _unpacked(
     """
     for name, found in stored:
         parts = name.split(PACKED)
-        if len(parts) == 1 or PART in name:
+        if len(parts) == 1 or PART in name or STACKED in name:
             yield name, found
             continue
         bases = [part for part in parts if part not in parameters]
@@ -174,7 +182,8 @@ def _oriented(array: Array, want: Array) -> Array:
     return array.T
 
 
-def _check_equal(name: str, array: Array, base: Float32) -> None:
+def check_equal(name: str, array: Array, base: Float32) -> None:
+    """Raise ParityError unless a stored weight is the reference's, rounded once to its type."""
     narrow = array.dtype == np.float16 or array.dtype == ml_dtypes.bfloat16
     want: Array = base.astype(array.dtype) if narrow else base
     found = _oriented(array, want)
@@ -191,7 +200,12 @@ def _check_equal(name: str, array: Array, base: Float32) -> None:
         )
 
 
-def _check_close(name: str, array: Array, base: Float32, delta: Float32) -> float:
+def check_close(name: str, array: Array, base: Float32, delta: Float32) -> float:
+    """Return how far a stored weight is from base and experts, as a fraction of its bound.
+
+    Raises:
+        ParityError: further than its bound.
+    """
     found = _oriented(array, base + delta)
     if found.shape != base.shape:
         raise ParityError(f"the weight {name} in the engine has the shape {list(found.shape)}")
