@@ -7,7 +7,7 @@ import uvicorn
 from service.app import create_app
 from service.settings import Settings
 
-settings = Settings()
+settings = Settings()  # type: ignore[call-arg]  # the environment gives them
 uvicorn.run(
     create_app(settings),
     host=settings.host,

@@ -67,7 +67,7 @@ class Answering:
         self._count(1)
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
-                answer = await self._batches(query)
+                answer: Answer | InputError = await self._batches(query)
         except TimeoutError:
             raise HTTPException(504, "the answer took too long") from None
         finally:

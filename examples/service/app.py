@@ -38,9 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         watching.cancel()
 
-    app = FastAPI(
-        title="eptc service", lifespan=lifespan, max_body_size=settings.max_body_bytes
-    )
+    app = FastAPI(title="eptc service", lifespan=lifespan, max_body_size=settings.max_body_bytes)
     app.add_middleware(Measured, metrics=metrics, path="/answer")
 
     @app.exception_handler(RequestValidationError)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from eptc.tasks import Task
-
     from service.metrics import Metrics
     from service.settings import Settings
 
