@@ -204,7 +204,7 @@ def main() -> None:
 @click.option(
     "--task",
     help="Name, alias or id of the task to compile; not needed where there is one. With --target "
-    "lora also several, comma separated, or all: a folder for each.",
+    "lora or triton also several, comma separated, or all: a folder for each.",
 )
 @click.option(
     "--target",
@@ -212,7 +212,7 @@ def main() -> None:
     show_default=True,
     metavar="NAME",
     help="What to write. onnx: an engine. lora: a stock PEFT adapter, for PEFT and programs that "
-    "serve such. Or a target of an installed package.",
+    "serve such. triton: a model repository for Triton. Or a target of an installed package.",
 )
 @click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
 @_source_options
@@ -412,9 +412,13 @@ def _print_folder(folder: Folder, as_json: bool) -> None:
     for warning in folder.warnings:
         click.echo(f"eptc: warning: {warning}", err=True)
     if not all(found["verified"] for found in folder.parity.values()):
-        click.echo("NOT VERIFIED: --no-verify was given, and eptc.json says so")
+        click.echo("NOT VERIFIED: --no-verify was given, and what was written says so")
     if folder.target == "lora":
         print_adapters(folder)
+    else:
+        for name, found in folder.parity.items():
+            for line in parity_lines(found):
+                click.echo(f"{name}: {line}")
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     click.echo(f"{folder.path}: {_bytes(size)}, {sum(folder.seconds.values()):.1f} s")
 
