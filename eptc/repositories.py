@@ -6,7 +6,7 @@ import collections
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from eptc import bundle, checkpoint
 from eptc.errors import BundleError, TaskError
@@ -14,19 +14,41 @@ from eptc.folder_base import Folder
 from eptc.job import Clock, Progress
 from eptc.options import Options
 from eptc.pipeline import PassRecord
+from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import file_name
 from eptc.tasks import Task, chosen
 from eptc.triton_config import LABELS, model_config, model_labels
 
-if TYPE_CHECKING:
-    from eptc.build import Bundle
-
-__all__ = ["REPOSITORIES", "export_repository", "write_models"]
+__all__ = ["REPOSITORIES", "Built", "export_repository", "write_models"]
 
 _VERSION = "1"
 
 
-def write_models(engine: Bundle, directory: Path, name: str) -> dict[str, Path]:
+class Built(Protocol):
+    """What is used of an `eptc.Bundle`."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest."""
+
+    @property
+    def passes(self) -> tuple[PassRecord, ...]:
+        """What each pass did."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know."""
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Wall time by stage."""
+
+
+def write_models(engine: Built, directory: Path, name: str) -> dict[str, Path]:
     """Arrange an engine as models of a Triton repository: one for each of its graphs.
 
     The folder of a model's version is the bundle, as it was proven: `Engine.load` and `verify`
@@ -59,11 +81,11 @@ def write_models(engine: Bundle, directory: Path, name: str) -> dict[str, Path]:
     return folders
 
 
-REPOSITORIES: dict[str, Callable[[Bundle, Path, str], dict[str, Path]]] = {"triton": write_models}
+REPOSITORIES: dict[str, Callable[[Built, Path, str], dict[str, Path]]] = {"triton": write_models}
 
 
 def export_repository(
-    build: Callable[..., Bundle],
+    build: Callable[..., Built],
     ckpt: str | Path,
     options: Options,
     settings: Mapping[str, Any],
