@@ -68,7 +68,7 @@ class Bundle:
 
 
 @overload
-def export(
+def export(  # type: ignore[overload-overlap]  # `str` has the names of targets yet to be installed
     ckpt: str | Path,
     *,
     target: Literal["lora", "triton"],

@@ -171,8 +171,8 @@ def _check_place(out: Path, *, force: bool) -> None:
     for entry in sorted(out.rglob("*")):
         if entry.is_dir() and entry.relative_to(out).as_posix() not in known:
             raise OutputError(
-                f"the output folder {out} holds the folder {entry.relative_to(out)}, so it is no "
-                "bundle",
+                f"the output folder {out} holds folders that eptc did not write, such as "
+                f"{entry.relative_to(out)}",
                 expected="what eptc wrote, or a folder with plain files only, to replace with "
                 "--force",
                 fix="name another folder, or remove this one yourself",

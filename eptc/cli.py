@@ -341,6 +341,8 @@ def export(
     differ, nothing is published and the exit code is 1. Below float32 that holds for the engine
     before its precision is lowered; what is lost then is bounded for each precision, and by
     --max-drop and --max-flips on --data.
+
+    With --target lora tasks become stock PEFT adapters, compared likewise.
     """
     options |= {"task": task, "target": target, "verify": not no_verify}
     if options["precision"] == "all" and target not in _folder_targets():

@@ -56,16 +56,16 @@ def print_comparison(comparison: Comparison) -> None:
 
 def print_adapters(folder: Folder) -> None:
     """Print the adapters of a folder, one a line."""
-    table = Table(
-        "task", "rank", "rounding", "lost, worst", "lost, mean", "largest error", "flips"
-    )
+    cut = any(folder.details[task]["lost"] for task in folder.tasks)
+    lost = ("lost, worst", "lost, mean") if cut else ()
+    table = Table("task", "rank", "rounding", *lost, "largest error", "flips")
     for task in folder.tasks:
         found, parity = folder.details[task], folder.parity[task]
-        lost = found["lost"] or {}
+        shares = [found["lost"][key] for key in ("worst", "mean")] if cut else []
         verified = parity["verified"]
         table.add_row(
             task, str(found["rank"]), f"{found['rounding']:.1e}",
-            *(f"{100 * lost[key]:.2g} %" if lost else "" for key in ("worst", "mean")),
+            *(f"{100 * share:.2g} %" for share in shares),
             f"{parity['largest_error']:.2g}" if verified else "not verified",
             str(parity["flips"]) if verified else "",
         )  # fmt: skip
