@@ -23,7 +23,8 @@ class Settings(BaseSettings):
         truncate: cut texts that are too long, as training did, instead of refusing them.
         max_body_bytes: larger requests are refused (413).
         max_batch: texts that the engine answers at once.
-        max_wait_ms: how long a text waits for others to share its batch.
+        max_wait_ms: how long a text waits for others to share its batch, at most; where enough
+            for a full batch are there, not at all.
         max_queue: texts that are waiting or being answered; beyond it requests are refused (429).
         timeout_seconds: after which a request is given up (504).
         drain_seconds: how long requests under way may take after SIGTERM.
@@ -40,7 +41,7 @@ class Settings(BaseSettings):
     truncate: bool = False
     max_body_bytes: PositiveInt = 64 * 1024
     max_batch: PositiveInt = 32
-    max_wait_ms: PositiveFloat = 2.0
+    max_wait_ms: PositiveFloat = 5.0
     max_queue: PositiveInt = 256
     timeout_seconds: PositiveFloat = 10.0
     drain_seconds: PositiveInt = 30

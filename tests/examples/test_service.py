@@ -395,7 +395,7 @@ def test_bundles_are_swapped_under_load(made: Made, tmp_path: Path) -> None:
     """Every answer is one of the two engines', none is lost, and no older one comes later."""
     link = tmp_path / "current"
     point(link, made.old)
-    turns = [made.old, made.new] * 5
+    turns = [made.old, made.new] * 20
 
     async def load(client: httpx2.AsyncClient, said: list[str], end: asyncio.Event) -> None:
         for text in itertools.cycle(made.texts):
