@@ -31,6 +31,7 @@ __all__ = [
     "check_place",
     "draft",
     "file_records",
+    "share",
     "write_json",
     "write_manifest",
 ]
@@ -186,6 +187,11 @@ def _written_folders(out: Path) -> set[str]:
         return set(found)
     except (OSError, ValueError, LookupError, TypeError):
         return set()
+
+
+def share(path: Path) -> None:
+    """Let a file be read by whom files are by default; some writers keep theirs to the user."""
+    path.chmod(0o666 & ~_umask())
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import click
 
 import eptc
 from eptc.errors import BundleError, EptcError, MissingExtraError, OptionError
-from eptc.parity_lines import parity_lines
+from eptc.parity_lines import folder_lines, parity_lines
 from eptc.precision import SCHEMES
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from eptc.build import Event, Folder
     from eptc.pipeline import PassRecord
     from eptc.planning import Plan
+    from eptc.runtime import Engine
 
 __all__ = ["main"]
 
@@ -203,8 +204,9 @@ def main() -> None:
 @click.argument("ckpt", type=_FOLDER)
 @click.option(
     "--task",
-    help="Name, alias or id of the task to compile; not needed where there is one. With --target "
-    "lora or triton also several, comma separated, or all: a folder for each.",
+    help="Name, alias or id of the task to compile; not needed where there is one. Several, comma "
+    "separated, or all: one engine whose rows name their task; with --target lora a folder for "
+    "each; with --target triton a model for each and one for all.",
 )
 @click.option(
     "--target",
@@ -212,7 +214,9 @@ def main() -> None:
     show_default=True,
     metavar="NAME",
     help="What to write. onnx: an engine. lora: a stock PEFT adapter, for PEFT and programs that "
-    "serve such. triton: a model repository for Triton. Or a target of an installed package.",
+    "serve such. hf: the folded model as a folder for transformers. genai: the same, built for "
+    "onnxruntime-genai. triton: a model repository for Triton. Or a target of an installed "
+    "package.",
 )
 @click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
 @_source_options
@@ -316,6 +320,20 @@ def main() -> None:
     help="With --target lora: cut ranks above it, by singular values; lossy, and measured.",
 )
 @click.option(
+    "--layout",
+    type=click.Choice(["flat", "optimum"]),
+    default="flat",
+    show_default=True,
+    help="Names and files of the bundle. optimum: those that optimum-onnx's ORTModel classes "
+    "load as well.",
+)
+@click.option(
+    "--genai-python",
+    metavar="PATH",
+    help="With --target genai: Python of an environment that has onnxruntime-genai. Without it: "
+    "what EPTC_GENAI_PYTHON names, else this one.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."
 )
 @click.option("--no-verify", is_flag=True, help="Skip parity; the manifest records it.")
@@ -335,7 +353,7 @@ def export(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile one task of the checkpoint CKPT into a verified engine.
+    """Compile one task, or several, of the checkpoint CKPT into a verified engine.
 
     The engine is compared with the unfolded PyTorch model before it is published. Where they
     differ, nothing is published and the exit code is 1. Below float32 that holds for the engine
@@ -371,6 +389,7 @@ def export(
                 {
                     "bundle": str(bundle.path),
                     "task": bundle.manifest.task.name if bundle.manifest.task else None,
+                    "tasks": [task.name for task in bundle.manifest.tasks],
                     "passes": [dataclasses.asdict(record) for record in bundle.passes],
                     "seconds": bundle.seconds,
                     "files": {n: f.size for n, f in bundle.manifest.files.items()},
@@ -418,9 +437,10 @@ def _print_folder(folder: Folder, as_json: bool) -> None:
     if folder.target == "lora":
         print_adapters(folder)
     else:
+        lines = parity_lines if folder.target == "triton" else folder_lines
         for name, found in folder.parity.items():
-            for line in parity_lines(found):
-                click.echo(f"{name}: {line}")
+            for line in lines(found):
+                click.echo(f"{name}: {line}" if folder.target == "triton" else line)
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     click.echo(f"{folder.path}: {_bytes(size)}, {sum(folder.seconds.values()):.1f} s")
 
@@ -523,6 +543,11 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.argument("texts", nargs=-1, metavar="TEXT...")
 @click.option("--pair", "pairs", nargs=2, multiple=True, help="A pair of texts; may be repeated.")
 @click.option("--data", type=_FOLDER, help="JSON lines file with the task's fields.")
+@click.option(
+    "--task",
+    help="Where BUNDLE serves several: the task of all texts. Without it each line of --data has "
+    "its own, in `task`.",
+)
 @click.option("--truncate", is_flag=True, help="Cut texts that are too long instead of refusing.")
 @click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
 @click.option("--sample", "do_sample", is_flag=True, help="Draw tokens at random.")
@@ -541,6 +566,7 @@ def run(
     texts: tuple[str, ...],
     pairs: tuple[tuple[str, str], ...],
     data: Path | None,
+    task: str | None,
     truncate: bool,
     stream: bool,
     providers: tuple[str, ...],
@@ -562,18 +588,19 @@ def run(
     # What was given; 0 is a value too.
     writing = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
     with Engine.load(bundle, providers=list(providers) or None) as engine:
-        task = engine.task
-        labelled = engine.manifest.kind == "encoder-classifier" or bool(task and task.labels)
+        examples, tasks = _with_tasks(engine, examples, task)
         if stream:
-            for example in examples:
-                for piece in engine.stream(example, truncate=truncate, **writing):
+            for i, example in enumerate(examples):
+                own = tasks if isinstance(tasks, str) or tasks is None else tasks[i]
+                for piece in engine.stream(example, task=own, truncate=truncate, **writing):
                     click.echo(piece, nl=False)
                 click.echo()
             return
+        labelled = engine.manifest.kind == "encoder-classifier" or _all_labelled(engine, tasks)
         if labelled and not writing:
-            answers: Sequence[Any] = engine.classify(examples, truncate=truncate)
+            answers: Sequence[Any] = engine.classify(examples, tasks=tasks, truncate=truncate)
         else:
-            answers = engine.generate(examples, truncate=truncate, **writing)
+            answers = engine.generate(examples, tasks=tasks, truncate=truncate, **writing)
     if as_json:
         both = zip(examples, answers, strict=True)
         listed = [{"input": example, **dataclasses.asdict(answer)} for example, answer in both]
@@ -581,6 +608,35 @@ def run(
         return
     for answer in answers:
         click.echo(_answer(answer))
+
+
+def _with_tasks(
+    engine: Engine, examples: list[Any], task: str | None
+) -> tuple[list[Any], str | list[str] | None]:
+    """Return the texts, and the task of all of them or of each; None where there is one."""
+    if task is not None or not engine.manifest.tasks:
+        return examples, task
+    found, tasks = [], []
+    for example in examples:
+        if not isinstance(example, dict) or not isinstance(example.get("task"), str):
+            raise OptionError(
+                f"the engine serves {len(engine.tasks)} tasks, and {str(example)[:60]!r} names "
+                "none",
+                expected=", ".join(task.name for task in engine.tasks),
+                fix="give --task, or a line of --data with `task`",
+            )
+        tasks.append(example["task"])
+        found.append({key: value for key, value in example.items() if key != "task"})
+    return found, tasks
+
+
+def _all_labelled(engine: Engine, tasks: str | list[str] | None) -> bool:
+    """Whether every task that is asked for has labels to choose from."""
+    if not engine.manifest.tasks:
+        return all(task.labels for task in engine.tasks) and bool(engine.tasks)
+    asked = [tasks] if isinstance(tasks, str) else tasks or []
+    views = [engine.for_task(name) for name in dict.fromkeys(asked)]
+    return all(view.task is not None and view.task.labels for view in views)
 
 
 @main.command()

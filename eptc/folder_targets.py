@@ -10,13 +10,17 @@ from eptc.adapter_export import Lora
 from eptc.errors import OptionError
 from eptc.fitting import check_fit, task_config
 from eptc.folder_base import Folder, FolderJob, FolderTarget
+from eptc.genai_export import GenAi
+from eptc.hf_export import HuggingFace
 from eptc.job import Clock, Progress
 from eptc.options import Options
 from eptc.tasks import chosen, names_several
 
 __all__ = ["FOLDER_TARGETS", "export_folder"]
 
-FOLDER_TARGETS: dict[str, FolderTarget] = {target.name: target for target in (Lora(),)}
+FOLDER_TARGETS: dict[str, FolderTarget] = {
+    target.name: target for target in (Lora(), HuggingFace(), GenAi())
+}
 
 # What every one of them takes: what is read, what of it, and whether it is proven.
 _COMMON = frozenset({
@@ -49,7 +53,7 @@ def export_folder(
         out, force=force,
         inputs={
             "the checkpoint": ckpt, "the base model": options.base,
-            "the task description": options.task_spec,
+            "the task description": options.task_spec, "the probes": options.probe,
         },
     )  # fmt: skip
     with clock.stage("read the checkpoint"):

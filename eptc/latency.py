@@ -31,6 +31,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure an engine on token ids drawn at random, without padding.
 
+    Where the engine serves several tasks, the rows of a batch are of each in turn.
+
     Shapes are measured in turn, one call of each a round, so that what slows the machine down for
     a while falls on all of them.
 
@@ -94,6 +96,7 @@ def bench(
             "bundle": str(bundle),
             "kind": engine.manifest.kind,
             "precision": engine.manifest.precision,
+            "tasks": [task.name for task in engine.tasks],
             "providers": list(engine.providers),
             "threads": threads or usable_cpus(),
             "onnxruntime": onnxruntime.__version__,
@@ -118,10 +121,14 @@ def _call(engine: Engine, batch: int, length: int, new_tokens: int | None) -> Ca
 def _feeds(engine: Engine, batch: int, length: int) -> Mapping[str, Any]:
     import numpy as np
 
+    from eptc.runtime.spec import TASK_IDS
+
     vocabulary = engine.manifest.vocab_size or 1
     ids = np.random.default_rng(_SEED).integers(0, vocabulary, (batch, length))
     graph = next(iter(engine.manifest.graphs.values()))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     if any(tensor.name == "token_type_ids" for tensor in graph.inputs):
         feeds["token_type_ids"] = np.zeros_like(ids)
+    if engine.manifest.tasks:
+        feeds[TASK_IDS] = np.arange(batch) % len(engine.tasks)
     return feeds

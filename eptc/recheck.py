@@ -11,7 +11,7 @@ from typing import Any
 from eptc import checkpoint
 from eptc.calibration import twin
 from eptc.errors import BundleError, OptionError, OutputError, ParityError
-from eptc.examples_file import read_examples
+from eptc.examples_file import Example, read_examples, read_task_examples
 from eptc.lossy import budget_of
 from eptc.machine import available_memory
 from eptc.options import Options
@@ -24,6 +24,7 @@ from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier, Subject
 from eptc.precision import SCHEMES
 from eptc.runtime import Engine, Manifest, load_manifest
+from eptc.stacking import refused_blocks
 from eptc.tasks import Task
 
 __all__ = ["parity"]
@@ -61,7 +62,8 @@ def parity(
         tasks: task names in id order; None: the manifest's.
         top_k: experts a task uses; None: the manifest's.
         task_spec: JSON file with prompts and labels; None: the manifest's.
-        data: JSON lines file with labelled examples; both sides are scored on it.
+        data: JSON lines file with labelled examples; both sides are scored on it. Where the
+            engine serves several tasks each row names its own in `task`.
         allow_pickle: read `.bin` files (weights only).
         format: of the checkpoint; None: the manifest's.
         progress: called with what is being done.
@@ -77,8 +79,8 @@ def parity(
     """
     folder = Path(bundle)
     manifest = load_manifest(folder)
-    task = manifest.task
-    if task is None:
+    tasks_of = manifest.tasks or (() if manifest.task is None else (manifest.task,))
+    if not tasks_of:
         raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
     recorded = manifest.checkpoint
     kind = _format(folder, recorded) if format is None else checkpoint.find_format(format)
@@ -100,15 +102,25 @@ def parity(
     )
     _check_origin(folder, manifest, source)
     names = [t.name for t in source.contents.tasks]
-    if task.name not in names:
+    if lost := [task.name for task in tasks_of if task.name not in names]:
         raise BundleError(
-            f"{folder} was built for task {task.name!r}, which the checkpoint does not have",
+            f"{folder} was built for task {lost[0]!r}, which the checkpoint does not have",
             expected=", ".join(names),
         )
-    examples = read_examples(Path(data), task, labelled=True) if data is not None else None
-    if examples is not None and task.kind == "generation":
-        raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
-    subject = Subject(source, task.name, examples, _by_block(folder, manifest.precision, source))
+    examples = None if data is None else _labelled(Path(data), manifest)
+    for name in examples or {}:
+        if next(task for task in tasks_of if task.name == name).kind == "generation":
+            raise OptionError(f"task {name!r} has no labels to score", fix="leave --data out")
+    by_block = _by_block(folder, manifest.precision, source)
+    subject = Subject(source, tasks_of[0].name, None, by_block)
+    if not manifest.tasks:
+        if examples is not None:
+            subject = dataclasses.replace(subject, examples=examples[tasks_of[0].name])
+    elif by_block:
+        raise refused_blocks(source, manifest.precision)
+    else:
+        chosen = [task.name for task in tasks_of]
+        subject = dataclasses.replace(subject, task=chosen, examples=examples)
     with contextlib.ExitStack() as stack:
         verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
         if manifest.precision in _SIMULATED:
@@ -119,8 +131,36 @@ def parity(
             return report
         progress("score")
         with Engine.load(folder, providers=["cpu"]) as engine:
-            got = answers(engine, examples)
-        want = reference_answers(manifest, verifier.reference, task, verifier.tokenizer, examples)
+            scores = {
+                name: _scores(engine.for_task(name), verifier, rows)
+                for name, rows in examples.items()
+            }
+    return dataclasses.replace(
+        report, scores=scores if manifest.tasks else scores[tasks_of[0].name]
+    )
+
+
+def _labelled(path: Path, manifest: Manifest) -> dict[str, list[Example]]:
+    """Return the labelled rows of a file by the name of their task."""
+    if manifest.tasks:
+        return read_task_examples(path, manifest.tasks, labelled=True)
+    assert manifest.task is not None
+    return {manifest.task.name: read_examples(path, manifest.task, labelled=True)}
+
+
+def _scores(
+    engine: Engine, verifier: LocalVerifier, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """Return how an engine of one task and the reference score on labelled rows.
+
+    Raises:
+        ParityError: the engine loses more than it may.
+    """
+    manifest, task = engine.manifest, engine.task
+    assert task is not None
+    assert verifier.tokenizer is not None
+    got = answers(engine, examples)
+    want = reference_answers(manifest, verifier.reference, task, verifier.tokenizer, examples)
     scores = compare_answers(
         task, want, got, right_answers(task, examples), precision=manifest.precision
     )
@@ -128,7 +168,7 @@ def parity(
     budget = _allowed(manifest, task) if fixes else Budget(max_flips=0.0)
     if reason := budget.exceeded(scores):
         raise ParityError(reason, fix=", ".join(fixes) or "build the bundle again")
-    return dataclasses.replace(report, scores=scores)
+    return scores
 
 
 def _what_loses(manifest: Manifest) -> list[str]:

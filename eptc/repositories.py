@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eptc import bundle, checkpoint
-from eptc.errors import BundleError, TaskError
+from eptc.errors import BundleError, InputError, OptionError, OutputError, TaskError
 from eptc.folder_base import Folder
 from eptc.job import Clock, Progress
 from eptc.options import Options
@@ -19,9 +19,11 @@ from eptc.runtime.spec import file_name
 from eptc.tasks import Task, chosen
 from eptc.triton_config import LABELS, model_config, model_labels
 
-__all__ = ["REPOSITORIES", "Built", "export_repository", "write_models"]
+__all__ = ["REPOSITORIES", "SEVERAL", "Built", "export_repository", "write_models"]
 
 _VERSION = "1"
+# The model whose rows name their task, beside one model for each.
+SEVERAL = "multitask"
 
 
 class Built(Protocol):
@@ -94,7 +96,10 @@ def export_repository(
     force: bool,
     progress: Progress,
 ) -> Folder:
-    """Build an engine for each task, each proven as any other, and arrange them in one folder.
+    """Build engines, each proven as any other, and arrange them in one folder.
+
+    One for each task and, where there are several, one whose rows name their task. Where the
+    checkpoint or an option allows no such engine a warning says why.
 
     Args:
         build: builds one engine: `eptc.export`.
@@ -109,6 +114,12 @@ def export_repository(
         InputError: something about the input; nothing was written.
         ParityError: an engine does not give the reference's answers; nothing was published.
     """
+    if options.layout != "eptc":
+        raise OptionError(
+            f"--layout {options.layout} was given together with --target {options.target}, which "
+            "has a layout of its own",
+            fix="leave one out",
+        )
     out, clock = Path(out), Clock(progress)
     bundle.check_place(
         out, force=force,
@@ -126,21 +137,30 @@ def export_repository(
             task_spec=None if options.task_spec is None else Path(options.task_spec),
             allow_pickle=options.allow_pickle, format=options.format,
         ).contents  # fmt: skip
-        named = dict(_named(contents.tasks, chosen(options.task, contents.tasks)))
+        task_ids = chosen(options.task, contents.tasks)
+        named: dict[str, int | list[int]] = dict(_named(contents.tasks, task_ids))
+        tasks = tuple(named)
+        if len(task_ids) > 1:
+            named[SEVERAL] = task_ids
     seconds = collections.Counter(clock.seconds)
     passes: list[PassRecord] = []
-    warnings: dict[str, None] = {}
+    warnings: list[str] = []
     parity: dict[str, Any] = {}
     models: dict[str, Any] = {}
     with bundle.draft(out, force=force) as draft:
-        for name, task_id in named.items():
+        for name, choice in named.items():
             # No task has this name: one that begins with a dot is no model's.
-            engine = build(
-                ckpt, **settings, task=task_id, out=draft.path / ".engine", progress=progress
-            )
+            place = draft.path / ".engine"
+            try:
+                engine = build(ckpt, **settings, task=choice, out=place, progress=progress)
+            except InputError as error:
+                if name != SEVERAL or isinstance(error, OutputError):
+                    raise
+                warnings.append(f"there is no model of several tasks: {error.found}")
+                continue
             folders = REPOSITORIES[options.target](engine, draft.path, name)
             passes += engine.passes
-            warnings |= dict.fromkeys(engine.warnings)
+            warnings += engine.warnings
             seconds.update(engine.seconds)
             parity[name] = dict(engine.manifest.parity)
             models[name] = {"models": [folder.name for folder in folders.values()]}
@@ -156,21 +176,21 @@ def export_repository(
         )  # fmt: skip
         draft.publish()
     return Folder(
-        draft.out, options.target, tuple(named), tuple(passes), tuple(warnings), dict(seconds),
-        parity, models,
+        draft.out, options.target, tasks, tuple(passes), tuple(dict.fromkeys(warnings)),
+        dict(seconds), parity, models,
     )  # fmt: skip
 
 
 def _named(tasks: tuple[Task, ...], task_ids: list[int]) -> Iterator[tuple[str, int]]:
     """Yield the name of each task's model, and its id."""
-    taken: dict[str, str] = {}
+    taken = {SEVERAL: "the model of several tasks"} if len(task_ids) > 1 else {}
     for task_id in task_ids:
         name = tasks[task_id].name
         # Some file systems do not tell upper case from lower.
         other = taken.setdefault(name.lower(), name)
         try:
             if other != name or file_name(name, "a task").lower() == bundle.PROVENANCE:
-                raise TaskError(f"no model beside {other!r} can be called {name!r}")
+                raise TaskError(f"no model beside {other} can be called {name!r}")
         except BundleError as error:
             raise TaskError(
                 f"no model can be called {name!r}",

@@ -92,6 +92,9 @@ def _bundle(console: Console, report: Mapping[str, Any]) -> None:
     task = report["task"]
     console.print(f"bundle {report['path']}: {report['kind']}, {report['precision']}, "
                   f"opset {report['opset']}")  # fmt: skip
+    for place, each in enumerate(report["tasks"] or []):
+        labels = f", labels {_short(each['labels'])}" if each["labels"] else ""
+        console.print(f"task {place} {each['name']} ({each['kind']}){labels}", soft_wrap=True)
     if task is not None:
         labels = f", labels {', '.join(task['labels'])}" if task["labels"] else ""
         console.print(f"task {task['name']} ({task['kind']}){labels}", soft_wrap=True)

@@ -125,10 +125,12 @@ def check_models(schema: Any, folder: Path) -> dict[str, Any]:
 
 
 def test_every_task_is_a_model(schema: Any, repository: eptc.Folder) -> None:
+    """And all of them are one more, whose rows name their task."""
     assert repository.tasks == ("tone", "same", "score")
+    assert set(repository.parity) == {"tone", "same", "score", "multitask"}
     assert all(parity["verified"] for parity in repository.parity.values())
     configs = check_models(schema, repository.path)
-    assert set(configs) == {"tone", "same", "score"}
+    assert set(configs) == {"tone", "same", "score", "multitask"}
     for name, config in configs.items():
         assert config.max_batch_size == MAX_BATCH
         assert config.HasField("dynamic_batching")
@@ -152,6 +154,25 @@ def test_a_version_is_the_bundle(
     assert contents(version) == contents(bundle.path)
     with Engine.load(version, ["cpu"]) as served, bundle.load(providers=["cpu"]) as alone:
         assert served.classify(TEXTS) == alone.classify(TEXTS)
+
+
+def test_a_row_names_its_task(schema: Any, repository: eptc.Folder) -> None:
+    """Rows as Triton hands them on, against the engines of one task each."""
+    place = repository.path / "multitask"
+    config = parsed(schema, (place / "config.pbtxt").read_text())
+    assert config.HasField("dynamic_batching")
+    (tasks,) = (tensor for tensor in config.input if tensor.name == "task_ids")
+    assert (list(tasks.dims), list(tasks.reshape.shape)) == ([1], [])
+    session = onnxruntime.InferenceSession(
+        place / "1" / config.default_model_filename, providers=["CPUExecutionProvider"]
+    )
+    for number, name in enumerate(repository.tasks):
+        with Engine.load(repository.path / name / "1", ["cpu"]) as alone:
+            given = [(text, "bad") for text in TEXTS] if name == "same" else TEXTS
+            feeds = alone.tokenize(given)
+            (want,) = alone.run(feeds).values()
+        (found,) = session.run(None, {**feeds, "task_ids": np.full(len(TEXTS), number, np.int64)})
+        np.testing.assert_allclose(found[:, : want.shape[1]], want, rtol=0, atol=1e-5)
 
 
 def test_an_encoder_and_its_decoder_are_two_models(
@@ -222,7 +243,7 @@ def test_a_wrong_engine_is_never_published(
 
     def progress(event: Any) -> None:
         if event == "read the checkpoint":
-            done.append(["all", "tone", "same", "score"][len(done)])
+            done.append(["all", "tone", "same", "multitask"][len(done)])
 
     monkeypatch.setattr(folding, "_fold", wrong)
     with pytest.raises(ParityError):
@@ -241,6 +262,7 @@ def test_a_wrong_engine_is_never_published(
         ({"task": "tone,tome"}, TaskError, "nearest: tone"),
         ({"max_rank": 4}, OptionError, "--max-rank 4"),
         ({"precision": "int8-static"}, OptionError, "given no text"),
+        ({"layout": "optimum"}, OptionError, "--layout optimum"),
         ({"target": "tritton"}, OptionError, "triton"),
     ],
 )
@@ -253,7 +275,7 @@ def test_bad_options(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["a b", "..", "Tone", "eptc.json"])
+@pytest.mark.parametrize("name", ["a b", "..", "Tone", "eptc.json", "multitask"])
 def test_names_no_model_can_have(copy_native: Any, name: str) -> None:
     described = json.loads((copy_native.ckpt / "ept_config.json").read_text())
     described["tasks"][2]["name"] = name
@@ -269,6 +291,17 @@ def test_names_no_model_can_have(copy_native: Any, name: str) -> None:
             out=copy_native.out,
         )  # fmt: skip
     assert not copy_native.out.exists()
+
+
+def test_where_no_engine_has_several_tasks(small_routed: Any, tmp_path: Path) -> None:
+    """Its routes read the input: there is a model for each task, and a word of why no more."""
+    made = eptc.export(
+        small_routed.ckpt, base=small_routed.base, target="triton", task="tone,score",
+        out=tmp_path / "out", verify=False,
+    )  # fmt: skip
+    assert set(made.parity) == {"tone", "score"}
+    assert any("there is no model of several tasks" in warning for warning in made.warnings)
+    assert sorted(path.name for path in made.path.iterdir()) == ["eptc.json", "score", "tone"]
 
 
 def test_one_engine_is_another_target(small_native: Any, cli: Any, tmp_path: Path) -> None:
@@ -287,7 +320,7 @@ def test_the_command_line(small_native: Any, cli: Any, schema: Any, tmp_path: Pa
     assert said.code == 0, said.stderr
     assert "tone: parity passed" in said.stdout
     assert "score: parity passed" in said.stdout
-    assert set(check_models(schema, tmp_path / "out")) == {"tone", "score"}
+    assert set(check_models(schema, tmp_path / "out")) == {"tone", "score", "multitask"}
     found = cli(*given, "--task", "0", "-o", tmp_path / "json", "--no-verify", "--json").json
     assert (found["target"], found["tasks"]) == ("triton", ["tone"])
     assert found["parity"]["tone"]["verified"] is False

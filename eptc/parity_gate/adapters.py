@@ -12,19 +12,17 @@ import torch
 from torch import nn
 
 from eptc import text
-from eptc.architectures import Kind
 from eptc.checkpoint import Checkpoint
 from eptc.errors import CheckpointError, ParityError
 from eptc.machine import available_memory
 from eptc.nn.adapted import ReferenceModel
 from eptc.nn.lora import LoraModel, load_lora, stream_lora
 from eptc.parity_gate.adapter_files import check_files
-from eptc.parity_gate.adapter_probes import adapter_probes, logits
+from eptc.parity_gate.adapter_probes import adapter_probes, choices, logits
 from eptc.parity_gate.compare import FP32, Bound, Comparison, compare
 from eptc.parity_gate.gate import refuse, with_outcomes
 from eptc.parity_gate.layers import LayerGate, layer_outputs
 from eptc.parity_gate.memory import verified_by_block
-from eptc.parity_gate.outputs import Decision, decide
 from eptc.parity_gate.reference import load_reference, stream_reference
 from eptc.parity_gate.report import ParityReport, furthest
 from eptc.tasks import Task, resolve
@@ -162,10 +160,10 @@ class AdapterGate:
             with torch.no_grad(), reference.task(task):
                 want, got = logits(reference.hf, probe, kind), logits(adapter.hf, probe, kind)
             found = compare(f"logits, {probe.name}", got, want, report.bound)
-            choices = _choices(probe.name, got, want, kind)
-            flips += sum(choice.flipped for choice in choices)
+            chosen = choices(probe.name, got, want, kind)
+            flips += sum(choice.flipped for choice in chosen)
             report = with_outcomes(
-                report, probe, [found, *([] if report.bound is _CUT else choices)]
+                report, probe, [found, *([] if report.bound is _CUT else chosen)]
             )
             if not report.agrees:
                 break
@@ -258,16 +256,6 @@ def _no_nearer(path: str, lost: float, least: float) -> Comparison:
     bound = least * (1 + _MORE) + _AT_MOST
     error = lost if np.isfinite(lost) else np.inf
     return Comparison(f"what {path} lost", (1,), error, bound, (0,), lost, least, 1.0)
-
-
-def _choices(probe: str, got: Any, want: Any, kind: Kind) -> list[Decision]:
-    """Return the labels, or the tokens after a sequence, that both sides choose."""
-    if want.shape[-1] < 2:
-        return []
-    if kind != "encoder-classifier":
-        got, want = got[:, -1], want[:, -1]
-    noise = 2 * float(FP32.absolute(np.abs(want).max()))
-    return [decide(probe, row, 0, got[row], want[row], noise) for row in range(len(want))]
 
 
 def _digits(value: float) -> float:

@@ -102,12 +102,15 @@ def open_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer | None:
     spec = manifest.tokenizer
     if spec is None:
         return None
-    described = json.dumps(spec.to_json(), sort_keys=True)
+    limits = sorted({task.max_length for task in manifest.tasks if task.max_length is not None})
+    if spec.max_length is not None:
+        limits = [limit for limit in limits if limit < spec.max_length]
+    described = json.dumps([spec.to_json(), limits], sort_keys=True)
     key = (os.getpid(), described, _written(folder, [spec.file]))
     tokenizer = _tokenizers.get(key)
     if tokenizer is None:
         path = bundle_file(folder, spec.file)
-        tokenizer = _tokenizers.setdefault(key, TextTokenizer(path, spec))
+        tokenizer = _tokenizers.setdefault(key, TextTokenizer(path, spec, limits))
     return tokenizer
 
 

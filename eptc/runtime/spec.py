@@ -16,6 +16,7 @@ __all__ = [
     "DTYPES",
     "INTERFACES",
     "MANIFEST",
+    "TASK_IDS",
     "FileRecord",
     "GenerationSpec",
     "GraphSpec",
@@ -25,6 +26,8 @@ __all__ = [
 ]
 
 MANIFEST: Final = "manifest.json"
+# The input of an engine of several tasks: of each row, the place of its task in the list.
+TASK_IDS: Final = "task_ids"
 
 DTYPES: Final = ("bfloat16", "bool", "float16", "float32", "int32", "int64")
 
@@ -88,6 +91,11 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def input_names(self) -> frozenset[str]:
+        """Names of the inputs."""
+        return frozenset(tensor.name for tensor in self.inputs)
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return {
@@ -128,6 +136,7 @@ class GenerationSpec:
             have no bound.
         answer_prefix: tokens that training put before each answer (a BOS of its own).
         answer_ends: whether training ended each answer with a stop token.
+        task_max_new_tokens: of an engine of several tasks, `max_new_tokens` of each.
     """
 
     decoder_start_token_id: int | None
@@ -140,12 +149,14 @@ class GenerationSpec:
     max_positions: int | None = None
     answer_prefix: tuple[int, ...] = ()
     answer_ends: bool = True
+    task_max_new_tokens: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return dataclasses.asdict(self) | {
             "eos_token_id": list(self.eos_token_id),
             "answer_prefix": list(self.answer_prefix),
+            "task_max_new_tokens": list(self.task_max_new_tokens),
         }
 
     @classmethod
@@ -163,6 +174,7 @@ class GenerationSpec:
             fields.optional_integer("max_positions", at_least=1, default=None),
             fields.token_ids("answer_prefix", default=[]),
             fields.flag("answer_ends", default=True),
+            fields.counts("task_max_new_tokens", default=[]),
         )
         fields.finish()
         return spec
