@@ -114,7 +114,7 @@ def export_repository(
         InputError: something about the input; nothing was written.
         ParityError: an engine does not give the reference's answers; nothing was published.
     """
-    if options.layout != "eptc":
+    if options.layout != "flat":
         raise OptionError(
             f"--layout {options.layout} was given together with --target {options.target}, which "
             "has a layout of its own",
