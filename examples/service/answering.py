@@ -22,11 +22,15 @@ __all__ = ["Answer", "Answering", "Query"]
 
 
 class Query(BaseModel):
-    """A text, a pair of texts, or the task's fields by name; one or the other as the task has."""
+    """A text, a pair of texts, or the task's fields by name; one or the other as the task has.
+
+    `task` is needed where the engine has several.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     input: str | tuple[str, str] | Annotated[dict[str, str], Field(max_length=16)]
+    task: str | None = None
 
 
 class Answer(BaseModel):
@@ -84,37 +88,44 @@ class Answering:
         self._metrics.batches.observe(len(queries))
         # The engine is chosen once a batch. ONNX Runtime lets go of the lock while it computes.
         return await asyncio.to_thread(
-            _answers, self._live.current, [query.input for query in queries],
-            truncate=self._settings.truncate,
+            _answers, self._live.current, queries, truncate=self._settings.truncate
         )  # fmt: skip
 
 
-def _answers(loaded: Loaded, inputs: list[Any], *, truncate: bool) -> list[Answer | InputError]:
+def _answers(loaded: Loaded, queries: list[Query], *, truncate: bool) -> list[Answer | InputError]:
     """Answer a batch; a text that the engine refuses is found by halving, and spoils no other."""
     try:
-        return list(_run(loaded, inputs, truncate=truncate))
+        return list(_run(loaded, queries, truncate=truncate))
     except InputError as error:
-        if len(inputs) == 1:
+        if len(queries) == 1:
             return [error]
-        middle = len(inputs) // 2
+        middle = len(queries) // 2
         return [
             answer
-            for half in (inputs[:middle], inputs[middle:])
+            for half in (queries[:middle], queries[middle:])
             for answer in _answers(loaded, half, truncate=truncate)
         ]
 
 
-def _run(loaded: Loaded, inputs: list[Any], *, truncate: bool) -> Iterator[Answer]:
+def _run(loaded: Loaded, queries: list[Query], *, truncate: bool) -> Iterator[Answer]:
     engine, bundle = loaded.engine, loaded.sha256
-    manifest = engine.manifest
-    # Where the rows of a batch change one another's answers, strangers' texts may not share one.
-    size = 1 if manifest.routing.mode == "batch" else len(inputs)
-    if manifest.kind == "encoder-classifier" or (manifest.task and manifest.task.labels):
-        for answer in engine.classify(inputs, truncate=truncate, batch_size=size):
+    manifest, tasks = engine.manifest, engine.tasks
+    only = tasks[0].name if len(tasks) == 1 else None
+    named: list[Any] = [query.task or only for query in queries]
+    given: dict[str, Any] = {
+        "tasks": named if any(named) or tasks else None,
+        "truncate": truncate,
+        # Where the rows of a batch change one another's answers, strangers may not share one.
+        "batch_size": 1 if manifest.routing.mode == "batch" else len(queries),
+    }
+    texts = [query.input for query in queries]
+    labelled = tasks and all(task.labels for task in tasks)
+    if labelled or manifest.kind == "encoder-classifier":
+        for answer in engine.classify(texts, **given):
             yield Answer(
                 label=answer.label, probabilities=answer.probabilities, value=answer.value,
                 bundle=bundle,
             )  # fmt: skip
     else:
-        for written in engine.generate(inputs, truncate=truncate, batch_size=size):
+        for written in engine.generate(texts, **given):
             yield Answer(text=written.text, bundle=bundle)

@@ -58,13 +58,12 @@ def create_app(settings: Settings) -> FastAPI:
         return {"status": "ok"}
 
     @app.get("/ready")
-    async def ready(request: Request) -> dict[str, str | None]:
+    async def ready(request: Request) -> dict[str, str | list[str] | None]:
         """Which bundle answers, and why another that was offered does not."""
         live: Live = request.app.state.live
-        task = live.current.engine.task
         return {
             "bundle": live.current.sha256,
-            "task": task.name if task is not None else None,
+            "tasks": [task.name for task in live.current.engine.tasks],
             "rejected": live.rejected,
         }
 

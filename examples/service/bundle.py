@@ -15,7 +15,6 @@ from eptc.runtime import MANIFEST, Engine, verify
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eptc.tasks import Task
     from service.metrics import Metrics
     from service.settings import Settings
 
@@ -87,12 +86,12 @@ class Live:
         self._describe()
 
     def _describe(self) -> None:
-        manifest = self.current.engine.manifest
+        engine = self.current.engine
         self._metrics.rejected.set(self.rejected is not None)
         self._metrics.bundle.info({
             "sha256": self.current.sha256,
-            "task": manifest.task.name if manifest.task is not None else "",
-            "precision": manifest.precision,
+            "tasks": ",".join(task.name for task in engine.tasks),
+            "precision": engine.manifest.precision,
         })  # fmt: skip
 
 
@@ -105,16 +104,16 @@ def _load(settings: Settings, old: Loaded | None = None) -> Loaded:
     engine = Engine.load(folder, settings.providers, settings.threads, warm_up=True)
     if _state(folder) != before:
         raise BundleError("the bundle was replaced while it was read")
-    if old is not None and _promised(engine.task) != _promised(old.engine.task):
+    if old is not None and _promised(engine) != _promised(old.engine):
         raise BundleError(
-            f"the bundle is for {engine.task}", expected=f"one for {old.engine.task}"
+            f"the bundle is for {_promised(engine)}", expected=f"one for {_promised(old.engine)}"
         )
     return Loaded(engine, digest)
 
 
-def _promised(task: Task | None) -> tuple[object, ...]:
-    """Return what callers rely on of a task; prompt and lengths may change with a model."""
-    return () if task is None else (task.name, task.kind, task.fields, task.labels)
+def _promised(engine: Engine) -> list[tuple[object, ...]]:
+    """Return what callers rely on of each task; prompt and lengths may change with a model."""
+    return [(task.name, task.kind, task.fields, task.labels) for task in engine.tasks]
 
 
 def _state(folder: Path) -> State:

@@ -262,6 +262,43 @@ def test_other_kinds_of_task(
                 assert said["probabilities"] == pytest.approx(alone.probabilities, abs=ROUNDING)
 
 
+def test_an_engine_of_several_tasks(small_native: Any, tmp_path: Path) -> None:
+    """Requests of every task share batches; one that names none is refused by itself."""
+    bundle = tmp_path / "several"
+    eptc.export(small_native.ckpt, base=small_native.base, task="all", out=bundle)
+    texts = ["good film", "bad", "the long film was not good", "dull"]
+    asked = [
+        {"input": (text, "bad") if task == "same" else text, "task": task}
+        for text in texts
+        for task in ("tone", "same", "score", "sentiment")
+    ]
+    bad = [{"input": "film"}, {"input": "film", "task": "mood"}]
+
+    async def run(server: Server) -> list[httpx2.Response]:
+        async with server.client() as client:
+            return await asyncio.gather(
+                *(client.post("/answer", json=body) for body in [*asked, *bad])
+            )
+
+    with serving(bundle, tmp_path / "log", max_wait_ms=50) as server:
+        responses = asyncio.run(run(server))
+        assert server.ready()["tasks"] == ["tone", "same", "score"]
+        assert server.measured()["service_batch_size_count"] < len(responses)
+    with eptc.Engine.load(bundle, ["cpu"]) as engine:
+        for body, response in zip(asked, responses, strict=False):
+            (alone,) = engine.classify([body["input"]], tasks=str(body["task"]))
+            said = response.json()
+            assert (said.get("label"), said.get("value")) == (
+                alone.label, alone.value and pytest.approx(alone.value, abs=ROUNDING),
+            )  # fmt: skip
+            assert said.get("probabilities") == (
+                alone.probabilities and pytest.approx(alone.probabilities, abs=ROUNDING)
+            )
+    for response in responses[len(asked) :]:
+        assert response.status_code == 422
+        assert "tone, same, score" in response.text or "0 tone, 1 same" in response.text
+
+
 # ---- what is refused
 
 
@@ -286,6 +323,7 @@ BAD: dict[str, tuple[bytes | None, dict[str, str], int, str]] = {
     "a list": (b'{"input": ["film", "good", "bad"]}', JSON, 422, "at most 2 items"),
     "a pair": (b'{"input": ["film", "good"]}', JSON, 422, "1 text: text"),
     "unknown field": (b'{"input": {"words": "film"}}', JSON, 422, "without 'text'"),
+    "unknown task": (b'{"input": "film", "task": "mood"}', JSON, 422, "there is no task 'mood'"),
     "unknown key": (b'{"input": "film", "truncate": true}', JSON, 422, "Extra inputs"),
     "too many fields": (
         json.dumps({"input": dict.fromkeys(map(str, range(17)), "a")}).encode(), JSON, 422,
@@ -424,7 +462,7 @@ def test_bundles_are_swapped_under_load(made: Made, tmp_path: Path) -> None:
         callers = asyncio.run(run(server))
         measured = server.measured()
         assert server.ready() == {
-            "bundle": made.sha256(made.new), "task": "score", "rejected": None,
+            "bundle": made.sha256(made.new), "tasks": ["score"], "rejected": None,
         }  # fmt: skip
     for said in callers:
         assert [sha256 for sha256, _ in itertools.groupby(said)] == [*map(made.sha256, turns)]
@@ -486,7 +524,7 @@ def test_a_bad_bundle_is_not_swapped_in(made: Made, tmp_path: Path) -> None:
         shutil.copytree(made.new, tmp_path / f"bad-{i}")
         damage(tmp_path / f"bad-{i}")
         offered.append((tmp_path / f"bad-{i}", words))
-    offered.append((made.other, "the bundle is for Task(name='tone'"))
+    offered.append((made.other, "the bundle is for [('tone'"))
 
     async def run(server: Server) -> set[str]:
         async with server.client() as client:
@@ -565,7 +603,7 @@ def test_sigterm_lets_requests_under_way_finish(made: Made, tmp_path: Path) -> N
 def test_what_is_measured_can_be_read(made: Made, server: Server) -> None:
     assert server.get("/health").json() == {"status": "ok"}
     assert server.ready() == {
-        "bundle": made.sha256(made.old), "task": "score", "rejected": None,
+        "bundle": made.sha256(made.old), "tasks": ["score"], "rejected": None,
     }  # fmt: skip
     measured = server.measured()
     for name in (
