@@ -171,13 +171,11 @@ def _check_place(out: Path, *, force: bool) -> None:
             fix="name another folder, or pass --force to replace what is there",
         )
     known = _written_folders(out)
-    for entry in out.iterdir():
-        if not entry.is_dir():
-            continue
-        if entry.name not in known or any(inner.is_dir() for inner in entry.iterdir()):
+    for entry in sorted(out.rglob("*")):
+        if entry.is_dir() and entry.relative_to(out).as_posix() not in known:
             raise OutputError(
                 f"the output folder {out} holds folders that eptc did not write, such as "
-                f"{entry.name}",
+                f"{entry.relative_to(out)}",
                 expected="what eptc wrote, or a folder with plain files only, to replace with "
                 "--force",
                 fix="name another folder, or remove this one yourself",
@@ -185,7 +183,7 @@ def _check_place(out: Path, *, force: bool) -> None:
 
 
 def _written_folders(out: Path) -> set[str]:
-    """Return the folders that a place has because eptc wrote them there."""
+    """Return the folders, by their paths inside, that eptc wrote at a place."""
     try:
         found = json.loads((out / PROVENANCE).read_text("utf-8"))["folders"]
         return set(found)

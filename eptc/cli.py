@@ -108,7 +108,7 @@ def main() -> None:
     "--task",
     help="Name, alias or id of the task to compile; not needed where there is one. Several, comma "
     "separated, or all: one engine whose rows name their task; with --target lora a folder for "
-    "each.",
+    "each; with --target triton a model for each and one for all.",
 )
 @click.option(
     "--target",
@@ -117,7 +117,8 @@ def main() -> None:
     metavar="NAME",
     help="What to write. onnx: an engine. lora: a stock PEFT adapter, for PEFT and programs that "
     "serve such. hf: the folded model as a folder for transformers. genai: the same, built for "
-    "onnxruntime-genai. Or a target of an installed package.",
+    "onnxruntime-genai. triton: a model repository for Triton. Or a target of an installed "
+    "package.",
 )
 @click.option("-o", "--out", type=FOLDER, help="Folder of the bundle.")
 @source_options
@@ -341,8 +342,10 @@ def _print_folder(folder: Folder, as_json: bool) -> None:
     elif folder.target == "onnx":
         print_tasks(folder.details)
     else:
-        for line in (line for parity in folder.parity.values() for line in folder_lines(parity)):
-            click.echo(line)
+        lines = parity_lines if folder.target == "triton" else folder_lines
+        for name, found in folder.parity.items():
+            for line in lines(found):
+                click.echo(f"{name}: {line}" if folder.target == "triton" else line)
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     click.echo(f"{folder.path}: {_bytes(size)}, {sum(folder.seconds.values()):.1f} s")
 

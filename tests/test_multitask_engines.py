@@ -492,7 +492,7 @@ def test_lower_precision(small_native: Folders, tmp_path: Path, precision: Any) 
         plan = json.loads((bundle.path / "precision.json").read_text())
         kept = [name for name in plan["stays_float32"] if ".tasks." in name]
         assert any(name.endswith("classifier.tasks.weight") for name in kept)
-        assert any(name.endswith(".tasks.B") for name in kept)
+        assert any(".tasks.B" in name for name in kept)
     with bundle.load(providers=["cpu"]) as engine:
         assert len(engine.classify([text for _, text in ROWS], tasks=[t for t, _ in ROWS])) == 9
 
