@@ -84,6 +84,7 @@ def add_task(
         ParityError: the task does not give the reference's answers. The pack is as it was.
     """
     folder = Path(pack)
+    progress("wait for others who change the pack")
     with _changing(folder) as change:
         manifest = change.manifest
         progress("hash the pack")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -236,30 +237,35 @@ def test_a_bundle_has_no_tasks_to_change(alone: Callable[[str], Path], tmp_path:
 
 
 _ADD = """
-import os, sys, eptc
-def stop(event):
+import sys, eptc
+def tell(event):
+    print(event, flush=True)
     if event == sys.argv[4]:
-        os.write(1, b"here\\n")
         sys.stdin.read(1)
 eptc.add_task(sys.argv[1], sys.argv[2], base=sys.argv[3], task=sys.argv[5], verify=False,
-              progress=stop)
+              progress=tell)
 """
 
 
-def _adding(packed: Packed, at: str, task: str) -> subprocess.Popen[bytes]:
-    """Start to add a task in a process of its own; it waits where progress says `at`."""
+def _adding(packed: Packed, at: str, task: str) -> subprocess.Popen[str]:
+    """Start to add a task in a process of its own; it says what it does, and waits at `at`."""
     arguments = [packed.path, packed.folders.ckpt, packed.folders.base, at, task]
     return subprocess.Popen(
         [sys.executable, "-c", _ADD, *map(str, arguments)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.curdir},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=0,
+        env=os.environ | {"PYTHONPATH": os.curdir},
     )  # fmt: skip
+
+
+def _until(process: subprocess.Popen[str], said: str) -> None:
+    assert process.stdout is not None
+    assert any(line == f"{said}\n" for line in process.stdout)
 
 
 def test_a_killed_add_leaves_the_pack_as_it_was(packed: Packed) -> None:
     before = packed.digests()
     with _adding(packed, "publish", "same") as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"here\n"
+        _until(process, "publish")
         process.send_signal(signal.SIGKILL)
     left = packed.digests()
     assert left.pop("same.onnx_adapter")  # written before the manifest
@@ -275,17 +281,16 @@ def test_a_killed_add_leaves_the_pack_as_it_was(packed: Packed) -> None:
 
 def test_two_adds_at_once_wait_for_each_other(packed: Packed) -> None:
     with _adding(packed, "publish", "same") as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == b"here\n"
-        with _adding(packed, "hash the pack", "same") as second:
-            assert second.stdout is not None
-            time.sleep(0.2)
-            assert second.poll() is None
-            first.communicate(b"x")
+        _until(first, "publish")
+        with _adding(packed, "nowhere", "same") as second:
+            _until(second, "wait for others who change the pack")
+            time.sleep(1)
+            assert not select.select([second.stdout], [], [], 0)[0]  # it says no more
+            first.communicate("x")
             assert first.returncode == 0
-            assert second.stdout.readline() == b"here\n"  # and no earlier
+            _until(second, "read the checkpoint")
             assert list(packed.manifest()["tasks"]) == ["tone", "score", "same"]
-            second.communicate(b"x")
+            second.communicate()
             assert second.returncode == 1  # the name is taken by now
     assert eptc.verify(packed.path).ok
     assert eptc.verify(packed.path).warnings == (
