@@ -18,7 +18,7 @@ from eptc.describe import describe, write_texts
 from eptc.errors import InputError
 from eptc.examples_file import Example, read_task_examples
 from eptc.folder_base import Folder
-from eptc.folder_targets import FOLDER_TARGETS, export_folder
+from eptc.folder_targets import export_folder, folder_target
 from eptc.freezing import freeze, routes_on_input
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
@@ -109,6 +109,28 @@ def export(  # type: ignore[overload-overlap]  # `str` has the names of targets 
 def export(
     ckpt: str | Path,
     *,
+    layout: Literal["pack"],
+    out: str | Path,
+    task: TaskChoice = ...,
+    base: str | Path | None = ...,
+    target: Literal["onnx"] = ...,
+    tasks: Sequence[str] | None = ...,
+    top_k: int | None = ...,
+    task_spec: str | Path | None = ...,
+    optimize_for: OptimizeFor | None = ...,
+    max_memory: int | None = ...,
+    verify: bool = ...,
+    allow_pickle: bool = ...,
+    format: str | None = ...,
+    force: bool = ...,
+    progress: Progress = ...,
+) -> Folder: ...
+
+
+@overload
+def export(
+    ckpt: str | Path,
+    *,
     task: TaskChoice = ...,
     out: str | Path,
     base: str | Path | None = ...,
@@ -135,7 +157,7 @@ def export(
     routing: Routing = ...,
     passes: Sequence[str | AdapterPass | GraphPass] = ...,
     max_rank: int | None = ...,
-    layout: Layout = ...,
+    layout: Literal["flat", "optimum"] = ...,
     genai_python: str | Path | None = ...,
     force: bool = ...,
     progress: Progress = ...,
@@ -228,7 +250,8 @@ def export(
             `NAME:option=value,option=value` of an installed one, or the pass itself.
         max_rank: for `lora`: ranks above it are cut by a singular value decomposition, which is
             lossy; None: none is.
-        layout: of a bundle: `flat`, or `optimum`, which optimum-onnx's ORTModel classes load too.
+        layout: of a bundle: `flat`; `optimum`, which optimum-onnx's ORTModel classes load too; or
+            `pack`: several tasks over one base, to be loaded with `eptc.Pack`.
         genai_python: for `genai`: an interpreter that has onnxruntime-genai; None: what the
             environment variable `EPTC_GENAI_PYTHON` names, else this one.
         force: replace what lies at `out`.
@@ -249,7 +272,7 @@ def export(
         search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
         passes, max_rank, layout, genai_python,
     )  # fmt: skip
-    if target in FOLDER_TARGETS:
+    if folder_target(target, layout) is not None:
         return export_folder(ckpt, options, out=out, force=force, progress=progress)
     if target in REPOSITORIES:
         given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}

@@ -26,12 +26,14 @@ from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import MANIFEST, FileRecord
 
 __all__ = [
+    "NO_PLACE",
     "PROVENANCE",
     "Draft",
     "check_place",
     "draft",
     "file_records",
     "share",
+    "sync",
     "write_json",
     "write_manifest",
 ]
@@ -40,7 +42,7 @@ __all__ = [
 PROVENANCE = "eptc.json"
 
 # What the system says where a folder cannot be written, or is taken by now.
-_NO_PLACE = (
+NO_PLACE = (
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.ENOSPC,
     errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
 )  # fmt: skip
@@ -67,8 +69,8 @@ class Draft:
             OutputError: the place is taken.
         """
         for file in self.path.rglob("*"):
-            _sync(file)
-        _sync(self.path)
+            sync(file)
+        sync(self.path)
         check_place(self.out, force=self.force)
         try:
             self.path.rename(self.out)  # replaces an empty folder
@@ -78,7 +80,7 @@ class Draft:
                 raise
             _exchange(self.path, self.out)
             shutil.rmtree(self.path, ignore_errors=True)  # now the old content
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
 
 @contextlib.contextmanager
@@ -100,7 +102,7 @@ def draft(out: Path, *, force: bool) -> Iterator[Draft]:
         path.chmod(0o777 & ~_umask())
         yield Draft(path, out, force)
     except OSError as error:
-        if error.errno in _NO_PLACE:
+        if error.errno in NO_PLACE:
             raise _cannot_write(out, error) from error
         raise
     finally:
@@ -290,7 +292,8 @@ def _exchange(new: Path, old: Path) -> None:
     aside.rename(new)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
