@@ -18,7 +18,7 @@ from eptc.describe import describe, write_texts
 from eptc.errors import InputError
 from eptc.examples_file import Example, read_task_examples
 from eptc.folder_base import Folder
-from eptc.folder_targets import FOLDER_TARGETS, export_folder
+from eptc.folder_targets import export_folder, folder_target
 from eptc.freezing import freeze, routes_on_input
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
@@ -31,6 +31,7 @@ from eptc.pipeline import PassRecord, run_adapter_passes, run_graph_passes
 from eptc.planning import WRITERS, Plan
 from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import FILE as PLAN
+from eptc.repositories import REPOSITORIES, export_repository
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
 from eptc.tasks import TaskChoice
@@ -72,7 +73,7 @@ class Bundle:
 def export(  # type: ignore[overload-overlap]  # `str` has the names of targets yet to be installed
     ckpt: str | Path,
     *,
-    target: Literal["lora", "hf", "genai"],
+    target: Literal["lora", "hf", "genai", "triton"],
     out: str | Path,
     task: TaskChoice = ...,
     base: str | Path | None = ...,
@@ -80,13 +81,47 @@ def export(  # type: ignore[overload-overlap]  # `str` has the names of targets 
     top_k: int | None = ...,
     task_spec: str | Path | None = ...,
     probe: str | Path | None = ...,
-    precision: Literal["fp32", "keep", "int4"] = ...,
+    precision: Precision = ...,
+    precision_plan: str | Path | None = ...,
+    calibration: str | Path | None = ...,
+    calibration_method: CalibrationMethod = ...,
+    block_method: Method = ...,
+    data: str | Path | None = ...,
+    max_drop: float | None = ...,
+    max_flips: float | None = ...,
+    search_evaluations: int | None = ...,
+    search_minutes: float | None = ...,
+    optimize_for: OptimizeFor | None = ...,
     max_memory: int | None = ...,
     verify: bool = ...,
     allow_pickle: bool = ...,
     format: str | None = ...,
+    routing: Routing = ...,
+    passes: Sequence[str | AdapterPass | GraphPass] = ...,
     max_rank: int | None = ...,
     genai_python: str | Path | None = ...,
+    force: bool = ...,
+    progress: Progress = ...,
+) -> Folder: ...
+
+
+@overload
+def export(
+    ckpt: str | Path,
+    *,
+    layout: Literal["pack"],
+    out: str | Path,
+    task: TaskChoice = ...,
+    base: str | Path | None = ...,
+    target: Literal["onnx"] = ...,
+    tasks: Sequence[str] | None = ...,
+    top_k: int | None = ...,
+    task_spec: str | Path | None = ...,
+    optimize_for: OptimizeFor | None = ...,
+    max_memory: int | None = ...,
+    verify: bool = ...,
+    allow_pickle: bool = ...,
+    format: str | None = ...,
     force: bool = ...,
     progress: Progress = ...,
 ) -> Folder: ...
@@ -122,7 +157,7 @@ def export(
     routing: Routing = ...,
     passes: Sequence[str | AdapterPass | GraphPass] = ...,
     max_rank: int | None = ...,
-    layout: Layout = ...,
+    layout: Literal["flat", "optimum"] = ...,
     genai_python: str | Path | None = ...,
     force: bool = ...,
     progress: Progress = ...,
@@ -168,12 +203,12 @@ def export(
     Args:
         ckpt: folder of a native checkpoint or of the released EPT code.
         task: the task's name, an alias of it, or its id; None where the checkpoint has one. For
-            `lora` also several of them, a list or text with commas in it, or `all`.
+            `lora` and `triton` also several of them, a list or text with commas in it, or `all`.
         out: folder of the bundle: new, empty, or replaced with `force`.
         base: folder of the base model.
         target: what to write: `onnx`; `lora`, a stock PEFT adapter for each task; `hf`, the
-            folded model for transformers; `genai`, the same for onnxruntime-genai; or a target
-            of an installed package.
+            folded model for transformers; `genai`, the same for onnxruntime-genai; `triton`, a
+            model repository for Triton; or a target of an installed package.
         tasks: task names in id order, where the checkpoint does not store them.
         top_k: experts a task uses, where the checkpoint does not store it.
         task_spec: JSON file with prompts and labels of tasks that are not the published ones.
@@ -215,7 +250,8 @@ def export(
             `NAME:option=value,option=value` of an installed one, or the pass itself.
         max_rank: for `lora`: ranks above it are cut by a singular value decomposition, which is
             lossy; None: none is.
-        layout: of a bundle: `flat`, or `optimum`, which optimum-onnx's ORTModel classes load too.
+        layout: of a bundle: `flat`; `optimum`, which optimum-onnx's ORTModel classes load too; or
+            `pack`: several tasks over one base, to be loaded with `eptc.Pack`.
         genai_python: for `genai`: an interpreter that has onnxruntime-genai; None: what the
             environment variable `EPTC_GENAI_PYTHON` names, else this one.
         force: replace what lies at `out`.
@@ -223,7 +259,7 @@ def export(
             written, how many are.
 
     Returns:
-        The published bundle; for `lora`, `hf` and `genai` the published folder.
+        The published bundle; for `lora`, `hf`, `genai` and `triton` the published folder.
 
     Raises:
         InputError: something about the input; nothing was written.
@@ -236,8 +272,15 @@ def export(
         search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
         passes, max_rank, layout, genai_python,
     )  # fmt: skip
-    if target in FOLDER_TARGETS:
+    if folder_target(target, layout) is not None:
         return export_folder(ckpt, options, out=out, force=force, progress=progress)
+    if target in REPOSITORIES:
+        given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        settings = {**given, "target": "onnx"}
+        del settings["task"]
+        return export_repository(
+            export, ckpt, options, settings, out=out, force=force, progress=progress
+        )
     out = Path(out)
     bundle.check_place(
         out,

@@ -129,7 +129,9 @@ def _graph_spec(key: str, graph: onnx_ir.Model) -> GraphSpec:
             found.append(TensorSpec(str(value.name), value.dtype.numpy().name, shape))
         return tuple(found)
 
-    return GraphSpec(f"{key}.onnx", tensors(graph.graph.inputs), tensors(graph.graph.outputs))
+    # An input with an initializer need not be fed.
+    fed = [value for value in graph.graph.inputs if not value.is_initializer()]
+    return GraphSpec(f"{key}.onnx", tensors(fed), tensors(graph.graph.outputs))
 
 
 def _generation(

@@ -22,6 +22,8 @@ _SEED = 0
 def bench(
     bundle: str | Path,
     *,
+    task: str | None = None,
+    folded: bool = False,
     batches: Sequence[int] = (1, 8),
     lengths: Sequence[int] = (32, 128),
     new_tokens: int | None = None,
@@ -37,7 +39,9 @@ def bench(
     a while falls on all of them.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: the bundle's folder, or a pack's.
+        task: of a pack, the task; None where there is one.
+        folded: of a pack, whether the engine has sessions of its own.
         batches: rows a call.
         lengths: tokens a row.
         new_tokens: tokens an engine that writes text writes at most; None: the manifest's.
@@ -57,13 +61,15 @@ def bench(
     import numpy as np
     import onnxruntime
 
-    from eptc.runtime import Engine
     from eptc.runtime.cpus import usable_cpus
+    from eptc.runtime.pack import open_engine
 
     for name, values in (("batch", batches), ("length", lengths), ("repeat", (repeat,))):
         if not values or min(values) < 1:
             raise OptionError(f"{name} is {list(values)}", expected="integers, 1 or more")
-    with Engine.load(bundle, providers=providers, threads=threads) as engine:
+    with open_engine(
+        Path(bundle), task=task, folded=folded, providers=providers, threads=threads
+    ) as engine:
         if new_tokens is not None and engine.manifest.generation is None:
             raise OptionError("this engine writes no tokens", fix="leave new_tokens out")
         calls = {

@@ -21,7 +21,7 @@ from eptc.tasks import Task, TaskChoice, names_several
 __all__ = ["IN_BLOCKS", "CalibrationMethod", "Layout", "Options"]
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
-Layout = Literal["flat", "optimum"]
+Layout = Literal["flat", "optimum", "pack"]
 # What has weights in blocks, whose scales a method chooses.
 IN_BLOCKS = ("int8-weights", "int4", "auto")
 
@@ -110,6 +110,11 @@ class Options:
                 f"--genai-python was given together with --target {self.target}, which is not "
                 "run in onnxruntime-genai",
                 expected="it with --target genai",
+            )
+        if self.layout == "pack":
+            raise OptionError(
+                "--layout pack was given where one engine is meant",
+                expected="it without --dry-run and --precision all",
             )
         if self.layout != "flat" and self.aim.plugin is not None:
             raise OptionError(

@@ -15,15 +15,19 @@ from eptc.examples_file import Example, read_examples, read_task_examples
 from eptc.lossy import budget_of
 from eptc.machine import available_memory
 from eptc.options import Options
+from eptc.pack_export import pack_gate
 from eptc.parity_gate.answers import Budget, answers, compare_answers, right_answers
 from eptc.parity_gate.compare import FP32, bound_of
 from eptc.parity_gate.gate import refuse
 from eptc.parity_gate.memory import verified_by_block, whole_model_bytes
+from eptc.parity_gate.packs import PackGate
 from eptc.parity_gate.reference_answers import reference_answers
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier, Subject
 from eptc.precision import SCHEMES
 from eptc.runtime import Engine, Manifest, load_manifest
+from eptc.runtime.pack import Pack, only_task, open_engine
+from eptc.runtime.spec import PACK
 from eptc.stacking import refused_blocks
 from eptc.tasks import Task
 
@@ -39,6 +43,7 @@ def parity(
     bundle: str | Path,
     *,
     reference: str | Path,
+    task: str | None = None,
     base: str | Path | None = None,
     tasks: Sequence[str] | None = None,
     top_k: int | None = None,
@@ -56,8 +61,9 @@ def parity(
     in other engines no label may.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: the bundle's folder, or a pack's.
         reference: the checkpoint it was made from.
+        task: of a pack, the task; None where there is one. Both its engines are compared.
         base: the base model's folder.
         tasks: task names in id order; None: the manifest's.
         top_k: experts a task uses; None: the manifest's.
@@ -78,7 +84,9 @@ def parity(
         ParityError: the engine does not give the reference's answers.
     """
     folder = Path(bundle)
-    manifest = load_manifest(folder)
+    pack = _pack(folder, task)
+    packed = "" if pack is None else only_task(pack.manifest, task, folder)
+    manifest = load_manifest(folder) if pack is None else pack.manifest.engine(packed)
     tasks_of = manifest.tasks or (() if manifest.task is None else (manifest.task,))
     if not tasks_of:
         raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
@@ -111,7 +119,7 @@ def parity(
     for name in examples or {}:
         if next(task for task in tasks_of if task.name == name).kind == "generation":
             raise OptionError(f"task {name!r} has no labels to score", fix="leave --data out")
-    by_block = _by_block(folder, manifest.precision, source)
+    by_block = pack is None and _by_block(folder, manifest.precision, source)
     subject = Subject(source, tasks_of[0].name, None, by_block)
     if not manifest.tasks:
         if examples is not None:
@@ -122,15 +130,21 @@ def parity(
         chosen = [task.name for task in tasks_of]
         subject = dataclasses.replace(subject, task=chosen, examples=examples)
     with contextlib.ExitStack() as stack:
-        verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
-        if manifest.precision in _SIMULATED:
-            folder = _simulated(folder, manifest, stack)
-        report = verifier.prove(folder, {}, progress)
-        refuse(report, "build the bundle again; if it fails again, report it")
+        verifier: LocalVerifier | PackGate
+        if pack is not None:
+            verifier = pack_gate(source, None)
+            rows = None if examples is None else examples[tasks_of[0].name]
+            report, _ = verifier.prove(pack, packed, examples=rows, progress=progress)
+        else:
+            verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
+            if manifest.precision in _SIMULATED:
+                folder = _simulated(folder, manifest, stack)
+            report = verifier.prove(folder, {}, progress)
+            refuse(report, "build the bundle again; if it fails again, report it")
         if examples is None or verifier.tokenizer is None:
             return report
         progress("score")
-        with Engine.load(folder, providers=["cpu"]) as engine:
+        with open_engine(folder, task=packed or None, providers=["cpu"]) as engine:
             scores = {
                 name: _scores(engine.for_task(name), verifier, rows)
                 for name, rows in examples.items()
@@ -138,6 +152,18 @@ def parity(
     return dataclasses.replace(
         report, scores=scores if manifest.tasks else scores[tasks_of[0].name]
     )
+
+
+def _pack(folder: Path, task: str | None) -> Pack | None:
+    """Return the pack in a folder; None where it is a bundle, of which every task is compared."""
+    if (folder / PACK).exists():
+        return Pack.load(folder, providers=["cpu"])
+    if task is not None:
+        raise OptionError(
+            f"--task {task} was given for {folder}, which is no pack",
+            fix="leave it out: every task of a bundle is compared",
+        )
+    return None
 
 
 def _labelled(path: Path, manifest: Manifest) -> dict[str, list[Example]]:
@@ -149,7 +175,7 @@ def _labelled(path: Path, manifest: Manifest) -> dict[str, list[Example]]:
 
 
 def _scores(
-    engine: Engine, verifier: LocalVerifier, examples: Sequence[Example]
+    engine: Engine, verifier: LocalVerifier | PackGate, examples: Sequence[Example]
 ) -> dict[str, Any]:
     """Return how an engine of one task and the reference score on labelled rows.
 

@@ -18,9 +18,15 @@ from eptc.parity_gate.nearest import check_nearest
 from eptc.parity_gate.stored import Decoder, quantized, read
 
 __all__ = [
-    "ELEMENTS", "check_close", "check_equal", "check_stored", "check_weights", "off_by",
+    "ELEMENTS",
+    "check_arrays",
+    "check_close",
+    "check_equal",
+    "check_stored",
+    "check_weights",
+    "off_by",
     "plain_parameters",
-]  # fmt: skip
+]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -81,9 +87,27 @@ def check_stored(
         layers: the adapted linears, by their full names; their base need not be in memory.
         task_id: the task, by the reference's own list.
     """
+    stored = _unpacked(_stored(directory, files), parameters, layers)
+    return check_arrays(stored, parameters, layers, task_id)
+
+
+def check_arrays(
+    stored: Iterable[tuple[str, Array | Decoder]],
+    parameters: Mapping[str, Float32],
+    layers: Mapping[str, AdaptedLinear],
+    task_id: int,
+) -> float:
+    """Compare as `check_stored` does.
+
+    Args:
+        stored: what an engine has, by name, each when it is asked for.
+        parameters: the reference's.
+        layers: the linears whose branches are in their weight.
+        task_id: the task, by the reference's own list.
+    """
     adapted = {f"{path}.weight": layer for path, layer in layers.items() if layer.folds}
     seen, worst = set(), 0.0
-    for name, array in _unpacked(_stored(directory, files), parameters, layers):
+    for name, array in stored:
         if name in parameters:
             seen.add(name)
             worst = max(worst, _check_one(name, array, parameters, adapted, task_id))

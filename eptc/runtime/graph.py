@@ -54,12 +54,30 @@ class Graph:
         self.inputs = {tensor.name: tensor for tensor in spec.inputs}
         self.providers: tuple[str, ...] = tuple(session.get_providers())
         self._session = session
+        self._fixed: dict[str, Any] = {}
+        self._shared: Graph | None = None
         self._process = os.getpid()
         self._place: int | None = None
         self._device = ("cpu", 0)
         if (started := self.providers[0]) in (CUDA, TENSORRT):
             options = session.get_provider_options()[started]
             self._device = ("cuda", int(options.get("device_id", 0)))
+
+    def with_fixed(self, arrays: Mapping[str, NumpyArray]) -> Graph:
+        """Return the same session with optional inputs that every run is given besides.
+
+        Args:
+            arrays: by the inputs' names; copied to the device, once.
+        """
+        import onnxruntime
+
+        found = copy.copy(self)
+        found._fixed = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
+            for name, array in arrays.items()
+        }
+        found._shared = self  # who opens it again finds this one while either is in use
+        return found
 
     def of_task(self, place: int, spec: GraphSpec) -> Graph:
         """Return the graph, in the same session, as one whose rows are all of one task.
@@ -74,10 +92,10 @@ class Graph:
         return found
 
     def _fed(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        if self._place is None:
-            return dict(feeds)
-        rows = len(feeds["input_ids"])
-        return {**feeds, TASK_IDS: np.full(rows, self._place, np.int64)}
+        given = {**self._fixed, **feeds}
+        if self._place is not None:
+            given[TASK_IDS] = np.full(len(feeds["input_ids"]), self._place, np.int64)
+        return given
 
     def _own(self, tensor: TensorSpec, value: NumpyArray) -> NumpyArray:
         """Return what of an output is the task's own: other heads may be wider."""

@@ -15,6 +15,7 @@ from eptc.runtime.row_tasks import check_tasks
 from eptc.runtime.spec import (
     INTERFACES,
     MANIFEST,
+    PACK,
     FileRecord,
     GenerationSpec,
     GraphSpec,
@@ -26,7 +27,15 @@ from eptc.tasks import Task
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["SCHEMA_VERSION", "Manifest", "bundle_file", "load_manifest", "read_manifest"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Manifest",
+    "bundle_file",
+    "check_sizes",
+    "load_manifest",
+    "plain_file",
+    "read_manifest",
+]
 
 SCHEMA_VERSION: Final = 2
 
@@ -215,13 +224,18 @@ def load_manifest(directory: str | Path) -> Manifest:
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
-    for name, record in manifest.files.items():
-        size = _plain_file(folder / name)
+    check_sizes(folder, manifest.files)
+    return manifest
+
+
+def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Raise BundleError for a listed file that is missing, a link, or of another size."""
+    for name, record in files.items():
+        size = plain_file(folder / name)
         if size != record.size:
             raise BundleError(
                 f"{folder / name} has {size} bytes", expected=f"{record.size}", fix=_REBUILD
             )
-    return manifest
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -236,13 +250,18 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise BundleError(f"{folder} is {what}", expected="the folder of a bundle")
     path = folder / MANIFEST
     if not path.exists() and not path.is_symlink():
+        if (folder / PACK).exists():
+            raise BundleError(
+                f"{folder} is a pack of several tasks, not the bundle of one engine",
+                fix="load it with Pack.load and choose a task by engine(), or with --task",
+            )
         checkpoint = any((folder / f).exists() for f in ("ept_config.json", "adapter_config.json"))
         raise BundleError(
             f"{folder} is {'a checkpoint, ' if checkpoint else ''}not a bundle",
             expected=f"a {MANIFEST} in it",
             fix="make a bundle from a checkpoint with `eptc export`",
         )
-    _plain_file(path)
+    plain_file(path)
     try:
         data = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -258,12 +277,16 @@ def read_manifest(directory: str | Path) -> Manifest:
 def bundle_file(directory: str | Path, name: str) -> Path:
     """Return the path of a bundle's file; raises BundleError where it is not a plain file."""
     path = Path(directory) / file_name(name, "files")
-    _plain_file(path)
+    plain_file(path)
     return path
 
 
-def _plain_file(path: Path) -> int:
-    """Return the size of a regular file; a link could lead out of the bundle."""
+def plain_file(path: Path) -> int:
+    """Return the size of a regular file; a link could lead out of the bundle.
+
+    Raises:
+        BundleError: it is not there, or no regular file.
+    """
     try:
         status = path.lstat()
     except OSError as error:

@@ -16,6 +16,7 @@ __all__ = [
     "DTYPES",
     "INTERFACES",
     "MANIFEST",
+    "PACK",
     "TASK_IDS",
     "FileRecord",
     "GenerationSpec",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 MANIFEST: Final = "manifest.json"
+# In its place where a folder holds many tasks over one base.
+PACK: Final = "pack.json"
 # The input of an engine of several tasks: of each row, the place of its task in the list.
 TASK_IDS: Final = "task_ids"
 
@@ -258,7 +261,7 @@ class FileRecord:
 
 def file_name(name: str, where: str) -> str:
     """Return the name; raises BundleError where it is not the plain name of a bundle's file."""
-    if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+    if not _FILE_NAME.fullmatch(name) or name in (MANIFEST, PACK):
         raise BundleError(
             f"{where}: {name!r} is not a file name of a bundle",
             expected="a plain name of letters, digits, '.', '_' and '-'",
