@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.numpy
 
 import eptc
 from eptc import planning
@@ -221,6 +222,35 @@ def test_lengths_and_prompts_are_the_tasks_own(copy_native: Folders, tmp_path: P
             assert view.manifest.tokenizer == alone[task].manifest.tokenizer
             with pytest.raises(TextTooLongError):
                 view.classify([long])
+
+
+def test_heads_of_different_widths(copy_native: Folders, tmp_path: Path) -> None:
+    """What fills up a narrow head is no label of it."""
+    path = copy_native.ckpt / "ept_config.json"
+    config = json.loads(path.read_text())
+    config["tasks"][0]["labels"] = ["bad", "good", "odd"]
+    path.write_text(json.dumps(config))
+    file = copy_native.ckpt / "ept_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    for part in ("weight", "bias"):
+        head = tensors[f"heads.tone.classifier.{part}"]
+        tensors[f"heads.tone.classifier.{part}"] = np.concatenate([head, -head[:1]])
+    # Both logits are below zero, which is what the third would be.
+    tensors["heads.same.classifier.bias"] -= 20
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    given: dict[str, Any] = {"base": copy_native.base}
+    bundle = eptc.export(copy_native.ckpt, task="all", out=tmp_path / "all", **given)
+    assert bundle.manifest.num_labels == 3
+    alone = eptc.export(
+        copy_native.ckpt, task="same", out=tmp_path / "same", verify=False, **given
+    ).load(providers=["cpu"], threads=1)
+    pair = (WORDS[0], WORDS[3])
+    with bundle.load(providers=["cpu"], threads=1) as engine:
+        wide, narrow = engine.classify([WORDS[0], pair], tasks=["tone", "same"])
+        assert wide.probabilities is not None
+        assert len(wide.probabilities) == 3
+        _same(narrow, alone.classify([pair])[0])
+        assert engine.for_task("same").classify([pair])[0].index == narrow.index
 
 
 # ---- engines that write
@@ -635,8 +665,6 @@ def test_too_little_memory_to_verify(
 
 def test_a_16_bit_base_is_not_kept(copy_native: Folders, tmp_path: Path) -> None:
     """Its rounding adds up over blocks, and only whole engines of several tasks are verified."""
-    import safetensors.numpy
-
     path = copy_native.base / "model.safetensors"
     tensors = {
         name: tensor.astype(np.float16)

@@ -18,6 +18,9 @@ from eptc.tensors import unit_roundoff
 
 __all__ = ["LayerGate", "LayerOutputs", "layer_outputs"]
 
+# Elements of a weight that are float64 at once.
+_ELEMENTS = 2**18
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerOutputs:
@@ -57,7 +60,8 @@ def layer_outputs(
                 branch = layer.mixed(rows.float(), gates).double()
             else:
                 branch = layer.delta(rows.float(), task_id).double()
-            total = rows @ layer.weight.double().T + branch
+            parts = torch.split(layer.weight, max(1, _ELEMENTS // layer.in_features))
+            total = torch.cat([rows @ part.double().T for part in parts], dim=1) + branch
         wanted[path] = total.numpy(), float(branch.abs().max())
     return LayerOutputs(task_id, wanted)
 

@@ -25,6 +25,7 @@ from eptc.pipeline import (
     graph_passes,
     lossy_passes,
     run_adapter_passes,
+    stacking_passes,
 )
 from eptc.precision import SCHEMES, OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
@@ -112,8 +113,9 @@ def test_default_pipelines_are_registered() -> None:
     """The pipelines run exactly the registered exact passes, in the registry's order."""
     frozen = [step.name for step in freezing_passes({}, {})]
     factored = [step.name for step in factoring_passes(0, 1)]
-    used = {*frozen, *factored}
-    for names in (frozen, factored):
+    stacked = [step.name for step in stacking_passes((0, 1))]
+    used = {*frozen, *factored, *stacked}
+    for names in (frozen, factored, stacked):
         assert names == [name for name in PASSES if name in names]
     for provider, precision in itertools.product(get_args(OptimizeFor), get_args(Precision)):
         names = [step.name for step in adapter_passes(0)]
