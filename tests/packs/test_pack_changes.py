@@ -8,7 +8,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,8 +283,8 @@ def test_two_adds_at_once_wait_for_each_other(packed: Packed) -> None:
         _until(first, "publish")
         with _adding(packed, "nowhere", "same") as second:
             _until(second, "wait for others who change the pack")
-            time.sleep(1)
-            assert not select.select([second.stdout], [], [], 0)[0]  # it says no more
+            assert second.stdout is not None
+            assert not select.select([second.stdout], [], [], 1)[0]  # it says no more
             first.communicate("x")
             assert first.returncode == 0
             _until(second, "read the checkpoint")
