@@ -17,13 +17,14 @@ from eptc.checkpoint import Routing
 from eptc.describe import describe, write_texts
 from eptc.errors import InputError
 from eptc.examples_file import Example, read_task_examples
-from eptc.folder_base import Folder
-from eptc.folder_targets import export_folder, folder_target
 from eptc.freezing import freeze, routes_on_input
+from eptc.interop.base import Folder
+from eptc.interop.optimum import check_layout, lay_out
+from eptc.interop.targets import export_folder, folder_target
+from eptc.interop.triton import REPOSITORIES, export_repository
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
 from eptc.lower.blocks import Method
-from eptc.optimum_layout import check_layout, lay_out
 from eptc.options import CalibrationMethod, Layout, Options
 from eptc.parity_lines import beside_routes
 from eptc.pass_base import AdapterPass, GraphPass
@@ -31,7 +32,6 @@ from eptc.pipeline import PassRecord, run_adapter_passes, run_graph_passes
 from eptc.planning import WRITERS, Plan
 from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import FILE as PLAN
-from eptc.repositories import REPOSITORIES, export_repository
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
 from eptc.tasks import TaskChoice

@@ -321,7 +321,7 @@ def export(
 
 
 def _writes_folder(target: str, layout: str) -> bool:
-    from eptc.folder_targets import folder_target
+    from eptc.interop.targets import folder_target
 
     return folder_target(target, layout) is not None
 

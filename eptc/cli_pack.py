@@ -40,7 +40,7 @@ def add(
     The task is compared with the unfolded PyTorch model as it will be served. Where they differ,
     the pack is as it was and the exit code is 1.
     """
-    from eptc.pack_changes import add_task
+    from eptc.packs.changes import add_task
 
     with progress_shown(as_json, verbose) as progress:
         manifest = add_task(folder, ckpt, verify=not no_verify, progress=progress, **options)
@@ -63,7 +63,7 @@ def add(
 @command
 def remove(folder: Path, task: str, as_json: bool) -> None:
     """Remove TASK and its file; who has loaded the pack goes on answering."""
-    from eptc.pack_changes import remove_task
+    from eptc.packs.changes import remove_task
 
     manifest = remove_task(folder, task)
     if as_json:

@@ -52,8 +52,8 @@ def _targets(missing: Sequence[str]) -> dict[str, str]:
     """Return what each of eptc's own targets would need."""
     if missing:
         return {"onnx": f"needs {', '.join(missing)}: pip install 'ept-compiler[compile]'"}
-    from eptc.folder_targets import FOLDER_TARGETS
-    from eptc.genai_export import GenAi, Interpreter
+    from eptc.interop.genai import GenAi, Interpreter
+    from eptc.interop.targets import FOLDER_TARGETS
 
     found = dict.fromkeys(("onnx", *FOLDER_TARGETS), "ready")
     try:

@@ -15,7 +15,7 @@ from eptc.examples_file import Example, read_examples, read_task_examples
 from eptc.lossy import budget_of
 from eptc.machine import available_memory
 from eptc.options import Options
-from eptc.pack_export import pack_gate
+from eptc.packs.export import pack_gate
 from eptc.parity_gate.answers import Budget, answers, compare_answers, right_answers
 from eptc.parity_gate.compare import FP32, bound_of
 from eptc.parity_gate.gate import refuse

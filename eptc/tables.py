@@ -13,7 +13,7 @@ from eptc.runtime.pack_spec import PackTask
 
 if TYPE_CHECKING:
     from eptc.comparison_report import Comparison
-    from eptc.folder_base import Folder
+    from eptc.interop.base import Folder
 
 __all__ = [
     "print_adapters",

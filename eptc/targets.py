@@ -108,8 +108,8 @@ def find_target(name: str) -> Aim:
         PluginError: the package that has it cannot be used.
     """
     # Which ask for options, and so for this.
-    from eptc.folder_targets import FOLDER_TARGETS
-    from eptc.repositories import REPOSITORIES
+    from eptc.interop.targets import FOLDER_TARGETS
+    from eptc.interop.triton import REPOSITORIES
 
     if name in TARGETS:
         return Aim(TARGETS[name])
@@ -137,8 +137,8 @@ def find_target(name: str) -> Aim:
 
 def installed_target(plugin: Plugin) -> Target:
     """Return the target of an entry point; raise PluginError where it cannot be used."""
-    from eptc.folder_targets import FOLDER_TARGETS
-    from eptc.repositories import REPOSITORIES
+    from eptc.interop.targets import FOLDER_TARGETS
+    from eptc.interop.triton import REPOSITORIES
 
     plugin.refuse_taken({*TARGETS, *FOLDER_TARGETS, *REPOSITORIES})
     return plugin.make(Target)  # type: ignore[type-abstract]

@@ -15,9 +15,9 @@ import torch
 import transformers
 
 import eptc
-from eptc import genai_export
 from eptc.errors import InputError, MissingExtraError, OptionError, ParityError
-from eptc.genai_export import Interpreter
+from eptc.interop import genai
+from eptc.interop.genai import Interpreter
 
 TASKS = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
 
@@ -123,13 +123,13 @@ VERSIONS = 'print(\'{"onnxruntime-genai": "0.0"}\')'
 
 def test_nowhere_to_build(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No interpreter, one that is none, one that lacks it: said before anything is folded."""
-    monkeypatch.delenv(genai_export.VARIABLE, raising=False)
+    monkeypatch.delenv(genai.VARIABLE, raising=False)
     with pytest.raises(MissingExtraError, match="not installed here, and no other interpreter"):
         released(golden, tmp_path / "out")
     with pytest.raises(OptionError, match="is no Python interpreter"):
         released(golden, tmp_path / "out", genai_python=tmp_path / "python")
     lacking = script(tmp_path / "lacking", 'raise ModuleNotFoundError("No module named X")')
-    monkeypatch.setenv(genai_export.VARIABLE, str(lacking))
+    monkeypatch.setenv(genai.VARIABLE, str(lacking))
     with pytest.raises(MissingExtraError, match="No module named X") as error:
         released(golden, tmp_path / "out")
     assert "pip install onnxruntime-genai" in str(error.value)

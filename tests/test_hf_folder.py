@@ -18,8 +18,8 @@ import torch
 import transformers
 
 import eptc
-from eptc import hf_export, hf_texts
 from eptc.errors import OptionError, OutputError, ParityError, TaskError
+from eptc.interop import hf, hf_texts
 
 TASKS = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
 # The linears of the small native checkpoint that have experts.
@@ -209,7 +209,7 @@ def test_keep_stores_what_the_base_stores(copy_native: Any, tmp_path: Path, dtyp
 
 def test_shards(small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of bounded size, an index, the same model; equal to the byte on every run."""
-    monkeypatch.setattr(hf_export, "SHARD", 6000)
+    monkeypatch.setattr(hf, "SHARD", 6000)
     folders = [
         eptc.export(small_native.ckpt, base=small_native.base, task=task, target="hf",
                     out=tmp_path / name).path
@@ -388,7 +388,7 @@ def test_faults_are_found(
         write(directory, *args)
         plant(directory)
 
-    monkeypatch.setattr(hf_export, "write_texts", spoil)
+    monkeypatch.setattr(hf, "write_texts", spoil)
     done = cli("export", small_native.ckpt, "--base", small_native.base, "--task", "tone",
                "--target", "hf", "--out", tmp_path / "hf")  # fmt: skip
     assert done.code == 1, done.stderr
@@ -403,7 +403,7 @@ def test_a_model_larger_than_memory(
     small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Tensor by tensor, a parameter of the reference at a time; faults are found all the same."""
-    monkeypatch.setattr(hf_export, "fits", lambda _: False)
+    monkeypatch.setattr(hf, "fits", lambda _: False)
     options = {"base": small_native.base, "task": "tone", "target": "hf"}
     folder = eptc.export(small_native.ckpt, out=tmp_path / "hf", **options)
     assert folder.parity["tone"]["mode"] == "weights"
@@ -414,7 +414,7 @@ def test_a_model_larger_than_memory(
         write(directory, *args)
         FAULTS[name][0](directory)
 
-    monkeypatch.setattr(hf_export, "write_texts", spoil)
+    monkeypatch.setattr(hf, "write_texts", spoil)
     with pytest.raises(ParityError, match=FAULTS[name][1]):
         eptc.export(small_native.ckpt, out=tmp_path / "off", **options)
     assert not (tmp_path / "off").exists()
@@ -422,9 +422,9 @@ def test_a_model_larger_than_memory(
 
 def test_a_swapped_task_is_found(copy_native: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """The reference finds the task by its own list: a reader that takes another is found out."""
-    from eptc import folder_targets
+    from eptc.interop import targets
 
-    monkeypatch.setattr(folder_targets, "chosen", lambda *_: [1])
+    monkeypatch.setattr(targets, "chosen", lambda *_: [1])
     with pytest.raises(ParityError):
         eptc.export(copy_native.ckpt, base=copy_native.base, task="tone", target="hf",
                     out=tmp_path / "hf")  # fmt: skip

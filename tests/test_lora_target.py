@@ -16,9 +16,6 @@ import torch
 import transformers
 
 import eptc
-from eptc import adapter_export
-from eptc.adapter_export import serving_notes
-from eptc.adapter_folder import write_adapter
 from eptc.errors import (
     CheckpointError,
     EptcError,
@@ -27,6 +24,9 @@ from eptc.errors import (
     ParityError,
     TaskError,
 )
+from eptc.interop import lora
+from eptc.interop.lora import serving_notes
+from eptc.interop.lora_files import write_adapter
 from eptc.nn import EptConfig, EptModel, load_base, load_reference
 from eptc.tasks import Task
 
@@ -477,7 +477,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             (directory / CONFIG).write_text(json.dumps(config))
             return rank
 
-        monkeypatch.setattr(adapter_export, "write_adapter", spoiled)
+        monkeypatch.setattr(lora, "write_adapter", spoiled)
 
     return plant
 

@@ -19,11 +19,11 @@ import torch
 import transformers
 
 import eptc
-from eptc import optimum_layout
 from eptc.errors import OptionError, ParityError
+from eptc.interop import optimum
+from eptc.interop.optimum import check_layout
 from eptc.job import Job
 from eptc.lower.first_step import first_step
-from eptc.optimum_layout import check_layout
 from eptc.options import Options
 
 # Loads a bundle as anybody would, and writes what it answers.
@@ -159,7 +159,7 @@ def test_one_weights_file_for_all(golden: Path, tmp_path: Path) -> None:
     """Names and a graph apart, it is the same bundle: nothing is stored twice."""
     flat = released(golden, "t5-tiny", tmp_path / "flat")
     bundle = released(golden, "t5-tiny", tmp_path / "optimum", layout="optimum")
-    renamed = {f"{role}.onnx": file for role, file in optimum_layout.FILES.items()}
+    renamed = {f"{role}.onnx": file for role, file in optimum.FILES.items()}
     for name in ("weights.bin", "tokenizer.json", "parity.json", *renamed):
         one, other = flat.path / name, bundle.path / renamed.get(name, name)
         assert one.read_bytes() == other.read_bytes(), name
@@ -240,7 +240,7 @@ def test_faults_are_found(
             sizes.const_value = onnx_ir.tensor(np.maximum(sizes.const_value.numpy(), 1))
         return model
 
-    monkeypatch.setattr(optimum_layout, "first_step", spoiled)
+    monkeypatch.setattr(optimum, "first_step", spoiled)
     with pytest.raises(ParityError, match=r"decoder_model\.onnx"):
         released(golden, "t5-tiny", tmp_path / "out", layout="optimum")
     assert list(tmp_path.iterdir()) == []

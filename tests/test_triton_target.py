@@ -16,11 +16,11 @@ from google.protobuf import text_format
 
 import eptc
 from eptc.errors import EptcError, OptionError, OutputError, ParityError, TaskError
+from eptc.interop.triton_config import MAX_BATCH, model_config
 from eptc.runtime import Engine, verify
 from eptc.runtime.manifest import Manifest, load_manifest
 from eptc.runtime.routing import RoutingSpec
 from eptc.runtime.spec import DTYPES, GraphSpec, TensorSpec
-from eptc.triton_config import MAX_BATCH, model_config
 
 TEXTS = ["the film was good", "bad", "not a very long film and not a dull film"]
 TYPES = {

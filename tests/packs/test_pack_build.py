@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import eptc
-from eptc import pack_graphs
 from eptc.errors import CheckpointError, OptionError, ParityError
-from eptc.pack_graphs import PackGraphs
-from eptc.pack_task import adapter_file, task_tensors
+from eptc.packs import graphs
+from eptc.packs.graphs import PackGraphs
+from eptc.packs.task import adapter_file, task_tensors
 from eptc.runtime import LinearSpec, read_pack
 from eptc.runtime.pack_tensors import factor_names
 from tests.conftest import Folders, Outcome
@@ -162,7 +162,7 @@ def test_faulty_tensors_are_not_published(
     def changed(*given: Any) -> dict[str, Any]:
         return change(dict(task_tensors(*given)))
 
-    monkeypatch.setattr("eptc.pack_export.task_tensors", changed)
+    monkeypatch.setattr("eptc.packs.export.task_tensors", changed)
     with pytest.raises(ParityError):
         _build(small_native, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -177,7 +177,7 @@ def test_the_tensors_of_another_task_are_not_published(
         made.append(task_tensors(*given))
         return made[0]
 
-    monkeypatch.setattr("eptc.pack_export.task_tensors", first)
+    monkeypatch.setattr("eptc.packs.export.task_tensors", first)
     with pytest.raises(ParityError, match=r"the weight .* is off|is not the base's"):
         _build(small_native, tmp_path / "out", task="tone,same")
 
@@ -278,7 +278,7 @@ def test_heads_are_what_depends_on_the_labels(small_native: Folders) -> None:
     from eptc import checkpoint
 
     source = checkpoint.read(small_native.ckpt, small_native.base)
-    assert pack_graphs.head_sizes(source, [2, 0]) == {
+    assert graphs.head_sizes(source, [2, 0]) == {
         "classifier.bias": ("labels",),
         "classifier.weight": ("labels", 34),
     }

@@ -24,7 +24,7 @@ from eptc.errors import (
     ParityError,
     TaskError,
 )
-from eptc.pack_task import task_tensors
+from eptc.packs.task import task_tensors
 from eptc.runtime import Engine, Pack
 from tests.conftest import Folders, Outcome
 from tests.packs.conftest import TEXTS, Packed
@@ -186,7 +186,7 @@ def test_what_is_not_right_is_not_added(packed: Packed, monkeypatch: pytest.Monk
         tensors[name] = tensors[name] * np.float32(1.001)
         return tensors
 
-    monkeypatch.setattr("eptc.pack_changes.task_tensors", wrong)
+    monkeypatch.setattr("eptc.packs.changes.task_tensors", wrong)
     _refused(packed, ParityError, "is off at", task="same")
 
 
@@ -203,7 +203,7 @@ def test_a_task_that_was_not_compared_is_found_out_later(
         tensors: dict[str, Any] = dict(task_tensors(*given))
         return {name: array * 2 for name, array in tensors.items()}
 
-    monkeypatch.setattr("eptc.pack_changes.task_tensors", doubled)
+    monkeypatch.setattr("eptc.packs.changes.task_tensors", doubled)
     packed.add(task="same", verify=False)
     with pytest.raises(ParityError, match="the weight"):
         eptc.parity(

@@ -195,7 +195,7 @@ def _listed_as_tone(packed: Packed, content: bytes) -> None:
 def test_a_task_that_holds_something_else(
     packed: Packed, change: Callable[[dict[str, Any]], Any], said: str
 ) -> None:
-    from eptc.pack_task import write_adapter
+    from eptc.packs.task import write_adapter
     from eptc.runtime.pack_tensors import read_tensors
 
     tensors = read_tensors(packed.path, read_pack(packed.path), "tone")

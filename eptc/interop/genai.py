@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eptc import genai_runner
 from eptc.errors import InputError, MissingExtraError, OptionError
-from eptc.folder_base import Folder, FolderJob, FolderTarget, write_provenance
-from eptc.hf_export import check_model_options, fits, write_folded
+from eptc.interop import genai_runner
+from eptc.interop.base import Folder, FolderJob, FolderTarget, write_provenance
+from eptc.interop.hf import check_model_options, fits, write_folded
 from eptc.options import Options
 
 __all__ = ["VARIABLE", "GenAi", "Interpreter"]

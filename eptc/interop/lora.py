@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from eptc import bundle
-from eptc.adapter_folder import low_ranks, write_adapter
 from eptc.errors import BundleError, CheckpointError, OptionError, TaskError
-from eptc.folder_base import Folder, FolderJob, FolderTarget, write_provenance
+from eptc.interop.base import Folder, FolderJob, FolderTarget, write_provenance
+from eptc.interop.lora_files import low_ranks, write_adapter
 from eptc.ir import AdaptedModel, Float64, singular_values
 from eptc.options import Options
 from eptc.pipeline import PassRecord, factoring_passes, run_adapter_passes

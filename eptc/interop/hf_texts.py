@@ -12,9 +12,9 @@ from eptc.architectures import Kind
 from eptc.bundle import write_json
 from eptc.checkpoint import Checkpoint
 from eptc.describe import tool_versions
-from eptc.folder_base import FolderJob
+from eptc.interop.base import FolderJob
+from eptc.interop.portable import portable_config, portable_tokenizer
 from eptc.pipeline import PassRecord
-from eptc.portable import portable_config, portable_tokenizer
 from eptc.tasks import Task
 
 __all__ = ["write_card", "write_texts"]

@@ -19,9 +19,9 @@ import onnx_ir
 
 from eptc import bundle
 from eptc.errors import OptionError, ParityError
+from eptc.interop.portable import portable_config, portable_tokenizer
 from eptc.job import Job
 from eptc.lower.first_step import first_step
-from eptc.portable import portable_config, portable_tokenizer
 from eptc.runtime import Manifest
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.providers import CPU

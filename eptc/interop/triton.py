@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 from eptc import bundle, checkpoint
 from eptc.errors import BundleError, InputError, OptionError, OutputError, TaskError
-from eptc.folder_base import Folder
+from eptc.interop.base import Folder
+from eptc.interop.triton_config import LABELS, model_config, model_labels
 from eptc.job import Clock, Progress
 from eptc.options import Options
 from eptc.pipeline import PassRecord
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import file_name
 from eptc.tasks import Task, chosen
-from eptc.triton_config import LABELS, model_config, model_labels
 
 __all__ = ["REPOSITORIES", "SEVERAL", "Built", "export_repository", "write_models"]
 

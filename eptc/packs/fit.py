@@ -10,7 +10,7 @@ from typing import Any
 from eptc import checkpoint
 from eptc.checkpoint.base import read_json
 from eptc.errors import BundleError, CheckpointError
-from eptc.pack_task import Factored
+from eptc.packs.task import Factored
 from eptc.runtime.pack_manifest import PackManifest
 from eptc.runtime.pack_spec import LABELS
 from eptc.runtime.verify import file_problem

@@ -21,9 +21,9 @@ from eptc import bundle, checkpoint
 from eptc.errors import OutputError, TaskError
 from eptc.fitting import check_fit, task_config
 from eptc.job import Progress
-from eptc.pack_export import pack_gate, proven
-from eptc.pack_fit import check_base, check_config, check_inputs, check_shared, check_tokenizer
-from eptc.pack_task import (
+from eptc.packs.export import pack_gate, proven
+from eptc.packs.fit import check_base, check_config, check_inputs, check_shared, check_tokenizer
+from eptc.packs.task import (
     ADAPTER,
     adapter_file,
     check_factors,

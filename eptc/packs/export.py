@@ -21,12 +21,12 @@ from eptc.checkpoint import Checkpoint
 from eptc.describe import OPSET, tool_versions, write_texts
 from eptc.errors import OptionError
 from eptc.fitting import task_config
-from eptc.folder_base import Folder, FolderJob, FolderTarget
+from eptc.interop.base import Folder, FolderJob, FolderTarget
 from eptc.job import Progress, Written
 from eptc.machine import available_memory
 from eptc.options import Options
-from eptc.pack_graphs import FOLDED, PackGraphs, head_sizes
-from eptc.pack_task import (
+from eptc.packs.graphs import FOLDED, PackGraphs, head_sizes
+from eptc.packs.task import (
     Factored,
     adapter_file,
     check_factors,

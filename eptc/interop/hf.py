@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from eptc import text
 from eptc.errors import OptionError, TaskError
 from eptc.examples_file import Example, read_examples
-from eptc.folder_base import Folder, FolderJob, FolderTarget, write_provenance
-from eptc.hf_texts import write_card, write_texts
-from eptc.hf_weights import SHARD, Shard, plan_shards, shards_peak, write_shards
+from eptc.interop.base import Folder, FolderJob, FolderTarget, write_provenance
+from eptc.interop.hf_texts import write_card, write_texts
+from eptc.interop.hf_weights import SHARD, Shard, plan_shards, shards_peak, write_shards
 from eptc.ir import AdaptedModel
 from eptc.job import Written
 from eptc.machine import available_memory

@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir
 
 from eptc import text
-from eptc.adapter_folder import low_ranks
 from eptc.checkpoint import Checkpoint
 from eptc.describe import describe
 from eptc.errors import BundleError, CheckpointError
 from eptc.fitting import task_config
+from eptc.interop.lora_files import low_ranks
 from eptc.ir import AdaptedModel
 from eptc.ir.folding import folded
 from eptc.job import Progress

@@ -6,15 +6,15 @@ import dataclasses
 from pathlib import Path
 
 from eptc import bundle, checkpoint
-from eptc.adapter_export import Lora
 from eptc.errors import OptionError
 from eptc.fitting import check_fit, task_config
-from eptc.folder_base import Folder, FolderJob, FolderTarget
-from eptc.genai_export import GenAi
-from eptc.hf_export import HuggingFace
+from eptc.interop.base import Folder, FolderJob, FolderTarget
+from eptc.interop.genai import GenAi
+from eptc.interop.hf import HuggingFace
+from eptc.interop.lora import Lora
 from eptc.job import Clock, Progress
 from eptc.options import Options
-from eptc.pack_export import TaskPack
+from eptc.packs.export import TaskPack
 from eptc.tasks import chosen, names_several
 
 __all__ = ["FOLDER_TARGETS", "export_folder", "folder_target"]
