@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +64,8 @@ def test_commands_exist() -> None:
     }
     for call in calls:
         command = main.commands[call[1]]
+        if isinstance(command, click.Group):
+            command = command.commands[call[2]]
         known = {name for parameter in command.params for name in parameter.opts}
         assert {word for word in call if word.startswith("--")} <= known
 
