@@ -63,9 +63,10 @@ def test_commands_exist() -> None:
         "doctor",
     }
     for call in calls:
-        command = main.commands[call[1]]
+        command = main.get_command(click.Context(main), call[1])
         if isinstance(command, click.Group):
             command = command.commands[call[2]]
+        assert command is not None, call
         known = {name for parameter in command.params for name in parameter.opts}
         assert {word for word in call if word.startswith("--")} <= known
 
