@@ -58,7 +58,7 @@ def layer_outputs(
                 branch = layer.mixed(rows.float(), gates).double()
             else:
                 branch = layer.delta(rows.float(), task_id).double()
-            parts = layer.weight.split(max(1, _ELEMENTS // layer.in_features))
+            parts = torch.split(layer.weight, max(1, _ELEMENTS // layer.in_features))
             total = torch.cat([rows @ part.double().T for part in parts], dim=1) + branch
         wanted[path] = total.numpy(), float(branch.abs().max())
     return LayerOutputs(task_id, wanted)
