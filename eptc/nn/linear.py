@@ -174,11 +174,13 @@ class EptLinear(AdaptedLinear):
     def dense(self, task_id: int | None = None) -> Tensor:
         """Return the matrix [out, in] the branch stands for, from the experts' definitions."""
         route = self.route(task_id)
-        terms = [
-            weight * self.widths[expert] * self.scaling * self.experts.dense(expert)
-            for expert, weight in zip(route.experts, route.weights, strict=True)
-        ]
-        return torch.stack(terms).sum(0)
+        total: Tensor | None = None
+        for expert, weight in zip(route.experts, route.weights, strict=True):
+            # In place: a matrix of its own for every term is what large models have no room for.
+            term = self.experts.dense(expert).mul_(weight * self.widths[expert] * self.scaling)
+            total = term if total is None else total.add_(term)
+        assert total is not None  # a router keeps one expert or more
+        return total
 
     def route(self, task_id: int | None = None) -> Route:
         """Return which experts a task uses (the active one where none is given).

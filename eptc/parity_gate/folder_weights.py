@@ -75,8 +75,9 @@ def check_folder_weights(
         raise ParityError(f"the folder has no {lost[0]}, which the checkpoint adapts", fix=_BUG)
     worst = 0.0
     for name, path in files.items():
-        base = parameters[name]
+        # The base's weight afterwards: while a matrix of experts is made there are two of them.
         delta = adapted[name].dense(task_id).numpy() if name in adapted else None
+        base = parameters[name]
         worst = max(worst, _check_one(name, path, base, delta, dtypes[name]))
     return FolderWeights(len(files), len(adapted), worst)
 
@@ -117,7 +118,7 @@ def _check_names(files: Mapping[str, Path], places: Mapping[str, Hashable]) -> N
 
 def _check_one(name: str, path: Path, base: Float32, delta: Float32 | None, dtype: str) -> float:
     """Return the largest deviation of a tensor, as a fraction of its bound."""
-    largest = 0.0 if delta is None else float(np.abs(delta).max())
+    largest = 0.0 if delta is None else float(max(delta.max(), -delta.min()))
     worst = 0.0
     for start, found in _rows(name, path, base.shape, dtype):
         rows = slice(start, start + len(found))
