@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eptc import checkpoint
-from eptc.calibration import twin
-from eptc.errors import BundleError, OptionError, OutputError, ParityError
-from eptc.examples_file import read_examples
-from eptc.lossy import budget_of
-from eptc.machine import available_memory
-from eptc.options import Options
-from eptc.parity_gate.answers import Budget, answers, compare_answers, right_answers
-from eptc.parity_gate.compare import FP32, bound_of
+from eptc.errors import ParityError
+from eptc.pair import Pair
 from eptc.parity_gate.gate import refuse
-from eptc.parity_gate.memory import verified_by_block, whole_model_bytes
-from eptc.parity_gate.reference_answers import reference_answers
 from eptc.parity_gate.report import ParityReport
-from eptc.parity_gate.verifier import LocalVerifier, Subject
-from eptc.precision import SCHEMES
-from eptc.runtime import Engine, Manifest, load_manifest
-from eptc.tasks import Task
+from eptc.parity_gate.verifier import LocalVerifier
 
 __all__ = ["parity"]
-
-_CALIBRATED, _SIMULATED = (
-    {str(name) for name, scheme in SCHEMES.items() if getattr(scheme, what)}
-    for what in ("calibrated", "simulated")
-)
 
 
 def parity(
@@ -75,164 +58,18 @@ def parity(
         OutputError: temporary files cannot be written.
         ParityError: the engine does not give the reference's answers.
     """
-    folder = Path(bundle)
-    manifest = load_manifest(folder)
-    task = manifest.task
-    if task is None:
-        raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
-    recorded = manifest.checkpoint
-    kind = _format(folder, recorded) if format is None else checkpoint.find_format(format)
-    specs = None
-    if not kind.describes_tasks:
-        specs = {t["name"]: Task.from_json(t) for t in recorded["tasks"]}
-        tasks = tasks or list(specs)
-        top_k = top_k if top_k is not None else recorded["top_k"]
-    source = checkpoint.read(
-        Path(reference),
-        Path(base) if base is not None else None,
-        top_k=top_k,
-        tasks=tasks,
-        task_spec=Path(task_spec) if task_spec is not None else None,
-        specs=specs,
-        allow_pickle=allow_pickle,
-        format=kind.name,
-        routing=_routing(manifest),
-    )
-    _check_origin(folder, manifest, source)
-    names = [t.name for t in source.contents.tasks]
-    if task.name not in names:
-        raise BundleError(
-            f"{folder} was built for task {task.name!r}, which the checkpoint does not have",
-            expected=", ".join(names),
-        )
-    examples = read_examples(Path(data), task, labelled=True) if data is not None else None
-    if examples is not None and task.kind == "generation":
-        raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
-    subject = Subject(source, task.name, examples, _by_block(folder, manifest.precision, source))
-    with contextlib.ExitStack() as stack:
-        verifier = stack.enter_context(contextlib.closing(LocalVerifier(subject)))
-        if manifest.precision in _SIMULATED:
-            folder = _simulated(folder, manifest, stack)
+    pair = Pair.open(
+        bundle, reference=reference, base=base, tasks=tasks, top_k=top_k, task_spec=task_spec,
+        data=data, allow_pickle=allow_pickle, format=format,
+    )  # fmt: skip
+    with pair.comparable() as folder, contextlib.closing(LocalVerifier(pair.subject)) as verifier:
         report = verifier.prove(folder, {}, progress)
         refuse(report, "build the bundle again; if it fails again, report it")
-        if examples is None or verifier.tokenizer is None:
-            return report
-        progress("score")
-        with Engine.load(folder, providers=["cpu"]) as engine:
-            got = answers(engine, examples)
-        want = reference_answers(manifest, verifier.reference, task, verifier.tokenizer, examples)
-    scores = compare_answers(
-        task, want, got, right_answers(task, examples), precision=manifest.precision
-    )
-    fixes = _what_loses(manifest)
-    budget = _allowed(manifest, task) if fixes else Budget(max_flips=0.0)
-    if reason := budget.exceeded(scores):
-        raise ParityError(reason, fix=", ".join(fixes) or "build the bundle again")
+        if data is not None:
+            progress("score")
+        scores = pair.scores(folder, verifier)
+    if scores is None:
+        return report
+    if reason := pair.budget.exceeded(scores):
+        raise ParityError(reason, fix=", ".join(pair.fixes) or "build the bundle again")
     return dataclasses.replace(report, scores=scores)
-
-
-def _what_loses(manifest: Manifest) -> list[str]:
-    """Return what to do about what an engine loses by design; nothing of an exact one."""
-    fixes = []
-    if manifest.routing.mode == "frozen":
-        fixes.append("build with --routing exact, which keeps the routes")
-    if bound_of(manifest.precision) != FP32:
-        fixes.append("build with a precision that loses less")
-    return [*fixes, "or with a larger budget (--max-drop, --max-flips)"] if fixes else []
-
-
-def _allowed(manifest: Manifest, task: Task) -> Budget:
-    """Return what a lossy engine may cost: what its build was allowed, or what is usual."""
-    recorded = (manifest.parity.get("scores") or {}).get("budget")
-    if recorded is None:
-        return budget_of(Options(task.name), task)
-    return Budget(recorded["max_drop"], recorded["max_flips"])
-
-
-def _simulated(folder: Path, manifest: Manifest, stack: contextlib.ExitStack) -> Path:
-    """Return the twin of a 16-bit engine, a copy that the stack removes.
-
-    Raises:
-        OutputError: there is no room for it where temporary files are kept.
-    """
-    try:
-        return stack.enter_context(twin(folder))
-    except OSError as error:
-        size = sum(record.size for record in manifest.files.values())
-        raise OutputError(
-            f"{folder} is an engine in {manifest.precision}, compared by a simulation of it, and "
-            f"that cannot be written: {error.strerror or error}"
-            + (f": {error.filename}" if error.filename else ""),
-            expected=f"{size / 1e6:.0f} MB free where temporary files are kept",
-            fix="free some space, or name another folder with the environment variable TMPDIR",
-        ) from error
-
-
-def _format(folder: Path, recorded: Mapping[str, Any]) -> checkpoint.Format:
-    """Return the format of the checkpoint that a bundle was made from.
-
-    Raises:
-        BundleError: a package reads it that is not installed.
-    """
-    try:
-        return checkpoint.find_format(recorded["format"])
-    except OptionError as error:
-        if (origin := recorded.get("origin")) is None:
-            raise
-        package, _, version = origin.rpartition(" ")
-        raise BundleError(
-            f"{folder} was made from a checkpoint of the format {recorded['format']!r}, which the "
-            f"package {package} reads, and it is not installed",
-            fix=f"install {package} ({version} made the bundle)",
-        ) from error
-
-
-def _routing(manifest: Manifest) -> checkpoint.Routing:
-    """Return what a build was asked to do with routes that depend on the input."""
-    mode = manifest.routing.mode
-    return mode if mode in ("batch", "per-sample") else "exact"
-
-
-def _by_block(folder: Path, precision: str, source: checkpoint.Checkpoint) -> bool:
-    """Return whether a bundle is verified block by block.
-
-    Raises:
-        OptionError: it has to be for want of memory, and cannot be.
-    """
-    available = available_memory()
-    found = verified_by_block(source, precision, available)
-    if found and precision in _CALIBRATED:
-        assert available is not None
-        raise OptionError(
-            f"{folder} is an engine in {precision}, whose ranges hold for the model as a whole: "
-            f"comparing it takes {whole_model_bytes(source) / 1e9:.1f} GB, {available / 1e9:.1f} "
-            "GB are available",
-            fix="compare it where there is more memory",
-        )
-    return found
-
-
-def _check_origin(folder: Path, manifest: Manifest, source: checkpoint.Checkpoint) -> None:
-    for what, recorded, found in (
-        ("checkpoint", manifest.checkpoint["sha256"], source.sha256),
-        ("base model", manifest.base["sha256"], source.base.sha256),
-    ):
-        if recorded != found:
-            raise BundleError(
-                f"{folder} was made from another {what}: SHA-256 {recorded[:16]}..., "
-                f"the one given has {found[:16]}...",
-                fix=f"give the {what} it was made from, or build it again",
-            )
-    # The hash covers the tensors; this is said beside them.
-    given: dict[str, object] = {
-        "variant": source.contents.variant,
-        "top_k": source.contents.top_k,
-        "kernel_sizes": list(source.contents.kernel_sizes),
-    }
-    for key, value in given.items():
-        if manifest.checkpoint.get(key) != value:
-            raise BundleError(
-                f"{folder} was made with {key} {manifest.checkpoint.get(key)}, the checkpoint "
-                f"given has {value}",
-                fix="give the checkpoint it was made from, or build it again",
-            )
