@@ -26,6 +26,7 @@ __all__ = [
     "refuse",
     "refuse_decisions",
     "refuse_tensors",
+    "refuse_unproven",
     "with_outcomes",
 ]
 
@@ -134,6 +135,16 @@ def refuse(report: ParityReport, where: str) -> None:
     if report.passed:
         return
     if report.agrees:
+        refuse_unproven(report)
+    bound, tensors = report.judged
+    refuse_tensors(tensors, bound, where)
+    refuse_decisions(report.decisions, where)
+    raise ParityError("no output was compared with the reference's", fix=where)
+
+
+def refuse_unproven(report: ParityReport) -> None:
+    """Raise ParityError where too little was compared to speak of the model."""
+    if report.unproven is not None:
         raise ParityError(
             f"too little was compared: {report.unproven}, since the reference's own choices of "
             "experts there are within rounding of others",
@@ -141,10 +152,6 @@ def refuse(report: ParityReport, where: str) -> None:
             fix="give other texts with --probe; where routes are that close on every text, no "
             "other runtime is sure to choose the same experts",
         )
-    bound, tensors = report.judged
-    refuse_tensors(tensors, bound, where)
-    refuse_decisions(report.decisions, where)
-    raise ParityError("no output was compared with the reference's", fix=where)
 
 
 def refuse_tensors(tensors: Sequence[Comparison], bound: Bound, where: str) -> None:
