@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eptc.errors import EptcError
+from eptc.errors import EptcError, OptionError
 from eptc.nn.adapted import ReferenceModel
 from eptc.nn.frozen import frozen
 from eptc.pair import Pair
@@ -103,8 +103,11 @@ class BothSides:
 
     @functools.cached_property
     def _seeded(self) -> dict[str, Probe]:
-        """The probes of seeded tokens; the reference's weights are not read for them."""
-        model = stream_reference(self.pair.source).model
+        """The probes of seeded tokens; the base's weights are read only where they must be."""
+        try:
+            model = stream_reference(self.pair.source).model
+        except OptionError:  # such a reference is in memory as a whole or not at all
+            model = self.verifier.reference
         return {probe.name: probe for probe in seeded_probes(self.pair.manifest, model)}
 
     @property

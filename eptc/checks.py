@@ -80,7 +80,7 @@ class Checks:
         self.sides.close()
 
     def __iter__(self) -> Iterator[Check]:
-        """Yield the checks, cheap ones first; no weight of the reference is read for it."""
+        """Yield the checks, cheap ones first."""
         yield Check("manifest", "", self._manifest)
         try:
             manifest = read_manifest(self.sides.folder)
@@ -94,18 +94,24 @@ class Checks:
         yield Check("interface", "", self._interface)
         yield Check("weights", "", self._weights)
         yield Check("tokenizer", "", self._tokenizer)
-        for name in self._probes():
-            yield Check("tensors", name, functools.partial(self._tensors, name))
-            yield Check("decisions", name, functools.partial(self._decisions, name))
+        yield from self._of_probes()
         yield Check("coverage", "", self._coverage)
         yield Check("blocks", "", self._blocks)
         yield Check("scores", "", self._scores)
 
-    def _probes(self) -> list[str]:
+    def _of_probes(self) -> Iterator[Check]:
         try:
-            return self.sides.probes
-        except EptcError:
-            return []  # `origin` says why
+            self.sides.opened()
+        except NotCheckedError:
+            return  # `origin` says why
+        try:
+            probes = self.sides.probes
+        except EptcError as error:
+            yield Check("tensors", "", functools.partial(_failed, error))
+            return
+        for name in probes:
+            yield Check("tensors", name, functools.partial(self._tensors, name))
+            yield Check("decisions", name, functools.partial(self._decisions, name))
 
     def _manifest(self) -> Found:
         manifest = read_manifest(self.sides.folder)
@@ -210,6 +216,10 @@ class Checks:
         if reason := budget.exceeded(scores):
             raise ParityError(reason, fix=", ".join(pair.fixes) or _REBUILD)
         return scores
+
+
+def _failed(error: EptcError) -> Found:
+    raise error
 
 
 def _digits(value: float) -> float:
