@@ -15,10 +15,11 @@ from eptc.nn.frozen import frozen
 from eptc.pair import Pair
 from eptc.parity_gate.batches import seeded_probes, text_probe, texts_by_probe
 from eptc.parity_gate.compare import Bound, Comparison, bound_of
-from eptc.parity_gate.gate import bound_on
+from eptc.parity_gate.gate import bound_on, with_outcomes
 from eptc.parity_gate.outputs import Decision, check_outputs
 from eptc.parity_gate.probes import Example, Probe
 from eptc.parity_gate.reference import frozen_gates, stream_reference
+from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier
 from eptc.runtime import Engine, verify
 from eptc.runtime.verify import VerifyReport
@@ -57,6 +58,9 @@ class BothSides:
         bundle: the bundle's folder.
         limits: what is allowed instead of what the bundle says.
         options: the reference and how to read it, as for `eptc.parity`.
+
+    Attributes:
+        by_block: what comparing block by block came to, once it was done.
     """
 
     def __init__(self, bundle: Path, limits: Limits, options: Mapping[str, Any]) -> None:
@@ -64,6 +68,7 @@ class BothSides:
         self.limits = limits
         self._options = options
         self._outcomes: dict[str, Outcomes | EptcError] = {}
+        self.by_block: ParityReport | None = None
         self._stack = contextlib.ExitStack()
 
     def close(self) -> None:
@@ -162,6 +167,16 @@ class BothSides:
         if isinstance(found, EptcError):
             raise found
         return found
+
+    def report(self) -> ParityReport | None:
+        """Return what the probes that were run came to; None where none was."""
+        ran = [found for found in self._outcomes.values() if not isinstance(found, EptcError)]
+        if not ran:
+            return self.by_block
+        report = ParityReport((), self.bound, {}, 0.0, (), (), 0)
+        for probe, outcomes in ran:
+            report = with_outcomes(report, probe, outcomes)
+        return report
 
     def _run(self, name: str, engine: Engine, reference: ReferenceModel) -> Outcomes:
         texts = self._texts.get(name)

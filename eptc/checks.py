@@ -198,6 +198,7 @@ class Checks:
         if not self.sides.opened().by_block:
             raise NotCheckedError("the model is compared as a whole: see weights and tensors")
         report = self.sides.verifier.prove(self.sides.comparable, {}, lambda _: None)
+        self.sides.by_block = report
         refuse(report, _REBUILD)
         worst = report.worst
         return {"error": _digits(worst.error), "bound": _digits(worst.bound)}

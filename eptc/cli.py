@@ -478,15 +478,27 @@ def convert(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--reference", type=_FOLDER, required=True, help="The checkpoint it was made from.")
 @_source_options
 @click.option("--data", type=_FOLDER, help="JSON lines file with labelled examples to score on.")
+@click.option(
+    "--report",
+    "page",
+    type=_FOLDER,
+    help="HTML file to write what is found to, failures as well; makes every check.",
+)
 @_json
 @_command
-def parity(bundle: Path, reference: Path, as_json: bool, **options: Any) -> None:
+def parity(
+    bundle: Path, reference: Path, page: Path | None, as_json: bool, **options: Any
+) -> None:
     """Compare BUNDLE with the unfolded PyTorch model again; exit code 1 where they differ.
 
     The manifest supplies --tasks and --top-k.
     """
+    options["reference"] = reference
     with _progress(as_json) as progress:
-        report = eptc.parity(bundle, reference=reference, progress=progress, **options)
+        if page is None:
+            report = eptc.parity(bundle, progress=progress, **options)
+        else:
+            report = eptc.report(bundle, out=page, progress=progress, **options).checked()
     if as_json:
         click.echo(json.dumps(report.to_json()))
         return
