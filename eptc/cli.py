@@ -93,6 +93,8 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _FOLDER = click.Path(path_type=Path)
+# What says how a checkpoint is read (`_source_options`), and what is scored.
+_SOURCE = ("base", "tasks", "top_k", "task_spec", "allow_pickle", "format", "data")
 
 
 def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -319,6 +321,9 @@ def main() -> None:
     "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."
 )
 @click.option("--no-verify", is_flag=True, help="Skip parity; the manifest records it.")
+@click.option(
+    "--report", "page", type=_FOLDER, help="HTML file about the engine, once it is published."
+)
 @click.option("--force", is_flag=True, help="Replace what lies at --out.")
 @click.option("-v", "--verbose", is_flag=True, help="Show stages and passes in a pipe as well.")
 @_json
@@ -331,6 +336,7 @@ def export(
     dry_run: bool,
     force: bool,
     no_verify: bool,
+    page: Path | None,
     verbose: bool,
     as_json: bool,
     **options: Any,
@@ -344,13 +350,15 @@ def export(
     """
     options |= {"task": task, "target": target, "verify": not no_verify}
     if options["precision"] == "all" and target not in _folder_targets():
-        if dry_run or force:
+        if dry_run or force or page is not None:
+            other = "--dry-run" if dry_run else "--force" if force else "--report"
             raise OptionError(
-                f"--precision all was given together with {'--dry-run' if dry_run else '--force'}",
-                fix="leave one out",
+                f"--precision all was given together with {other}", fix="leave one out"
             )
         _export_all(ckpt, out, verbose, as_json, options)
         return
+    if page is not None and (dry_run or target in _folder_targets()):
+        raise OptionError("--report is about an engine, and none is made", fix="leave it out")
     if dry_run:
         plan = eptc.plan(ckpt, **options)
         click.echo(json.dumps(plan.to_json()) if as_json else _predicted(plan))
@@ -359,6 +367,12 @@ def export(
         raise click.UsageError("Missing option '-o' / '--out'.")
     with _progress(as_json, verbose) as progress:
         bundle = eptc.export(ckpt, out=out, force=force, progress=progress, **options)
+        if page is not None and isinstance(bundle, eptc.Bundle):
+            seconds = {record.name: record.seconds for record in bundle.passes}
+            eptc.report(
+                bundle.path, out=page, reference=ckpt, seconds=seconds, progress=progress,
+                **{name: options[name] for name in _SOURCE},
+            )  # fmt: skip
     if not isinstance(bundle, eptc.Bundle):
         _print_folder(bundle, as_json)
         return

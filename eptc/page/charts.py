@@ -94,7 +94,9 @@ def errors(name: str, title: str, found: Sequence[tuple[str, float]]) -> Chart:
     shapes = []
     for power in range(above, -_DECADES - 1, -max(1, (above + _DECADES) // 7)):
         y = place(10.0**power)
-        shapes += [_line(left, y, _WIDTH, y, "grid"), _text(left - 6, y + 4, f"1e{power}", "end")]
+        shapes.append(_line(left, y, _WIDTH, y, "grid"))
+        if power:
+            shapes.append(_text(left - 6, y + 4, f"1e{power}", "end"))
     step = (_WIDTH - left) / max(1, len(found))
     base = top + height
     for number, (what, ratio) in enumerate(found):
@@ -105,14 +107,16 @@ def errors(name: str, title: str, found: Sequence[tuple[str, float]]) -> Chart:
             _rect(x, y, step * 0.7, base - y, "bad" if off else "ok", said, **{"data-key": what})
         )
     shapes += [_line(left, place(1.0), _WIDTH, place(1.0), "bound"),
-               _text(_WIDTH, place(1.0) - 5, "bound", "end")]  # fmt: skip
-    off = [what for what, ratio in found if not ratio <= 1]
+               _text(left - 6, place(1.0) + 4, "bound", "end")]  # fmt: skip
+    above_it = [what for what, ratio in found if not ratio <= 1]
     description = (
-        f"{len(found)} bars; {len(off)} are above their bound"
-        + (f", the first is {off[0]}" if off else "")
+        f"{len(found)} bars; {len(above_it)} are above their bound"
+        + (f", the first is {above_it[0]}" if above_it else "")
         + f"; the largest is {largest:.2g} of its bound."
     )
-    legend = [("ok", "within its bound"), ("bad", "off")] if off else [("ok", "within its bound")]
+    legend = (
+        [("ok", "within its bound"), ("bad", "off")] if above_it else [("ok", "within its bound")]
+    )
     return Chart(name, title, description, _WIDTH, base + 8, shapes, legend)
 
 

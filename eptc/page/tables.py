@@ -82,7 +82,7 @@ def checks(outcomes: Sequence[Outcome]) -> Table:
             f"{name.replace('_', ' ')} {_value(value)}" for name, value in outcome.found.items()
         )
         if outcome.error is not None:
-            said = str(outcome.error)
+            said = outcome.error.found
         rows.append([Cell(outcome.name), Cell(outcome.of), _state(outcome.state), Cell(said)])
     return Table("checks", "Every check", ["check", "of", "outcome", "what was found"], rows)
 
@@ -111,7 +111,7 @@ def layers(content: Content) -> Table:
     """Return every layer's error."""
     rows = [
         [
-            number(position, 6), Cell(layer.layer), Cell(layer.graph),
+            number(position, 6), Cell(layer.layer, look="path"), Cell(layer.graph),
             Cell("adapted" if layer.adapted else ""), number(layer.found.error),
             number(layer.found.bound), number(layer.ratio),
             _state("passed" if layer.found.passed else "failed"),
@@ -140,10 +140,11 @@ def passes(records: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -
             for name, before in record["before"].items()
             if record["after"].get(name) != before
         )
+        changed = changed or ("changed" if record["changed"] else "nothing to do")
         taken = seconds.get(record["name"])
         rows.append([
             number(position, 6), Cell(record["name"]), Cell(record["contract"]),
-            Cell(changed or "nothing to do"), number(record.get("error")),
+            Cell(changed), number(record.get("error")),
             Cell("not recorded") if taken is None else Cell(f"{taken * 1e3:.1f} ms", taken),
         ])  # fmt: skip
     heads = ["#", "pass", "contract", "what changed", "error / bound", "time"]
@@ -161,14 +162,14 @@ def routes(found: Routes, task: int) -> Table:
         route = each[task]
         if route is None:
             cells = [Cell("by input")] * found.experts
-            rows.append([Cell(path), *cells, Cell("-")])
+            rows.append([Cell(path, look="path"), *cells, Cell("-")])
             continue
         used = dict(zip(route["experts"], route["weights"], strict=True))
         cells = [
             Cell(f"{used[e]:.3f}", used[e], f"used {look(found, e)}") if e in used else Cell("")
             for e in range(found.experts)
         ]
-        rows.append([Cell(path), *cells, number(route["margin"])])
+        rows.append([Cell(path, look="path"), *cells, number(route["margin"])])
     name = f"routes-{task}"
     return Table(
         name, f"Weights of the experts of task {found.tasks[task]}", [*heads, "margin"], rows
@@ -184,7 +185,7 @@ def look(found: Routes, expert: int) -> str:
 
 def plan(weights: Mapping[str, str]) -> Table:
     """Return what each weight is stored as."""
-    rows = [[Cell(name), Cell(level)] for name, level in weights.items()]
+    rows = [[Cell(name, look="path"), Cell(level)] for name, level in weights.items()]
     return Table("plan", "What each weight is stored as", ["weight", "stored as"], rows)
 
 

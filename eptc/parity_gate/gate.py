@@ -162,9 +162,10 @@ def refuse_tensors(tensors: Sequence[Comparison], bound: Bound, where: str) -> N
     worst = furthest(tensors)
     enough = bound.relative * worst.error / worst.bound if worst.bound else worst.error
     passing = f"; {enough:.2g} would have passed" if math.isfinite(enough) else ""
+    further = "" if worst is failed[0] else f"\nworst: {worst.explain()}"
     raise ParityError(
         f"{len(failed)} of {len(tensors)} output tensors differ from the reference.\n"
-        f"first: {failed[0].explain()}\nworst: {worst.explain()}",
+        f"first: {failed[0].explain()}{further}",
         expected=f"at most {bound.relative:g} of the largest element ({bound.why})" + passing,
         fix=where,
     )
