@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ def collect(
         session, name=bundle.name, nodeid=f"eptc::{_plain(bundle.resolve().name)}"
     )
     parent.checks = checks
-    return list(parent.collect())
+    with _own_warnings():
+        return list(parent.collect())
 
 
 class _Bundle(pytest.Collector):
@@ -61,7 +64,8 @@ class _CheckItem(pytest.Item):
     def runtest(self) -> None:
         """Run the check; what it measured goes into JUnit's properties."""
         try:
-            found = self.check.run()
+            with _own_warnings():
+                found = self.check.run()
         except NotCheckedError as error:
             pytest.skip(str(error))
         self.user_properties += [(f"eptc_{name}", value) for name, value in found.items()]
@@ -75,6 +79,14 @@ class _CheckItem(pytest.Item):
     def reportinfo(self) -> tuple[Path, int, str]:
         """Return where the check belongs: to the bundle."""
         return self.path, 0, f"eptc {self.name}"
+
+
+@contextlib.contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Leave out what torch and transformers warn about: a user's tests may take it for errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _plain(text: str) -> str:

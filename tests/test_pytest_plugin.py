@@ -295,7 +295,10 @@ def test_a_plain_run_loads_nothing(installed: Callable[..., Run], tmp_path: Path
 def test_the_example(
     installed: Callable[..., Run], bundle: Path, small_native: Any, tmp_path: Path
 ) -> None:
-    """The project as it stands, with the command of its README, on two workers."""
+    """The project as it stands, with the command of its README, on two workers.
+
+    Warnings of the project's own are errors; those of what the checks load are not its own.
+    """
     project = Path(shutil.copytree(EXAMPLE, tmp_path / "project"))
     for name, source in (
         ("bundle", bundle), ("checkpoint", small_native.ckpt), ("base", small_native.base),
@@ -311,7 +314,7 @@ def test_the_example(
     workflow = (project / ".github" / "workflows" / "parity.yml").read_text()
     given = command.replace("--junitxml parity.xml", "").split()[1:]
     assert all(word in workflow.split() for word in given)
-    run = installed(project, *given, "-n", "2", "--dist", "load")
+    run = installed(project, *given, "-n", "2", "--dist", "load", "-W", "error")
     assert run.code == 0, run.output
     assert run.tests["scores"][0] == "passed"
     assert run.tests["test_every_text_gets_a_label"][0] == "passed"
