@@ -23,6 +23,7 @@ __all__ = ["Content", "Divergence", "Outcome", "Routes", "collect"]
 
 # What stands beside the bundle where `--precision all` made it.
 _COMPARISON = "comparison.json"
+_SMALL = ("shortest and longest together", "seeded tokens 2x17")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,12 +216,12 @@ def _outcome(check: Check) -> Outcome:
 
 
 def _layers(checks: Checks, outcomes: Sequence[Outcome]) -> tuple[str, list[LayerError]]:
-    """Return every layer's error on the first probe that failed, else on one of many rows."""
+    """Return every layer's error on the first probe that failed, else on a small one."""
     tried = [o for o in outcomes if o.name == "tensors" and o.of and o.state != "skipped"]
-    failed = [o.of for o in tried if o.state == "failed"]
-    for name in (*failed, *reversed([o.of for o in tried if o.of.startswith("texts ")]), *(
-        o.of for o in tried if o.of == "seeded tokens 2x17"
-    )):  # fmt: skip
+    names = [o.of for o in tried if o.state == "failed"]
+    # Every layer's output is in memory at once: two rows, with padding, show what more would.
+    names += [o.of for wanted in _SMALL for o in tried if o.of == wanted]
+    for name in names:
         try:
             probe, _ = checks.sides.outcomes(name)
             return name, _errors(checks, probe)

@@ -14,6 +14,11 @@ __all__ = ["render"]
 
 # Bars of more layers than this could not be told apart.
 _BARS = 240
+_SIZES = {
+    "adapter_bytes": "Bytes of adapters",
+    "nodes": "Nodes of the graphs",
+    "weight_bytes": "Bytes of weights",
+}
 
 
 def render(content: Content) -> str:
@@ -53,7 +58,7 @@ def _view(content: Content) -> dict[str, Any]:
         "layers": tables.layers(content) if content.layers else None,
         "layer_chart": _layer_chart(content) if content.layers else None,
         "passes": tables.passes(manifest.passes, content.seconds) if manifest else None,
-        "pass_charts": _pass_charts(manifest.passes) if manifest else [],
+        "pass_charts": _pass_charts(manifest.passes, content.seconds) if manifest else [],
         "routes": _routes(content.routes, task) if content.routes else None,
         "plan": tables.plan(content.plan) if content.plan else None,
         "levels": _levels(content.plan or {}),
@@ -108,26 +113,33 @@ def _layer_chart(content: Content) -> charts.Chart:
     return charts.errors("layers-chart", f"Error of each layer over its bound{said}", found)
 
 
-def _pass_charts(records: Sequence[Mapping[str, Any]]) -> list[charts.Chart]:
-    """Draw sizes over the passes, adapters and graphs apart."""
+def _pass_charts(
+    records: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]
+) -> list[charts.Chart]:
+    """Draw sizes over the passes, adapters and graphs apart; of weights, where they change."""
     drawn = []
-    for key, what in (("adapter_bytes", "Bytes of adapters"), ("nodes", "Nodes of the graphs")):
+    for key, what in _SIZES.items():
         rows = [r for r in records if key in r["before"]]
         largest = max((max(r["before"][key], r["after"][key]) for r in rows), default=0)
-        if not largest:
+        least = min((min(r["before"][key], r["after"][key]) for r in rows), default=0)
+        if not largest or (key == "weight_bytes" and least > 0.99 * largest):
             continue
         bars = [
-            (r["name"], r["before"][key] / largest, r["after"][key] / largest, _change(r, key))
+            (
+                r["name"], r["before"][key] / largest, r["after"][key] / largest,
+                _change(r, key, seconds.get(r["name"])),
+            )
             for r in rows
-        ]
+        ]  # fmt: skip
         drawn.append(charts.bars(f"passes-{key}", f"{what}: before (outline), after", bars))
     return drawn
 
 
-def _change(record: Mapping[str, Any], key: str) -> str:
+def _change(record: Mapping[str, Any], key: str, seconds: float | None) -> str:
     before, after = record["before"][key], record["after"][key]
     show = tables.size if key.endswith("bytes") else "{:,}".format
-    return show(after) if before == after else f"{show(before)} to {show(after)}"
+    said = show(after) if before == after else f"{show(before)} to {show(after)}"
+    return said if seconds is None else f"{said}, {seconds * 1e3:.1f} ms"
 
 
 def _routes(found: Routes, task: str | None) -> dict[str, Any]:
