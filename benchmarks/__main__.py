@@ -130,8 +130,8 @@ def _run_model(
         failed |= any(measure.status == "failed" for measure in built.measures)
         found = Results(build.name, _conditions(settings), build=built)
         write(found, options.results / f"{build.name}.json")
-        if build.removed:
-            shutil.rmtree(files.root)
+    if any(build.removed for build in builds):
+        shutil.rmtree(files.root)
     return failed
 
 

@@ -26,7 +26,7 @@ _TASK, _SECOND_TASK = "task-3", "task-4"
 # What is divided by what.
 _PAIRS = (
     ("second", "cold"), ("cold", "optimum"), ("parity", "optimum"), ("keep", "copy"),
-    ("int4", "copy"),
+    ("int4", "copy"), ("hf", "copy"), ("hf-keep", "copy"),
 )  # fmt: skip
 
 
@@ -41,11 +41,12 @@ class BuildCase:
             `cold`: `eptc export --no-verify` of a task, the skeleton cache empty. `second`: of
             another task of the checkpoint, with that cache. `parity`: cold, parity proven.
             `optimum`: optimum-onnx's export of the merged model, its own validation included.
-            `keep`, `int4`: `eptc export --no-verify` with that precision. `copy`: a copy of the
-            base.
+            `keep`, `int4`: `eptc export --no-verify` with that precision. `hf`, `hf-keep`:
+            `eptc export --target hf`, in float32 or the base's type, each tensor compared, within
+            2 GB. `copy`: a copy of the base.
         rounds: times each runs.
         disk: free bytes it needs beside the model.
-        removed: whether the model is removed when the build is done.
+        removed: whether the model is removed when all builds of it are done.
     """
 
     name: str
@@ -66,7 +67,12 @@ BUILDS = (
         disk=20 * 2**30,
         removed=True,
     ),
-    BuildCase("tiny-t5-build", "tiny-t5", (("cold", "second"), ("copy",)), rounds=1),
+    BuildCase(
+        "llama-2-7b-folder", "llama-2-7b", (("copy",), ("hf",), ("hf-keep",)), rounds=1,
+        disk=30 * 2**30,
+        removed=True,
+    ),
+    BuildCase("tiny-t5-build", "tiny-t5", (("cold", "second"), ("copy",), ("hf",)), rounds=1),
 )  # fmt: skip
 
 
@@ -162,7 +168,10 @@ def _command(
         return [python, "-c", _OPTIMUM_TASK, *options]
     task = _SECOND_TASK if step == "second" else _TASK
     options = ["--task", task, "--base", str(files.base), "--out", str(out)]
-    if step != "parity":
+    if step.startswith("hf"):
+        options += ["--target", "hf", "--max-memory", "2GB"]
+        options += ["--precision", "keep" if step == "hf-keep" else "fp32"]
+    elif step != "parity":
         options.append("--no-verify")
     if step in ("keep", "int4"):
         options += ["--precision", step]

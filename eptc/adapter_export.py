@@ -14,7 +14,7 @@ from eptc import bundle
 from eptc.adapter_folder import low_ranks, write_adapter
 from eptc.errors import BundleError, CheckpointError, OptionError, TaskError
 from eptc.folder_base import Folder, FolderJob, FolderTarget, write_provenance
-from eptc.ir import AdaptedModel, frobenius_norm
+from eptc.ir import AdaptedModel, Float64, singular_values
 from eptc.options import Options
 from eptc.pipeline import PassRecord, factoring_passes, run_adapter_passes
 from eptc.runtime.spec import file_name
@@ -110,12 +110,13 @@ def _folders(job: FolderJob, directory: Path) -> dict[int, Path]:
     """Return the folder of each task, made."""
     if not job.several:
         return {job.task_ids[0]: directory}
-    taken: dict[str, str] = {bundle.PROVENANCE: bundle.PROVENANCE}
+    taken: dict[str, str] = {}
     folders = {}
     for task_id, task in zip(job.task_ids, job.tasks, strict=True):
         # Some file systems do not tell upper case from lower.
-        other = taken.setdefault(task.name.lower(), task.name)
-        if not _names_a_folder(task.name) or other != task.name or task.name in folders:
+        lower = task.name.lower()
+        other = taken.setdefault(lower, task.name)
+        if not _names_a_folder(task.name) or other != task.name or lower == bundle.PROVENANCE:
             raise TaskError(
                 f"no folder beside the others can be called {task.name!r}"
                 + (f": there is {other!r}" if other != task.name else ""),
@@ -154,14 +155,16 @@ def _write_one(job: FolderJob, task_id: int, folder: Path, gate: AdapterGate | N
         exact, model, records = _factor(job, task_id, gate, layers)
     with job.clock.stage("write"):
         own = source.contents.heads.get(task.name, {})
-        rank = write_adapter(folder, model, own, kind, source.format.base_name(source.path))
+        name = source.format.base_name(source.path)
+        rank = write_adapter(folder, model, exact, own, kind, name)
         figures = _figures(exact, model, rank, max_rank)
     parity: dict[str, Any] = {"verified": False}
     if gate is not None:
         with job.clock.stage("parity"):
             parity = gate.prove(
-                folder, task.name, cut=max_rank is not None, layers=layers, progress=job.progress
-            )
+                folder, task.name, cut=None if max_rank is None else _least(exact, max_rank),
+                layers=layers, progress=job.progress,
+            )  # fmt: skip
     write_provenance(
         folder, job, [task_id], target=Lora.name, passes=records, parity=parity,
         tools=("safetensors",), adapter=figures,
@@ -204,6 +207,21 @@ def _factor(
     return exact, model, records
 
 
+def _size(u: Float64, v: Float64) -> float:
+    """Return the Frobenius norm of u v."""
+    return float(np.linalg.norm(singular_values(u, v)))
+
+
+def _least(exact: AdaptedModel, max_rank: int) -> dict[str, float]:
+    """Return what the nearest matrix of a rank loses of each linear, a share of its size."""
+    least = {}
+    for path, delta in low_ranks(exact).items():
+        values = singular_values(*delta.factors()) if delta is not None else np.zeros(1)
+        whole = float(np.linalg.norm(values))
+        least[path] = float(np.linalg.norm(values[max_rank:])) / whole if whole else 0.0
+    return least
+
+
 def _figures(
     exact: AdaptedModel, written: AdaptedModel, rank: int, max_rank: int | None
 ) -> dict[str, Any]:
@@ -216,10 +234,7 @@ def _figures(
     whole, cut = low_ranks(exact), low_ranks(written)
     factors = {path: delta.factors() for path, delta in whole.items() if delta is not None}
     roundoff = 2 * unit_roundoff("float32")
-    moved = [
-        roundoff * frobenius_norm(np.abs(u), np.abs(v)) / frobenius_norm(u, v)
-        for u, v in factors.values()
-    ]
+    moved = [roundoff * _size(np.abs(u), np.abs(v)) / _size(u, v) for u, v in factors.values()]
     figures: dict[str, Any] = {
         "rank": rank,
         "linears": len(whole),
@@ -238,8 +253,7 @@ def _figures(
             delta = cut[path]
             if delta is not None and delta is not whole[path]:
                 b, a = delta.factors()
-                left = frobenius_norm(np.hstack([u, -b]), np.vstack([v, a]))
-                lost[path] = left / frobenius_norm(u, v)
+                lost[path] = _size(np.hstack([u, -b]), np.vstack([v, a])) / _size(u, v)
         worst = max(lost, key=lambda path: lost[path])
         figures["lost"] = {
             "max_rank": max_rank, "worst": _digits(lost[worst]), "worst_linear": worst,

@@ -44,6 +44,7 @@ def low_ranks(model: AdaptedModel) -> dict[str, LowRank | None]:
 def write_adapter(
     directory: Path,
     model: AdaptedModel,
+    exact: AdaptedModel,
     own: Iterable[str],
     kind: Kind,
     base_name: str | None,
@@ -59,6 +60,7 @@ def write_adapter(
     Args:
         directory: an empty folder.
         model: specialised and factored (`eptc.pipeline.factoring_passes`).
+        exact: the same before ranks were cut: what is folded into a head has no rank to cut.
         own: parameters that the task has of its own.
         kind: the base's.
         base_name: what the checkpoint calls its base.
@@ -67,7 +69,7 @@ def write_adapter(
 
     modules = _own_modules(own, model.weights, kind)
     saved = {
-        name: _saved(model, name)
+        name: _saved(exact, name)
         for name in model.weights
         if any(name.startswith(f"{module}.") for module in modules)
     }

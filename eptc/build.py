@@ -16,22 +16,25 @@ from eptc import bundle, checkpoint, lower, text
 from eptc.checkpoint import Routing
 from eptc.describe import describe, write_texts
 from eptc.errors import InputError
+from eptc.examples_file import Example, read_task_examples
 from eptc.folder_base import Folder
-from eptc.folder_targets import FOLDER_TARGETS, export_folder
+from eptc.folder_targets import export_folder, folder_target
 from eptc.freezing import freeze, routes_on_input
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Event, Job, Progress, Written
 from eptc.lower.blocks import Method
-from eptc.options import CalibrationMethod, Options
+from eptc.optimum_layout import check_layout, lay_out
+from eptc.options import CalibrationMethod, Layout, Options
 from eptc.parity_lines import beside_routes
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.pipeline import PassRecord, run_adapter_passes, run_graph_passes
 from eptc.planning import WRITERS, Plan
 from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import FILE as PLAN
+from eptc.repositories import REPOSITORIES, export_repository
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
-from eptc.tasks import Task, TaskChoice
+from eptc.tasks import TaskChoice
 
 if TYPE_CHECKING:
     from eptc.judge import Judge
@@ -67,21 +70,58 @@ class Bundle:
 
 
 @overload
-def export(
+def export(  # type: ignore[overload-overlap]  # `str` has the names of targets yet to be installed
     ckpt: str | Path,
     *,
-    target: Literal["lora"],
+    target: Literal["lora", "hf", "genai", "triton"],
     out: str | Path,
     task: TaskChoice = ...,
     base: str | Path | None = ...,
     tasks: Sequence[str] | None = ...,
     top_k: int | None = ...,
     task_spec: str | Path | None = ...,
+    probe: str | Path | None = ...,
+    precision: Precision = ...,
+    precision_plan: str | Path | None = ...,
+    calibration: str | Path | None = ...,
+    calibration_method: CalibrationMethod = ...,
+    block_method: Method = ...,
+    data: str | Path | None = ...,
+    max_drop: float | None = ...,
+    max_flips: float | None = ...,
+    search_evaluations: int | None = ...,
+    search_minutes: float | None = ...,
+    optimize_for: OptimizeFor | None = ...,
     max_memory: int | None = ...,
     verify: bool = ...,
     allow_pickle: bool = ...,
     format: str | None = ...,
+    routing: Routing = ...,
+    passes: Sequence[str | AdapterPass | GraphPass] = ...,
     max_rank: int | None = ...,
+    genai_python: str | Path | None = ...,
+    force: bool = ...,
+    progress: Progress = ...,
+) -> Folder: ...
+
+
+@overload
+def export(
+    ckpt: str | Path,
+    *,
+    layout: Literal["pack"],
+    out: str | Path,
+    task: TaskChoice = ...,
+    base: str | Path | None = ...,
+    target: Literal["onnx"] = ...,
+    tasks: Sequence[str] | None = ...,
+    top_k: int | None = ...,
+    task_spec: str | Path | None = ...,
+    optimize_for: OptimizeFor | None = ...,
+    max_memory: int | None = ...,
+    verify: bool = ...,
+    allow_pickle: bool = ...,
+    format: str | None = ...,
     force: bool = ...,
     progress: Progress = ...,
 ) -> Folder: ...
@@ -117,6 +157,8 @@ def export(
     routing: Routing = ...,
     passes: Sequence[str | AdapterPass | GraphPass] = ...,
     max_rank: int | None = ...,
+    layout: Literal["flat", "optimum"] = ...,
+    genai_python: str | Path | None = ...,
     force: bool = ...,
     progress: Progress = ...,
 ) -> Bundle: ...
@@ -151,6 +193,8 @@ def export(
     routing: Routing = "exact",
     passes: Sequence[str | AdapterPass | GraphPass] = (),
     max_rank: int | None = None,
+    layout: Layout = "flat",
+    genai_python: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> Bundle | Folder:
@@ -159,11 +203,12 @@ def export(
     Args:
         ckpt: folder of a native checkpoint or of the released EPT code.
         task: the task's name, an alias of it, or its id; None where the checkpoint has one. For
-            `lora` also several of them, a list or text with commas in it, or `all`.
+            `lora` and `triton` also several of them, a list or text with commas in it, or `all`.
         out: folder of the bundle: new, empty, or replaced with `force`.
         base: folder of the base model.
-        target: what to write: `onnx`; `lora`, a stock PEFT adapter for each task; or a target of
-            an installed package.
+        target: what to write: `onnx`; `lora`, a stock PEFT adapter for each task; `hf`, the
+            folded model for transformers; `genai`, the same for onnxruntime-genai; `triton`, a
+            model repository for Triton; or a target of an installed package.
         tasks: task names in id order, where the checkpoint does not store them.
         top_k: experts a task uses, where the checkpoint does not store it.
         task_spec: JSON file with prompts and labels of tasks that are not the published ones.
@@ -205,12 +250,16 @@ def export(
             `NAME:option=value,option=value` of an installed one, or the pass itself.
         max_rank: for `lora`: ranks above it are cut by a singular value decomposition, which is
             lossy; None: none is.
+        layout: of a bundle: `flat`; `optimum`, which optimum-onnx's ORTModel classes load too; or
+            `pack`: several tasks over one base, to be loaded with `eptc.Pack`.
+        genai_python: for `genai`: an interpreter that has onnxruntime-genai; None: what the
+            environment variable `EPTC_GENAI_PYTHON` names, else this one.
         force: replace what lies at `out`.
         progress: called with each stage (a string), each finished pass and, while weights are
             written, how many are.
 
     Returns:
-        The published bundle; for `lora` the published folder.
+        The published bundle; for `lora`, `hf`, `genai` and `triton` the published folder.
 
     Raises:
         InputError: something about the input; nothing was written.
@@ -221,10 +270,17 @@ def export(
         task, base, target, tasks, top_k, task_spec, probe, precision, precision_plan, calibration,
         calibration_method, block_method, data, max_drop, max_flips, search_evaluations,
         search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
-        passes, max_rank,
+        passes, max_rank, layout, genai_python,
     )  # fmt: skip
-    if target in FOLDER_TARGETS:
+    if folder_target(target, layout) is not None:
         return export_folder(ckpt, options, out=out, force=force, progress=progress)
+    if target in REPOSITORIES:
+        given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        settings = {**given, "target": "onnx"}
+        del settings["task"]
+        return export_repository(
+            export, ckpt, options, settings, out=out, force=force, progress=progress
+        )
     out = Path(out)
     bundle.check_place(
         out,
@@ -240,7 +296,9 @@ def export(
         with clock.stage("read the checkpoint"):
             job = Job.read(ckpt, options)
             source = job.source
-            examples = _Examples.read(options, job.task)
+            if layout == "optimum":
+                check_layout(job)
+            examples = _Examples.read(options, job)
         verifier = stack.enter_context(_verifier(job, examples.probe)) if verify else None
         # Hashing takes one processor, tracing another.
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
@@ -317,12 +375,15 @@ def export(
         for folder in (exact, routed):
             if folder is not None:
                 shutil.rmtree(folder)
+        if layout == "optimum":
+            with clock.stage("layout optimum"):
+                manifest = lay_out(draft.path, manifest, verify=verify)
         if options.aim.plugin is not None:
             with clock.stage(f"target {options.target}"):
                 manifest = options.aim.add(draft.path, manifest)
         draft.publish()
     notes = (
-        *source.contents.notes, *precise_routes(source, job.task_id), *examples.notes,
+        *source.contents.notes, *precise_routes(source, *job.task_ids), *examples.notes,
         *frozen_notes, *lowered_notes,
     )  # fmt: skip
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
@@ -357,19 +418,22 @@ def _judge(
     return Judge(job, model, verifier, layers, clock, progress)
 
 
-def precise_routes(source: checkpoint.Checkpoint, task_id: int) -> tuple[str, ...]:
+def precise_routes(source: checkpoint.Checkpoint, *task_ids: int) -> tuple[str, ...]:
     """Return a warning for each linear whose choice of experts is within rounding of another."""
     notes = []
     for path, adapter in source.contents.adapters.items():
         router = adapter.router
         if router is None:
             continue
-        margin = router.route(task_id).margin
-        if margin < SMALL_MARGIN:
-            notes.append(
-                f"{path}: the last expert chosen leads by only {margin:.1e} in log probability; "
-                "arithmetic in bfloat16 may choose another"
-            )
+        for task_id in task_ids:
+            margin = router.route(task_id).margin
+            if margin < SMALL_MARGIN:
+                task = source.contents.tasks[task_id].name
+                notes.append(
+                    f"{path}{f', task {task}' if len(task_ids) > 1 else ''}: the last expert "
+                    f"chosen leads by only {margin:.1e} in log probability; arithmetic in "
+                    "bfloat16 may choose another"
+                )
     return tuple(notes)
 
 
@@ -378,23 +442,27 @@ class _Examples:
     """The texts a build was given.
 
     Args:
-        probe: to verify on; None for the built-in ones.
+        probe: to verify on, by task where there are several; None for the built-in ones.
         data: labelled ones to score on; None where there are none.
         texts: what ranges of activations are seen on.
         notes: what a user should know about them.
         called: what `texts` are, for people.
     """
 
-    probe: Sequence[Mapping[str, Any]] | None = None
+    probe: Sequence[Example] | Mapping[str, Sequence[Example]] | None = None
     data: Sequence[Mapping[str, Any]] | None = None
     texts: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
     called: str = "the calibration text"
 
     @classmethod
-    def read(cls, options: Options, task: Task) -> _Examples:
+    def read(cls, options: Options, job: Job) -> _Examples:
         if not (options.probe or options.data or options.calibrated):
             return cls()
+        if job.several:  # and nothing but probes is taken
+            assert options.probe is not None
+            return cls(read_task_examples(Path(options.probe), job.tasks))
+        task = job.task
         from eptc.calibration import read_calibration
         from eptc.parity_gate import builtin_examples, read_examples
 
@@ -472,7 +540,7 @@ class _Writer:
             # Settings that config.json leaves out have the values transformers gives them.
             settings = {**job.config.to_dict(), **model.config}
             manifest = describe(
-                job.source, job.task_id, settings, self._generation, graphs, self._tokenizer,
+                job.source, job.task_ids, settings, self._generation, graphs, self._tokenizer,
                 records, precision=precision, optimize_for=job.options.provider,
                 plugins=job.plugins,
             )  # fmt: skip
@@ -481,26 +549,31 @@ class _Writer:
 
 
 @contextlib.contextmanager
-def _verifier(job: Job, examples: Sequence[Mapping[str, Any]] | None) -> Iterator[Verifier]:
+def _verifier(
+    job: Job, examples: Sequence[Example] | Mapping[str, Sequence[Example]] | None
+) -> Iterator[Verifier]:
     """Give the reference side, in a process of its own where the plan says so."""
     from eptc.parity_gate import LocalVerifier, RemoteVerifier, Subject
 
-    subject = Subject(
-        job.source, job.named_task, examples, job.plan.verification == "block by block"
-    )
+    subject = Subject(job.source, _asked(job), examples, job.plan.verification == "block by block")
     found = RemoteVerifier(subject) if job.plan.own_process else LocalVerifier(subject)
     with contextlib.closing(found):
         yield found
+
+
+def _asked(job: Job) -> str | int | Sequence[str | int]:
+    """Return the task, or tasks, as the caller named them."""
+    return 0 if job.options.task is None else job.options.task
 
 
 def _rewrite(
     job: Job, verifier: Verifier | None, layers: dict[str, float], progress: Progress
 ) -> tuple[AdaptedModel, list[PassRecord]]:
     """Run the adapter passes; with a reference, each is followed by the layer gate."""
-    passes, task_id, model = job.adapter_passes(), job.task_id, job.source.model
+    passes, task_ids, model = job.adapter_passes(), job.task_ids, job.model
     if verifier is None:
         return run_adapter_passes(
-            model, passes, task_id=task_id, probe=None, after=lambda record, _: progress(record),
+            model, passes, task_id=task_ids, probe=None, after=lambda record, _: progress(record),
             origins=job.origins,
         )  # fmt: skip
     from eptc.parity_gate import LayerGate
@@ -515,5 +588,5 @@ def _rewrite(
         progress(record)
 
     return run_adapter_passes(
-        model, passes, task_id=task_id, probe=gate.probe, after=after, origins=job.origins
+        model, passes, task_id=task_ids, probe=gate.probe, after=after, origins=job.origins
     )

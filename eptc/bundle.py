@@ -26,11 +26,14 @@ from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import MANIFEST, FileRecord
 
 __all__ = [
+    "NO_PLACE",
     "PROVENANCE",
     "Draft",
     "check_place",
     "draft",
     "file_records",
+    "share",
+    "sync",
     "write_json",
     "write_manifest",
 ]
@@ -39,7 +42,7 @@ __all__ = [
 PROVENANCE = "eptc.json"
 
 # What the system says where a folder cannot be written, or is taken by now.
-_NO_PLACE = (
+NO_PLACE = (
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.ENOSPC,
     errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
 )  # fmt: skip
@@ -66,8 +69,8 @@ class Draft:
             OutputError: the place is taken.
         """
         for file in self.path.rglob("*"):
-            _sync(file)
-        _sync(self.path)
+            sync(file)
+        sync(self.path)
         check_place(self.out, force=self.force)
         try:
             self.path.rename(self.out)  # replaces an empty folder
@@ -77,7 +80,7 @@ class Draft:
                 raise
             _exchange(self.path, self.out)
             shutil.rmtree(self.path, ignore_errors=True)  # now the old content
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
 
 @contextlib.contextmanager
@@ -99,7 +102,7 @@ def draft(out: Path, *, force: bool) -> Iterator[Draft]:
         path.chmod(0o777 & ~_umask())
         yield Draft(path, out, force)
     except OSError as error:
-        if error.errno in _NO_PLACE:
+        if error.errno in NO_PLACE:
             raise _cannot_write(out, error) from error
         raise
     finally:
@@ -168,12 +171,11 @@ def _check_place(out: Path, *, force: bool) -> None:
             fix="name another folder, or pass --force to replace what is there",
         )
     known = _written_folders(out)
-    for entry in out.iterdir():
-        if not entry.is_dir():
-            continue
-        if entry.name not in known or any(inner.is_dir() for inner in entry.iterdir()):
+    for entry in sorted(out.rglob("*")):
+        if entry.is_dir() and entry.relative_to(out).as_posix() not in known:
             raise OutputError(
-                f"the output folder {out} holds the folder {entry.name}, so it is no bundle",
+                f"the output folder {out} holds folders that eptc did not write, such as "
+                f"{entry.relative_to(out)}",
                 expected="what eptc wrote, or a folder with plain files only, to replace with "
                 "--force",
                 fix="name another folder, or remove this one yourself",
@@ -181,12 +183,17 @@ def _check_place(out: Path, *, force: bool) -> None:
 
 
 def _written_folders(out: Path) -> set[str]:
-    """Return the folders that a place has because eptc wrote them there."""
+    """Return the folders, by their paths inside, that eptc wrote at a place."""
     try:
         found = json.loads((out / PROVENANCE).read_text("utf-8"))["folders"]
         return set(found)
     except (OSError, ValueError, LookupError, TypeError):
         return set()
+
+
+def share(path: Path) -> None:
+    """Let a file be read by whom files are by default; some writers keep theirs to the user."""
+    path.chmod(0o666 & ~_umask())
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -285,7 +292,8 @@ def _exchange(new: Path, old: Path) -> None:
     aside.rename(new)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from eptc.both_sides import BothSides, Limits, NotCheckedError
 from eptc.errors import BundleError, EptcError, ParityError
+from eptc.one_task import check_one_task
 from eptc.parity_gate.batches import check_texts
 from eptc.parity_gate.compare import Comparison
 from eptc.parity_gate.gate import (
@@ -61,11 +62,15 @@ class Checks:
         bundle: the bundle's folder.
         limits: what is allowed instead of what the bundle says.
         options: the reference and how to read it, as for `eptc.parity`.
+
+    Raises:
+        OptionError: what the folder has serves several tasks.
     """
 
     def __init__(
         self, bundle: str | Path, *, limits: Limits | None = None, **options: Any
     ) -> None:
+        check_one_task(Path(bundle))
         self.sides = BothSides(Path(bundle), limits or Limits(), options)
 
     def __enter__(self) -> Self:
@@ -207,12 +212,14 @@ class Checks:
         pair, limits = self.sides.opened(), self.sides.limits
         if pair.examples is None:
             raise NotCheckedError("no labelled data was given")
-        scores = pair.scores(self.sides.comparable, self.sides.verifier)
-        if scores is None:
+        found = pair.scores(self.sides.comparable, self.sides.verifier)
+        if found is None:
             raise NotCheckedError(_NO_TOKENIZER)
+        scores = found[pair.task.name]
         given = {"max_drop": limits.max_drop, "max_flips": limits.max_flips}
         budget = dataclasses.replace(
-            pair.budget, **{name: value for name, value in given.items() if value is not None}
+            pair.budget(pair.task.name),
+            **{name: value for name, value in given.items() if value is not None},
         )
         if reason := budget.exceeded(scores):
             raise ParityError(reason, fix=", ".join(pair.fixes) or _REBUILD)

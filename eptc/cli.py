@@ -4,128 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import eptc
-from eptc.errors import BundleError, EptcError, MissingExtraError, OptionError
-from eptc.parity_lines import parity_lines
+from eptc.cli_common import FOLDER, command, json_option, progress_shown, source_options
+from eptc.errors import BundleError, OptionError
+from eptc.parity_lines import folder_lines, parity_lines
 from eptc.precision import SCHEMES
+from eptc.tasks import names_several
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from eptc.build import Event, Folder
-    from eptc.pipeline import PassRecord
+    from eptc.build import Folder
     from eptc.planning import Plan
+    from eptc.runtime import Engine
 
 __all__ = ["main"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
-INTERRUPTED = 130
-INTERNAL = 70
-REPORT = (
-    "This is a bug in eptc. Please report it with the output of `eptc doctor --json` and the "
-    "traceback that EPTC_DEBUG=1 prints."
-)
-
-
-def _fail(message: str, code: int, *, as_json: bool) -> None:
-    """Print an error to standard error; with --json also as an object to standard output."""
-    if as_json:
-        click.echo(json.dumps({"error": message, "exit_code": code}))
-    click.echo(f"eptc: error: {message}", err=True)
-    sys.exit(code)
-
-
-def _command(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn errors into messages and exit codes; no traceback for anything but a bug."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        import os
-
-        as_json = bool(kwargs.get("as_json"))
-        try:
-            return function(*args, **kwargs)
-        except EptcError as error:
-            message = str(error)
-            if error.exit_code == INTERNAL:
-                message += f"\n{REPORT}"
-            if os.environ.get("EPTC_DEBUG"):
-                raise
-            _fail(message, error.exit_code, as_json=as_json)
-        except ModuleNotFoundError as error:
-            if os.environ.get("EPTC_DEBUG"):
-                raise
-            missing = MissingExtraError(
-                f"the package {error.name!r} is not installed",
-                expected="the compiler's packages",
-                fix="pip install 'ept-compiler[compile]'",
-            )
-            _fail(str(missing), missing.exit_code, as_json=as_json)
-        except (KeyboardInterrupt, click.Abort):
-            _fail("interrupted; nothing was published", INTERRUPTED, as_json=as_json)
-        except (click.ClickException, click.exceptions.Exit):
-            raise
-        except BrokenPipeError:
-            sys.stderr.close()
-            sys.exit(INTERRUPTED)
-        except MemoryError:
-            _fail("there is not enough memory; nothing was published", 2, as_json=as_json)
-        except Exception as error:  # the last line of defence: a bug, said as one
-            if os.environ.get("EPTC_DEBUG"):
-                raise
-            _fail(f"{type(error).__name__}: {error}\n{REPORT}", INTERNAL, as_json=as_json)
-        raise AssertionError  # _fail exits
-
-    return wrapped
-
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-_FOLDER = click.Path(path_type=Path)
-# What says how a checkpoint is read (`_source_options`), and what is scored.
+# What says how a checkpoint is read (`source_options`), and what is scored.
 _SOURCE = ("base", "tasks", "top_k", "task_spec", "allow_pickle", "format", "data")
-
-
-def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command that reads a checkpoint."""
-    options = (
-        click.option("--base", type=_FOLDER, help="Folder of the base model."),
-        click.option(
-            "--tasks",
-            callback=_names,
-            help="Task names in the order they were trained with, comma separated: what the "
-            "released code's folders lack.",
-        ),
-        click.option(
-            "--top-k", type=int, help="Experts a task uses: what those folders lack as well."
-        ),
-        click.option(
-            "--task-spec",
-            type=_FOLDER,
-            help="JSON file with prompts and labels of tasks that are not the published ones.",
-        ),
-        click.option("--allow-pickle", is_flag=True, help="Read .bin files (weights only)."),
-        click.option(
-            "--format",
-            metavar="NAME",
-            help="Format of the checkpoint, where its folder looks like none or like several; an "
-            "installed package may have it.",
-        ),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
 
 
 def _share(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -163,15 +67,6 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
-    if value is None:
-        return None
-    names = [name.strip() for name in value.split(",")]
-    if not all(names):
-        raise OptionError(f"--tasks is {value!r}", expected="names separated by commas")
-    return names
-
-
 def _sizes(_: click.Context, parameter: click.Parameter, value: str) -> list[int]:
     try:
         return [int(size) for size in value.split(",")]
@@ -182,10 +77,20 @@ def _sizes(_: click.Context, parameter: click.Parameter, value: str) -> list[int
 
 
 class _Group(click.Group):
-    """Runs option callbacks under the same error handling as the commands."""
+    """Runs option callbacks under the same error handling as the commands; loads groups late."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "pack"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "pack":
+            from eptc.cli_pack import pack
+
+            return pack
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
-        return _command(super().invoke)(ctx)
+        return command(super().invoke)(ctx)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -202,11 +107,12 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("ckpt", type=_FOLDER)
+@click.argument("ckpt", type=FOLDER)
 @click.option(
     "--task",
-    help="Name, alias or id of the task to compile; not needed where there is one. With --target "
-    "lora also several, comma separated, or all: a folder for each.",
+    help="Name, alias or id of the task to compile; not needed where there is one. Several, comma "
+    "separated, or all: one engine whose rows name their task; with --target lora a folder for "
+    "each; with --target triton a model for each and one for all.",
 )
 @click.option(
     "--target",
@@ -214,12 +120,14 @@ def main() -> None:
     show_default=True,
     metavar="NAME",
     help="What to write. onnx: an engine. lora: a stock PEFT adapter, for PEFT and programs that "
-    "serve such. Or a target of an installed package.",
+    "serve such. hf: the folded model as a folder for transformers. genai: the same, built for "
+    "onnxruntime-genai. triton: a model repository for Triton. Or a target of an installed "
+    "package.",
 )
-@click.option("-o", "--out", type=_FOLDER, help="Folder of the bundle.")
-@_source_options
+@click.option("-o", "--out", type=FOLDER, help="Folder of the bundle.")
+@source_options
 @click.option(
-    "--probe", type=_FOLDER, help="JSON lines file with examples to verify on (fields, label)."
+    "--probe", type=FOLDER, help="JSON lines file with examples to verify on (fields, label)."
 )
 @click.option(
     "--precision",
@@ -233,12 +141,12 @@ def main() -> None:
 )
 @click.option(
     "--precision-plan",
-    type=_FOLDER,
+    type=FOLDER,
     help="With auto: JSON file with a level for each weight, instead of a search.",
 )
 @click.option(
     "--calibration",
-    type=_FOLDER,
+    type=FOLDER,
     help="JSON lines file with texts to see the ranges of activations on.",
 )
 @click.option(
@@ -258,7 +166,7 @@ def main() -> None:
 )
 @click.option(
     "--data",
-    type=_FOLDER,
+    type=FOLDER,
     help="JSON lines file with labelled examples to score a lower precision on.",
 )
 @click.option(
@@ -318,16 +226,31 @@ def main() -> None:
     help="With --target lora: cut ranks above it, by singular values; lossy, and measured.",
 )
 @click.option(
+    "--layout",
+    type=click.Choice(["flat", "optimum", "pack"]),
+    default="flat",
+    show_default=True,
+    help="Names and files of the bundle. optimum: those that optimum-onnx's ORTModel classes "
+    "load as well. pack: several tasks (--task all or a,b) over one base, one small file for each "
+    "task; see `eptc pack`.",
+)
+@click.option(
+    "--genai-python",
+    metavar="PATH",
+    help="With --target genai: Python of an environment that has onnxruntime-genai. Without it: "
+    "what EPTC_GENAI_PYTHON names, else this one.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."
 )
 @click.option("--no-verify", is_flag=True, help="Skip parity; the manifest records it.")
 @click.option(
-    "--report", "page", type=_FOLDER, help="HTML file about the engine, once it is published."
+    "--report", "page", type=FOLDER, help="HTML file about the engine, once it is published."
 )
 @click.option("--force", is_flag=True, help="Replace what lies at --out.")
 @click.option("-v", "--verbose", is_flag=True, help="Show stages and passes in a pipe as well.")
-@_json
-@_command
+@json_option
+@command
 def export(
     ckpt: Path,
     task: str | None,
@@ -341,15 +264,17 @@ def export(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile one task of the checkpoint CKPT into a verified engine.
+    """Compile one task, or several, of the checkpoint CKPT into a verified engine.
 
     The engine is compared with the unfolded PyTorch model before it is published. Where they
     differ, nothing is published and the exit code is 1. Below float32 that holds for the engine
     before its precision is lowered; what is lost then is bounded for each precision, and by
     --max-drop and --max-flips on --data.
+
+    With --target lora tasks become stock PEFT adapters, compared likewise.
     """
     options |= {"task": task, "target": target, "verify": not no_verify}
-    if options["precision"] == "all" and target not in _folder_targets():
+    if options["precision"] == "all" and not _writes_folder(target, options["layout"]):
         if dry_run or force or page is not None:
             other = "--dry-run" if dry_run else "--force" if force else "--report"
             raise OptionError(
@@ -357,15 +282,20 @@ def export(
             )
         _export_all(ckpt, out, verbose, as_json, options)
         return
-    if page is not None and (dry_run or target in _folder_targets()):
+    if page is not None and (dry_run or _writes_folder(target, options["layout"])):
         raise OptionError("--report is about an engine, and none is made", fix="leave it out")
+    if page is not None and names_several(task):
+        raise OptionError(
+            f"--report is about an engine of one task, and --task is {task}",
+            fix="leave it out, or export each task by itself",
+        )
     if dry_run:
         plan = eptc.plan(ckpt, **options)
         click.echo(json.dumps(plan.to_json()) if as_json else _predicted(plan))
         return
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'.")
-    with _progress(as_json, verbose) as progress:
+    with progress_shown(as_json, verbose) as progress:
         bundle = eptc.export(ckpt, out=out, force=force, progress=progress, **options)
         if page is not None and isinstance(bundle, eptc.Bundle):
             seconds = {record.name: record.seconds for record in bundle.passes}
@@ -383,6 +313,7 @@ def export(
                 {
                     "bundle": str(bundle.path),
                     "task": bundle.manifest.task.name if bundle.manifest.task else None,
+                    "tasks": [task.name for task in bundle.manifest.tasks],
                     "passes": [dataclasses.asdict(record) for record in bundle.passes],
                     "seconds": bundle.seconds,
                     "files": {n: f.size for n, f in bundle.manifest.files.items()},
@@ -410,10 +341,10 @@ def export(
     click.echo(f"{bundle.path}: {_bytes(size)}, {sum(bundle.seconds.values()):.1f} s")
 
 
-def _folder_targets() -> Collection[str]:
-    from eptc.folder_targets import FOLDER_TARGETS
+def _writes_folder(target: str, layout: str) -> bool:
+    from eptc.folder_targets import folder_target
 
-    return FOLDER_TARGETS
+    return folder_target(target, layout) is not None
 
 
 def _print_folder(folder: Folder, as_json: bool) -> None:
@@ -421,14 +352,21 @@ def _print_folder(folder: Folder, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(folder.to_json()))
         return
-    from eptc.tables import print_adapters
+    from eptc.tables import print_adapters, print_tasks
 
     for warning in folder.warnings:
         click.echo(f"eptc: warning: {warning}", err=True)
     if not all(found["verified"] for found in folder.parity.values()):
-        click.echo("NOT VERIFIED: --no-verify was given, and eptc.json says so")
+        click.echo("NOT VERIFIED: --no-verify was given, and what was written says so")
     if folder.target == "lora":
         print_adapters(folder)
+    elif folder.target == "onnx":
+        print_tasks(folder.details)
+    else:
+        lines = parity_lines if folder.target == "triton" else folder_lines
+        for name, found in folder.parity.items():
+            for line in lines(found):
+                click.echo(f"{name}: {line}" if folder.target == "triton" else line)
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     click.echo(f"{folder.path}: {_bytes(size)}, {sum(folder.seconds.values()):.1f} s")
 
@@ -446,7 +384,7 @@ def _export_all(
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'.")
     del options["precision"]
-    with _progress(as_json, verbose) as progress:
+    with progress_shown(as_json, verbose) as progress:
         comparison = eptc.compare_precisions(ckpt, out=out, progress=progress, **options)
     if as_json:
         click.echo(json.dumps(comparison.to_json()))
@@ -459,10 +397,10 @@ def _export_all(
 
 
 @main.command()
-@click.argument("path", type=_FOLDER, metavar="CKPT|BUNDLE")
-@_source_options
-@_json
-@_command
+@click.argument("path", type=FOLDER, metavar="CKPT|BUNDLE")
+@source_options
+@json_option
+@command
 def inspect(path: Path, as_json: bool, **options: Any) -> None:
     """Show what a checkpoint or a bundle holds: tasks, experts, routes with margins, sizes."""
     report = eptc.inspect(path, **options)
@@ -475,12 +413,12 @@ def inspect(path: Path, as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("ckpt", type=_FOLDER)
-@click.option("-o", "--out", type=_FOLDER, required=True, help="Folder to write.")
-@_source_options
+@click.argument("ckpt", type=FOLDER)
+@click.option("-o", "--out", type=FOLDER, required=True, help="Folder to write.")
+@source_options
 @click.option("--force", is_flag=True, help="Replace what lies at --out.")
-@_json
-@_command
+@json_option
+@command
 def convert(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Write a folder of the released code as a native checkpoint, complete from then on."""
     path = eptc.convert(ckpt, out=out, **options)
@@ -488,18 +426,19 @@ def convert(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=_FOLDER)
-@click.option("--reference", type=_FOLDER, required=True, help="The checkpoint it was made from.")
-@_source_options
-@click.option("--data", type=_FOLDER, help="JSON lines file with labelled examples to score on.")
+@click.argument("bundle", type=FOLDER)
+@click.option("--reference", type=FOLDER, required=True, help="The checkpoint it was made from.")
+@click.option("--task", help="Of a pack: the task that is compared.")
+@source_options
+@click.option("--data", type=FOLDER, help="JSON lines file with labelled examples to score on.")
 @click.option(
     "--report",
     "page",
-    type=_FOLDER,
+    type=FOLDER,
     help="HTML file to write what is found to, failures as well; makes every check.",
 )
-@_json
-@_command
+@json_option
+@command
 def parity(
     bundle: Path, reference: Path, page: Path | None, as_json: bool, **options: Any
 ) -> None:
@@ -508,7 +447,7 @@ def parity(
     The manifest supplies --tasks and --top-k.
     """
     options["reference"] = reference
-    with _progress(as_json) as progress:
+    with progress_shown(as_json) as progress:
         if page is None:
             report = eptc.parity(bundle, progress=progress, **options)
         else:
@@ -523,9 +462,9 @@ def parity(
 
 
 @main.command()
-@click.argument("bundle", type=_FOLDER)
-@_json
-@_command
+@click.argument("bundle", type=FOLDER)
+@json_option
+@command
 def verify(bundle: Path, as_json: bool) -> None:
     """Check BUNDLE's hashes, schema and graphs; needs no reference and no compiler."""
     report = eptc.verify(bundle)
@@ -539,10 +478,16 @@ def verify(bundle: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=_FOLDER)
+@click.argument("bundle", type=FOLDER)
 @click.argument("texts", nargs=-1, metavar="TEXT...")
 @click.option("--pair", "pairs", nargs=2, multiple=True, help="A pair of texts; may be repeated.")
-@click.option("--data", type=_FOLDER, help="JSON lines file with the task's fields.")
+@click.option("--data", type=FOLDER, help="JSON lines file with the task's fields.")
+@click.option(
+    "--task",
+    help="Where BUNDLE serves several: the task of all texts. Without it each line of --data has "
+    "its own, in `task`; of a pack it is needed.",
+)
+@click.option("--folded", is_flag=True, help="Of a pack: in sessions for this task alone.")
 @click.option("--truncate", is_flag=True, help="Cut texts that are too long instead of refusing.")
 @click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
 @click.option("--sample", "do_sample", is_flag=True, help="Draw tokens at random.")
@@ -554,13 +499,15 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--chat", is_flag=True, help="Put each text into the model's chat template.")
 @click.option("--stream", is_flag=True, help="Print text while it is written.")
 @click.option("--provider", "providers", multiple=True, help="cpu, cuda or tensorrt, in order.")
-@_json
-@_command
+@json_option
+@command
 def run(
     bundle: Path,
     texts: tuple[str, ...],
     pairs: tuple[tuple[str, str], ...],
     data: Path | None,
+    task: str | None,
+    folded: bool,
     truncate: bool,
     stream: bool,
     providers: tuple[str, ...],
@@ -572,7 +519,7 @@ def run(
     A task with labels answers with a label and its probability, any other with text. An option
     about writing makes a task with labels write too.
     """
-    from eptc.runtime import Engine
+    from eptc.runtime.pack import open_engine
 
     examples = [*texts, *pairs, *(_lines(data) if data is not None else ())]
     if not examples:
@@ -581,19 +528,21 @@ def run(
         raise OptionError("--stream and --json are both given", fix="leave one of them out")
     # What was given; 0 is a value too.
     writing = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
-    with Engine.load(bundle, providers=list(providers) or None) as engine:
-        task = engine.task
-        labelled = engine.manifest.kind == "encoder-classifier" or bool(task and task.labels)
+    given_providers = list(providers) or None
+    with open_engine(bundle, task=task, folded=folded, providers=given_providers) as engine:
+        examples, tasks = _with_tasks(engine, examples)
         if stream:
-            for example in examples:
-                for piece in engine.stream(example, truncate=truncate, **writing):
+            for i, example in enumerate(examples):
+                own = None if tasks is None else tasks[i]
+                for piece in engine.stream(example, task=own, truncate=truncate, **writing):
                     click.echo(piece, nl=False)
                 click.echo()
             return
+        labelled = engine.manifest.kind == "encoder-classifier" or _all_labelled(engine, tasks)
         if labelled and not writing:
-            answers: Sequence[Any] = engine.classify(examples, truncate=truncate)
+            answers: Sequence[Any] = engine.classify(examples, tasks=tasks, truncate=truncate)
         else:
-            answers = engine.generate(examples, truncate=truncate, **writing)
+            answers = engine.generate(examples, tasks=tasks, truncate=truncate, **writing)
     if as_json:
         both = zip(examples, answers, strict=True)
         listed = [{"input": example, **dataclasses.asdict(answer)} for example, answer in both]
@@ -603,8 +552,36 @@ def run(
         click.echo(_answer(answer))
 
 
+def _with_tasks(engine: Engine, examples: list[Any]) -> tuple[list[Any], list[str] | None]:
+    """Return the texts, and the task of each; None where there is one."""
+    if not engine.manifest.tasks:
+        return examples, None
+    found, tasks = [], []
+    for example in examples:
+        if not isinstance(example, dict) or not isinstance(example.get("task"), str):
+            raise OptionError(
+                f"the engine serves {len(engine.tasks)} tasks, and {str(example)[:60]!r} names "
+                "none",
+                expected=", ".join(task.name for task in engine.tasks),
+                fix="give --task, or a line of --data with `task`",
+            )
+        tasks.append(example["task"])
+        found.append({key: value for key, value in example.items() if key != "task"})
+    return found, tasks
+
+
+def _all_labelled(engine: Engine, tasks: list[str] | None) -> bool:
+    """Whether every task that is asked for has labels to choose from."""
+    if not engine.manifest.tasks:
+        return all(task.labels for task in engine.tasks) and bool(engine.tasks)
+    views = [engine.for_task(name) for name in dict.fromkeys(tasks or ())]
+    return all(view.task is not None and view.task.labels for view in views)
+
+
 @main.command()
-@click.argument("bundle", type=_FOLDER)
+@click.argument("bundle", type=FOLDER)
+@click.option("--task", help="Where BUNDLE serves several: the task that is measured.")
+@click.option("--folded", is_flag=True, help="Of a pack: in sessions for this task alone.")
 @click.option("--batch", default="1,8", show_default=True, callback=_sizes, help="Rows a call.")
 @click.option(
     "--length", default="32,128", show_default=True, callback=_sizes, help="Tokens a row."
@@ -613,8 +590,8 @@ def run(
 @click.option("--repeat", default=20, show_default=True, help="Calls of each shape.")
 @click.option("--threads", type=int, help="CPU threads one operator may use.")
 @click.option("--provider", "providers", multiple=True, help="cpu, cuda or tensorrt, in order.")
-@_json
-@_command
+@json_option
+@command
 def bench(
     bundle: Path,
     batch: list[int],
@@ -641,8 +618,8 @@ def bench(
 
 
 @main.command()
-@_json
-@_command
+@json_option
+@command
 def doctor(as_json: bool) -> None:
     """Show versions, the execution providers that really start, and what each target needs."""
     report = eptc.doctor()
@@ -679,44 +656,6 @@ def _lines(path: Path) -> Iterator[Any]:
         yield {key: value for key, value in example.items() if key != "label"}
 
 
-@contextlib.contextmanager
-def _progress(as_json: bool, verbose: bool = False) -> Iterator[Callable[[Event], None]]:
-    """Show stages and passes on a terminal or if asked to; stay quiet otherwise."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    console = Console(stderr=True, highlight=False)
-    if as_json or not (console.is_terminal or verbose):
-        yield lambda _: None
-        return
-    from eptc.build import Written
-
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-        TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
-    ) as bars:  # fmt: skip
-        bar = bars.add_task("", total=None)
-
-        def show(event: Event) -> None:
-            if isinstance(event, str):
-                bars.update(bar, description=event, total=None, completed=0)
-                if not console.is_terminal:
-                    console.print(event, soft_wrap=True)
-            elif isinstance(event, Written):
-                bars.update(bar, completed=event.done, total=event.total)
-            else:
-                _show_pass(console, event)
-
-        yield show
-
-
 def _predicted(plan: Plan) -> str:
     """Say in words what a build would take."""
     lines = [
@@ -728,21 +667,6 @@ def _predicted(plan: Plan) -> str:
         f"time: about {plan.seconds:.0f} s on two cores",
     ]
     return "\n".join(lines)
-
-
-def _show_pass(console: Console, record: PassRecord) -> None:
-    sizes = ", ".join(
-        f"{name} {before:,} -> {record.after[name]:,}"
-        for name, before in record.before.items()
-        if before != record.after[name]
-    )
-    error = "" if record.error is None else f"  {record.error:.2g} of its bound"
-    origin = "" if record.origin is None else f"  {record.origin}"
-    console.print(
-        f"  {record.name:20s} {record.contract:6s} {record.seconds * 1e3:8.1f} ms{error}  {sizes}"
-        f"{origin}",
-        soft_wrap=True,
-    )
 
 
 def _bytes(size: float) -> str:

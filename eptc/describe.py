@@ -25,7 +25,7 @@ OPSET = 20
 
 def describe(
     source: Checkpoint,
-    task_id: int,
+    task_ids: Sequence[int],
     settings: Mapping[str, Any],
     generation: Mapping[str, Any],
     graphs: Mapping[str, onnx_ir.Model],
@@ -40,7 +40,7 @@ def describe(
 
     Args:
         source: the checkpoint.
-        task_id: the task the engine is for.
+        task_ids: the task the engine is for, or each where there are several.
         settings: the task model's configuration, every setting in it.
         generation: the base's generation configuration.
         graphs: the engine's graphs.
@@ -51,7 +51,8 @@ def describe(
         plugins: packages that the build used beside eptc.
     """
     kind = source.base.architecture.kind
-    task = source.contents.tasks[task_id]
+    tasks = tuple(source.contents.tasks[task_id] for task_id in task_ids)
+    task = tasks[0] if len(tasks) == 1 else None
     specs = {key: _graph_spec(key, graph) for key, graph in graphs.items()}
     inputs = {tensor.name for spec in specs.values() for tensor in spec.inputs}
     return Manifest(
@@ -61,12 +62,15 @@ def describe(
         precision=precision,
         optimized_for=optimize_for,
         task=task,
-        num_labels=task.num_outputs if kind == "encoder-classifier" else None,
+        tasks=() if task is not None else tasks,
+        num_labels=max(each.num_outputs for each in tasks)
+        if kind == "encoder-classifier"
+        else None,
         vocab_size=int(settings["vocab_size"]),
         graphs=specs,
         generation=None
         if kind == "encoder-classifier"
-        else _generation(source, task, {**settings, **generation}, specs, tokenizer),
+        else _generation(source, tasks, {**settings, **generation}, specs, tokenizer),
         tokenizer=tokenizer.spec(
             settings,
             task,
@@ -78,7 +82,10 @@ def describe(
         else None,
         passes=tuple(record.to_json() for record in records),
         routing=source.contents.routing,
-        checkpoint=checkpoint_entry(source, task_id=task_id),
+        checkpoint=checkpoint_entry(
+            source,
+            **({"task_ids": list(task_ids)} if task is None else {"task_id": task_ids[0]}),
+        ),
         base={
             "model_type": source.base.config["model_type"],
             "sha256": source.base.sha256,
@@ -122,12 +129,14 @@ def _graph_spec(key: str, graph: onnx_ir.Model) -> GraphSpec:
             found.append(TensorSpec(str(value.name), value.dtype.numpy().name, shape))
         return tuple(found)
 
-    return GraphSpec(f"{key}.onnx", tensors(graph.graph.inputs), tensors(graph.graph.outputs))
+    # An input with an initializer need not be fed.
+    fed = [value for value in graph.graph.inputs if not value.is_initializer()]
+    return GraphSpec(f"{key}.onnx", tensors(fed), tensors(graph.graph.outputs))
 
 
 def _generation(
     source: Checkpoint,
-    task: Task,
+    tasks: Sequence[Task],
     config: Mapping[str, Any],
     specs: Mapping[str, GraphSpec],
     tokenizer: text.TrainingTokenizer | None,
@@ -146,6 +155,7 @@ def _generation(
     heads, width = caches[0].shape[1], caches[0].shape[3]
     layers = {spec.name.split(".")[1] for spec in caches}
     kind, variant = source.base.architecture.kind, source.contents.variant
+    lengths = tuple(text.answer_length(task, tokenizer, variant) for task in tasks)
     prefix, ends = text.answer_frame(tokenizer, kind, variant)
     return GenerationSpec(
         decoder_start_token_id=(config.get("pad_token_id") if start is None else start)
@@ -153,7 +163,8 @@ def _generation(
         else None,
         eos_token_id=tuple(int(stop) for stop in stops),
         pad_token_id=text.pad_token_id(config),
-        max_new_tokens=text.answer_length(task, tokenizer, variant),
+        max_new_tokens=max(lengths),
+        task_max_new_tokens=lengths if len(tasks) > 1 else (),
         num_layers=len(layers),
         num_key_value_heads=int(heads),
         head_dim=int(width),

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from eptc.errors import PluginError
+from eptc.errors import InputError, PluginError
 from eptc.plugins import Group, Plugin, find_plugin, installed
 
 __all__ = ["doctor"]
@@ -42,15 +42,27 @@ def doctor() -> dict[str, dict[str, Any]]:
             name: "starts" if reason is None else f"does not start: {reason}"
             for name, reason in probe_providers().items()
         },
-        "targets": {
-            "onnx": "ready"
-            if not missing
-            else f"needs {', '.join(missing)}: pip install 'ept-compiler[compile]'",
-            **_plugins("eptc.targets", missing),
-        },
+        "targets": {**_targets(missing), **_plugins("eptc.targets", missing)},
         "readers": _plugins("eptc.readers", missing),
         "passes": _plugins("eptc.passes", missing),
     }
+
+
+def _targets(missing: Sequence[str]) -> dict[str, str]:
+    """Return what each of eptc's own targets would need."""
+    if missing:
+        return {"onnx": f"needs {', '.join(missing)}: pip install 'ept-compiler[compile]'"}
+    from eptc.folder_targets import FOLDER_TARGETS
+    from eptc.genai_export import GenAi, Interpreter
+
+    found = dict.fromkeys(("onnx", *FOLDER_TARGETS), "ready")
+    try:
+        interpreter = Interpreter.find(None)
+        version = interpreter.versions["onnxruntime-genai"]
+        found[GenAi.name] = f"ready: onnxruntime-genai {version} of {interpreter.path}"
+    except InputError as error:
+        found[GenAi.name] = f"{error.found}: {error.fix}"
+    return found
 
 
 def _plugins(group: Group, missing: Sequence[str]) -> dict[str, str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eptc import checkpoint
 from eptc.describe import OPSET
 from eptc.errors import BaseModelError, CheckpointError, TaskError
+from eptc.ir import AdaptedModel
 from eptc.pipeline import adapter_passes
 from eptc.skeletons import known_parameters
 
-__all__ = ["check_fit", "task_config"]
+__all__ = ["check_fit", "stacked_model", "task_config"]
 
 # What transformers raises where a configuration has values of the wrong kind.
 _BAD_CONFIG = (
@@ -20,8 +21,24 @@ _BAD_CONFIG = (
 )  # fmt: skip
 
 
-def task_config(source: checkpoint.Checkpoint, task_id: int) -> Any:
-    """Return the configuration transformers builds the task model from.
+def stacked_model(source: checkpoint.Checkpoint, task_ids: Sequence[int]) -> AdaptedModel:
+    """Return the model whose engine serves several tasks: its head is as wide as the widest.
+
+    The labels have no names in its configuration: each task has its own.
+    """
+    tasks = [source.contents.tasks[task_id] for task_id in task_ids]
+    if source.base.architecture.kind != "encoder-classifier":
+        return source.model
+    names = [f"LABEL_{i}" for i in range(max(task.num_outputs for task in tasks))]
+    labels = {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    return source.model.replace(config={**source.model.config, **labels})
+
+
+def task_config(source: checkpoint.Checkpoint, *task_ids: int) -> Any:
+    """Return the configuration transformers builds the model of a task, or of several, from.
 
     Raises:
         BaseModelError: transformers cannot build a model from it.
@@ -29,7 +46,10 @@ def task_config(source: checkpoint.Checkpoint, task_id: int) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
-    fixed = adapter_passes(task_id)[0].rewrite(source.model)
+    if len(task_ids) == 1:
+        fixed = adapter_passes(*task_ids)[0].rewrite(source.model)
+    else:
+        fixed = stacked_model(source, task_ids)
     try:
         return CONFIG_MAPPING[str(fixed.config["model_type"])].from_dict(dict(fixed.config))
     except (*_BAD_CONFIG, StrictDataclassError) as error:

@@ -85,6 +85,11 @@ class FolderTarget(abc.ABC):
     name: ClassVar[str]
     takes: ClassVar[frozenset[str]]
 
+    @property
+    def asked(self) -> str:
+        """How it is asked for, and why other options mean nothing then."""
+        return f"--target {self.name}, which writes no engine"
+
     @abc.abstractmethod
     def check(self, options: Options) -> None:
         """Raise OptionError for a value no such folder can have; nothing was read."""

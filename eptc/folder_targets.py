@@ -10,19 +10,34 @@ from eptc.adapter_export import Lora
 from eptc.errors import OptionError
 from eptc.fitting import check_fit, task_config
 from eptc.folder_base import Folder, FolderJob, FolderTarget
+from eptc.genai_export import GenAi
+from eptc.hf_export import HuggingFace
 from eptc.job import Clock, Progress
 from eptc.options import Options
+from eptc.pack_export import TaskPack
 from eptc.tasks import chosen, names_several
 
-__all__ = ["FOLDER_TARGETS", "export_folder"]
+__all__ = ["FOLDER_TARGETS", "export_folder", "folder_target"]
 
-FOLDER_TARGETS: dict[str, FolderTarget] = {target.name: target for target in (Lora(),)}
+FOLDER_TARGETS: dict[str, FolderTarget] = {
+    target.name: target for target in (Lora(), HuggingFace(), GenAi())
+}
 
 # What every one of them takes: what is read, what of it, and whether it is proven.
 _COMMON = frozenset({
     "allow_pickle", "base", "format", "max_memory", "target", "task", "task_spec", "tasks",
     "top_k", "verify",
 })  # fmt: skip
+
+
+def folder_target(target: str, layout: str) -> FolderTarget | None:
+    """Return what writes a folder that is no bundle of one engine; None where that is asked for.
+
+    Args:
+        target: what to write.
+        layout: how.
+    """
+    return FOLDER_TARGETS.get(target, TaskPack() if layout == "pack" else None)
 
 
 def export_folder(
@@ -32,7 +47,7 @@ def export_folder(
 
     Args:
         ckpt: folder of the checkpoint.
-        options: what is asked for; its target is one of `FOLDER_TARGETS`.
+        options: what is asked for: something that `folder_target` knows.
         out: a new or empty folder, or one to replace with `force`.
         force: replace what lies at `out`.
         progress: called with what is being done.
@@ -42,14 +57,15 @@ def export_folder(
         ParityError: what was written does not give the reference's answers; nothing was
             published.
     """
-    target = FOLDER_TARGETS[options.target]
+    target = folder_target(options.target, options.layout)
+    assert target is not None
     _check(target, options)
     out, clock = Path(out), Clock(progress)
     bundle.check_place(
         out, force=force,
         inputs={
             "the checkpoint": ckpt, "the base model": options.base,
-            "the task description": options.task_spec,
+            "the task description": options.task_spec, "the probes": options.probe,
         },
     )  # fmt: skip
     with clock.stage("read the checkpoint"):
@@ -79,8 +95,7 @@ def _check(target: FolderTarget, options: Options) -> None:
         name = {"passes": "pass"}.get(field.name, field.name).replace("_", "-")
         said = f" {value}" if isinstance(value, str | int | float) else ""
         raise OptionError(
-            f"--{name}{said} was given together with --target {target.name}, which writes no "
-            "engine",
+            f"--{name}{said} was given together with {target.asked}",
             fix="leave one out",
         )
     target.check(options)

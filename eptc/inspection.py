@@ -1,4 +1,4 @@
-"""`eptc inspect`: what a checkpoint or a bundle holds, as JSON values."""
+"""`eptc inspect`: what a checkpoint, a bundle or a pack holds, as JSON values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eptc.runtime.spec import MANIFEST
+from eptc.runtime.spec import MANIFEST, PACK
 
 if TYPE_CHECKING:  # a bundle is inspected without the compiler's packages
     from eptc.ir import Adapter
@@ -25,10 +25,11 @@ def inspect(
     allow_pickle: bool = False,
     format: str | None = None,
 ) -> dict[str, Any]:
-    """Return what a checkpoint or a bundle holds.
+    """Return what a checkpoint, a bundle or a pack holds.
 
     For a checkpoint: tasks, experts, and the route of every task in every linear with its
-    margin; size of the adapters and of the engine to expect. For a bundle: its manifest.
+    margin; size of the adapters and of the engine to expect. For a bundle or a
+    pack: its manifest.
 
     Args:
         path: the folder.
@@ -43,6 +44,10 @@ def inspect(
         InputError: the folder cannot be read.
     """
     path = Path(path)
+    if (path / PACK).exists():
+        from eptc.runtime.pack_manifest import read_pack
+
+        return {"what": "pack", "path": str(path), **read_pack(path).to_json()}
     if (path / MANIFEST).exists():
         from eptc.runtime import load_manifest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,19 @@ import onnx_ir
 
 from eptc import checkpoint, lower
 from eptc.describe import OPSET
-from eptc.errors import OptionError, TaskError
-from eptc.fitting import check_fit, task_config
+from eptc.errors import OptionError
+from eptc.fitting import check_fit, stacked_model, task_config
 from eptc.ir import AdaptedModel
 from eptc.options import Options
 from eptc.pass_base import AdapterPass, GraphPass
-from eptc.pipeline import PassRecord, adapter_passes, graph_passes
+from eptc.pipeline import PassRecord, adapter_passes, graph_passes, stacking_passes
 from eptc.planning import Plan, make_plan
 from eptc.plugins import Plugin
 from eptc.precision import SCHEMES, Scheme
 from eptc.precision_plan import PrecisionPlan
 from eptc.skeletons import Skeleton, skeleton
-from eptc.tasks import Task, TaskChoice, names_several, resolve
+from eptc.stacking import check_stackable, refused_blocks, stack_bytes, stacked_heads
+from eptc.tasks import Task, chosen, names_several
 from eptc.text import has_tokenizer
 
 __all__ = ["Clock", "Event", "Job", "Progress", "Written"]
@@ -53,7 +54,7 @@ class Job:
 
     options: Options
     source: checkpoint.Checkpoint
-    task_id: int
+    task_ids: tuple[int, ...]
     config: Any
     plan: Plan
     precision_plan: PrecisionPlan | None
@@ -74,26 +75,48 @@ class Job:
             format=options.format,
             routing=options.routing,
         )
-        task_id = resolve(_named(options.task, source), source.contents.tasks)
-        options.check_task(source.contents.tasks[task_id])
+        task_ids = tuple(chosen(options.task, source.contents.tasks))
+        for task_id in task_ids:
+            options.check_task(source.contents.tasks[task_id])
+            check_fit(source, task_id, task_config(source, task_id))
         _check_tokenizer(options, source)
-        config = task_config(source, task_id)
-        check_fit(source, task_id, config)
+        if names_several(options.task):
+            check_stackable(source, options.task, task_ids)
+        config = task_config(source, *task_ids)
         plan = make_plan(
             source, config, precision=options.precision, verify=options.verify,
             max_memory=options.max_memory, runs_exact=options.runs_exact,
+            beside=stack_bytes(source, task_ids),
         )  # fmt: skip
-        return cls(options, source, task_id, config, plan, precision_plan)
+        if len(task_ids) > 1 and plan.verification == "block by block":
+            raise refused_blocks(source, plan.stored)
+        return cls(options, source, task_ids, config, plan, precision_plan)
 
     @property
-    def named_task(self) -> str | int:
-        """The task as the caller named it."""
-        return _named(self.options.task, self.source)
+    def several(self) -> bool:
+        """Whether one engine serves several tasks."""
+        return len(self.task_ids) > 1
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that are compiled."""
+        return tuple(self.source.contents.tasks[task_id] for task_id in self.task_ids)
+
+    @property
+    def task_id(self) -> int:
+        """The id of the task that is compiled, where there is one."""
+        (task_id,) = self.task_ids
+        return task_id
 
     @property
     def task(self) -> Task:
-        """The task that is compiled."""
+        """The task that is compiled, where there is one."""
         return self.source.contents.tasks[self.task_id]
+
+    @property
+    def model(self) -> AdaptedModel:
+        """The model that the passes start from."""
+        return stacked_model(self.source, self.task_ids) if self.several else self.source.model
 
     @property
     def scheme(self) -> Scheme:
@@ -127,9 +150,16 @@ class Job:
     def bound(self, model: AdaptedModel) -> dict[str, onnx_ir.Model]:
         """Return the graphs with a model's weights, none of them read."""
         graphs = self.skeleton().copy_graphs()
-        lower.bind(graphs, model.weights)
+        if not self.several:
+            lower.bind(graphs, model.weights)
+            for graph in graphs.values():
+                lower.insert_branches(graph, model.adapters, model.weights, self.dtype)
+            return graphs
+        heads = stacked_heads(model, self.tasks)
+        widest = max(range(len(heads)), key=lambda place: self.tasks[place].num_outputs)
+        lower.bind(graphs, {**model.weights, **heads[widest]})
         for graph in graphs.values():
-            lower.insert_branches(graph, model.adapters, model.weights, self.dtype)
+            lower.insert_tasks(graph, model.adapters, heads, self.task_ids)
         return graphs
 
     def graph_passes(self) -> list[GraphPass]:
@@ -140,6 +170,8 @@ class Job:
     def adapter_passes(self) -> list[AdapterPass]:
         """Return the passes over the adapters."""
         added = [a.step for a in self.options.added if isinstance(a.step, AdapterPass)]
+        if self.several:
+            return stacking_passes(self.task_ids, added)
         return adapter_passes(self.task_id, self.dtype, added)
 
     @property
@@ -153,25 +185,6 @@ class Job:
         found = [self.source.format.plugin, self.options.aim.plugin]
         found += [added.plugin for added in self.options.added]
         return [plugin for plugin in found if plugin is not None]
-
-
-def _named(task: TaskChoice, source: checkpoint.Checkpoint) -> str | int:
-    """Return the task that is meant: the only one, where none is named."""
-    tasks = source.contents.tasks
-    if task is None and len(tasks) > 1:
-        raise TaskError(
-            f"{source.path} has {len(tasks)} tasks, and none was chosen",
-            expected=", ".join(found.name for found in tasks),
-            fix="choose one with --task",
-        )
-    if names_several(task):
-        raise TaskError(
-            f"several tasks were chosen: {task!r}",
-            expected=", ".join(found.name for found in tasks),
-            fix="choose one with --task",
-        )
-    assert not isinstance(task, Sequence) or isinstance(task, str)
-    return 0 if task is None else task
 
 
 def _check_tokenizer(options: Options, source: checkpoint.Checkpoint) -> None:

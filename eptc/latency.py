@@ -22,6 +22,8 @@ _SEED = 0
 def bench(
     bundle: str | Path,
     *,
+    task: str | None = None,
+    folded: bool = False,
     batches: Sequence[int] = (1, 8),
     lengths: Sequence[int] = (32, 128),
     new_tokens: int | None = None,
@@ -31,11 +33,15 @@ def bench(
 ) -> dict[str, Any]:
     """Measure an engine on token ids drawn at random, without padding.
 
+    Where the engine serves several tasks, the rows of a batch are of each in turn.
+
     Shapes are measured in turn, one call of each a round, so that what slows the machine down for
     a while falls on all of them.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: the bundle's folder, or a pack's.
+        task: of a pack, the task; None where there is one.
+        folded: of a pack, whether the engine has sessions of its own.
         batches: rows a call.
         lengths: tokens a row.
         new_tokens: tokens an engine that writes text writes at most; None: the manifest's.
@@ -55,13 +61,15 @@ def bench(
     import numpy as np
     import onnxruntime
 
-    from eptc.runtime import Engine
     from eptc.runtime.cpus import usable_cpus
+    from eptc.runtime.pack import open_engine
 
     for name, values in (("batch", batches), ("length", lengths), ("repeat", (repeat,))):
         if not values or min(values) < 1:
             raise OptionError(f"{name} is {list(values)}", expected="integers, 1 or more")
-    with Engine.load(bundle, providers=providers, threads=threads) as engine:
+    with open_engine(
+        Path(bundle), task=task, folded=folded, providers=providers, threads=threads
+    ) as engine:
         if new_tokens is not None and engine.manifest.generation is None:
             raise OptionError("this engine writes no tokens", fix="leave new_tokens out")
         calls = {
@@ -94,6 +102,7 @@ def bench(
             "bundle": str(bundle),
             "kind": engine.manifest.kind,
             "precision": engine.manifest.precision,
+            "tasks": [task.name for task in engine.tasks],
             "providers": list(engine.providers),
             "threads": threads or usable_cpus(),
             "onnxruntime": onnxruntime.__version__,
@@ -118,10 +127,14 @@ def _call(engine: Engine, batch: int, length: int, new_tokens: int | None) -> Ca
 def _feeds(engine: Engine, batch: int, length: int) -> Mapping[str, Any]:
     import numpy as np
 
+    from eptc.runtime.spec import TASK_IDS
+
     vocabulary = engine.manifest.vocab_size or 1
     ids = np.random.default_rng(_SEED).integers(0, vocabulary, (batch, length))
     graph = next(iter(engine.manifest.graphs.values()))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     if any(tensor.name == "token_type_ids" for tensor in graph.inputs):
         feeds["token_type_ids"] = np.zeros_like(ids)
+    if engine.manifest.tasks:
+        feeds[TASK_IDS] = np.arange(batch) % len(engine.tasks)
     return feeds

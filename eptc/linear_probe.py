@@ -7,9 +7,13 @@ import dataclasses
 import numpy as np
 
 from eptc.ir import AdaptedModel, Float64
-from eptc.tensors import LazyTensor
+from eptc.tensors import Array, LazyTensor
 
 __all__ = ["LinearOutput", "LinearProbe"]
+
+# Elements of a weight that are float64 at once: as a whole they would be pages that the system
+# gives and takes back for every linear.
+_ELEMENTS = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +72,7 @@ class LinearProbe:
         x = self.rows(path, tensor.shape[1])
         known = self._known.get(path)
         if known is None or known[0] is not tensor:
-            weight = tensor.numpy().astype(np.float64)
-            known = self._known[path] = tensor, x @ weight.T, np.abs(x) @ np.abs(weight).T
+            known = self._known[path] = tensor, *_products(x, tensor.numpy())
         _, output, scale = known
         branches, terms = np.zeros_like(output), np.zeros_like(output)
         fixed = task_id if model.task_id is None else model.task_id
@@ -81,3 +84,14 @@ class LinearProbe:
                 branches += factor * ((x @ v.T) @ u.T)
                 terms += abs(factor) * (np.abs(x) @ np.abs(v).T) @ np.abs(u).T
         return LinearOutput(output, branches, scale + np.abs(branches), terms)
+
+
+def _products(x: Float64, weight: Array) -> tuple[Float64, Float64]:
+    """Return x W^T and |x| |W|^T [rows, out] for a weight W [out, in], some rows at a time."""
+    found, scale = (np.empty((len(x), len(weight))) for _ in range(2))
+    step, sizes = max(1, _ELEMENTS // max(1, weight.shape[1])), np.abs(x)
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step].astype(np.float64)
+        found[:, start : start + step] = x @ rows.T
+        scale[:, start : start + step] = sizes @ np.abs(rows, out=rows).T
+    return found, scale

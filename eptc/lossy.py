@@ -14,7 +14,7 @@ from eptc.calibration import Range, cut_rows, float_values, observe, weight_rang
 from eptc.errors import InternalError
 from eptc.lower.half import limit
 from eptc.lower.quantizable import quantized_inputs
-from eptc.lower.weights import WeightTensor
+from eptc.lower.weights import STACKED, WeightTensor
 from eptc.options import Options
 from eptc.parity_gate import Budget, Example
 from eptc.pass_base import LossyPass, QuantizingPass
@@ -135,9 +135,9 @@ def _heads(graphs: Graphs, architecture: Architecture) -> list[str]:
 
 
 def _branches(graphs: Graphs) -> list[str]:
-    """Return the weights of routers and experts beside linears."""
+    """Return the weights of routers and experts beside linears, and what tasks have there."""
     names = {name for graph in graphs.values() for name in graph.graph.initializers}
-    return sorted(name for name in names if ".branch." in name)
+    return sorted(name for name in names if ".branch." in name or STACKED in name)
 
 
 def _planned(

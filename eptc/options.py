@@ -16,11 +16,12 @@ from eptc.lower.blocks import Method
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
 from eptc.targets import Aim, find_target
-from eptc.tasks import Task, TaskChoice
+from eptc.tasks import Task, TaskChoice, names_several
 
-__all__ = ["IN_BLOCKS", "CalibrationMethod", "Options"]
+__all__ = ["IN_BLOCKS", "CalibrationMethod", "Layout", "Options"]
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+Layout = Literal["flat", "optimum", "pack"]
 # What has weights in blocks, whose scales a method chooses.
 IN_BLOCKS = ("int8-weights", "int4", "auto")
 
@@ -57,6 +58,8 @@ class Options:
     routing: Routing = "exact"
     passes: Sequence[str | AdapterPass | GraphPass] = ()
     max_rank: int | None = None
+    layout: Layout = "flat"
+    genai_python: str | Path | None = None
 
     @functools.cached_property
     def aim(self) -> Aim:
@@ -91,6 +94,7 @@ class Options:
             ("calibration method", self.calibration_method, get_args(CalibrationMethod)),
             ("block method", self.block_method, get_args(Method)),
             ("routing", self.routing, get_args(Routing)),
+            ("layout", self.layout, get_args(Layout)),
         ):
             if value not in known:
                 raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
@@ -100,6 +104,22 @@ class Options:
                 f"--max-rank {self.max_rank} was given together with --target {self.target}, "
                 "whose engines have no ranks",
                 expected="it with --target lora",
+            )
+        if self.genai_python is not None:
+            raise OptionError(
+                f"--genai-python was given together with --target {self.target}, which is not "
+                "run in onnxruntime-genai",
+                expected="it with --target genai",
+            )
+        if self.layout == "pack":
+            raise OptionError(
+                "--layout pack was given where one engine is meant",
+                expected="it without --dry-run and --precision all",
+            )
+        if self.layout != "flat" and self.aim.plugin is not None:
+            raise OptionError(
+                f"--layout {self.layout} was given together with --target {self.target}",
+                expected="it with --target onnx",
             )
         if fixed is not None and self.provider != fixed:
             raise OptionError(
@@ -125,6 +145,38 @@ class Options:
                 expected="--precision auto, which builds the plan as it is",
             )
         self._check_search()
+        if names_several(self.task):
+            self._check_several()
+
+    def _check_several(self) -> None:
+        """Raise OptionError for what an engine of several tasks cannot have."""
+        several = "an engine of several tasks"
+        if SCHEMES[self.precision].calibrated or self.precision == "auto":
+            fits = [n for n, s in SCHEMES.items() if not s.calibrated and n != "auto"]
+            raise OptionError(
+                f"--precision {self.precision} is chosen by one task's text, and {several} has "
+                "several",
+                expected="--precision " + ", ".join(fits),
+                fix="choose one of those, or export each task by itself",
+            )
+        if self.layout == "optimum":
+            raise OptionError(
+                f"--layout optimum was given, and optimum does not tell {several} the tasks of "
+                "its rows",
+                fix="leave it out, or export each task by itself",
+            )
+        if self.routing != "exact":
+            raise OptionError(
+                f"--routing {self.routing} was given, and {several} has no routes that depend on "
+                "the input",
+                fix="leave it out, or export each task by itself",
+            )
+        if self.data is not None:
+            raise OptionError(
+                f"--data was given, and the budget of {several} would be several",
+                fix="leave it out and score the engine with `eptc parity --data`, whose rows name "
+                "their task",
+            )
 
     def _check_calibration(self) -> None:
         if self.calibration is not None and not self.calibrated:

@@ -6,15 +6,16 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eptc import checkpoint
 from eptc.calibration import twin
 from eptc.errors import BundleError, OptionError, OutputError
-from eptc.examples_file import Example, read_examples
+from eptc.examples_file import Example, read_examples, read_task_examples
 from eptc.lossy import budget_of
 from eptc.machine import available_memory
 from eptc.options import Options
+from eptc.origin import check_origin, format_of
 from eptc.parity_gate.answers import Budget, answers, compare_answers, right_answers
 from eptc.parity_gate.compare import FP32, bound_of
 from eptc.parity_gate.memory import verified_by_block, whole_model_bytes
@@ -22,7 +23,13 @@ from eptc.parity_gate.reference_answers import reference_answers
 from eptc.parity_gate.verifier import LocalVerifier, Subject
 from eptc.precision import SCHEMES
 from eptc.runtime import Engine, Manifest, load_manifest
+from eptc.runtime.pack import Pack, only_task, open_engine
+from eptc.runtime.spec import PACK
+from eptc.stacking import refused_blocks
 from eptc.tasks import Task
+
+if TYPE_CHECKING:
+    from eptc.parity_gate.packs import PackGate
 
 __all__ = ["Pair"]
 
@@ -34,23 +41,27 @@ _CALIBRATED, _SIMULATED = (
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A bundle and the checkpoint it was made from.
+    """A bundle, or one task of a pack, and the checkpoint it was made from.
 
     Args:
-        folder: the bundle's.
-        manifest: its manifest.
-        task: the engine's.
+        folder: the bundle's, or the pack's.
+        manifest: its manifest; of a pack, that of the task's engine.
+        tasks: the engine's.
         source: the checkpoint.
-        examples: labelled examples; None where there are none.
+        labelled: labelled examples by the name of their task; None where there are none.
         by_block: whether one block of the model at a time is compared.
+        pack: the pack; None where it is a bundle.
+        packed: the task's name in the pack.
     """
 
     folder: Path
     manifest: Manifest
-    task: Task
+    tasks: tuple[Task, ...]
     source: checkpoint.Checkpoint
-    examples: Sequence[Example] | None
+    labelled: Mapping[str, Sequence[Example]] | None
     by_block: bool
+    pack: Pack | None = None
+    packed: str = ""
 
     @classmethod
     def open(
@@ -58,6 +69,7 @@ class Pair:
         bundle: str | Path,
         *,
         reference: str | Path,
+        task: str | None = None,
         base: str | Path | None = None,
         tasks: Sequence[str] | None = None,
         top_k: int | None = None,
@@ -73,12 +85,14 @@ class Pair:
                 made from another checkpoint or base.
         """
         folder = Path(bundle)
-        manifest = load_manifest(folder)
-        task = manifest.task
-        if task is None:
+        pack = _pack(folder, task)
+        packed = "" if pack is None else only_task(pack.manifest, task, folder)
+        manifest = load_manifest(folder) if pack is None else pack.manifest.engine(packed)
+        tasks_of = manifest.tasks or (() if manifest.task is None else (manifest.task,))
+        if not tasks_of:
             raise BundleError(f"{folder} was built for no task", expected="a task's bundle")
         recorded = manifest.checkpoint
-        kind = _format(folder, recorded) if format is None else checkpoint.find_format(format)
+        kind = format_of(folder, recorded) if format is None else checkpoint.find_format(format)
         specs = None
         if not kind.describes_tasks:
             specs = {t["name"]: Task.from_json(t) for t in recorded["tasks"]}
@@ -95,32 +109,54 @@ class Pair:
             format=kind.name,
             routing=_routing(manifest),
         )
-        _check_origin(folder, manifest, source)
+        check_origin(folder, manifest, source)
         names = [t.name for t in source.contents.tasks]
-        if task.name not in names:
+        if lost := [task.name for task in tasks_of if task.name not in names]:
             raise BundleError(
-                f"{folder} was built for task {task.name!r}, which the checkpoint does not have",
+                f"{folder} was built for task {lost[0]!r}, which the checkpoint does not have",
                 expected=", ".join(names),
             )
-        examples = read_examples(Path(data), task, labelled=True) if data is not None else None
-        if examples is not None and task.kind == "generation":
-            raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
-        by_block = _by_block(folder, manifest.precision, source)
-        return cls(folder, manifest, task, source, examples, by_block)
+        labelled = None if data is None else _labelled(Path(data), manifest)
+        for one in tasks_of:
+            if one.name in (labelled or {}) and one.kind == "generation":
+                raise OptionError(
+                    f"task {one.name!r} has no labels to score", fix="leave --data out"
+                )
+        by_block = pack is None and _by_block(folder, manifest.precision, source)
+        if by_block and manifest.tasks:
+            raise refused_blocks(source, manifest.precision)
+        return cls(folder, manifest, tasks_of, source, labelled, by_block, pack, packed)
+
+    @property
+    def task(self) -> Task:
+        """The task of an engine that has one."""
+        (task,) = self.tasks
+        return task
+
+    @property
+    def examples(self) -> Sequence[Example] | None:
+        """Labelled examples of an engine of one task; None where there are none."""
+        return None if self.labelled is None else self.labelled[self.task.name]
 
     @property
     def subject(self) -> Subject:
         """What the bundle is compared with."""
+        if self.manifest.tasks:
+            names = [task.name for task in self.tasks]
+            return Subject(self.source, names, self.labelled, self.by_block)
         return Subject(self.source, self.task.name, self.examples, self.by_block)
 
-    @property
-    def budget(self) -> Budget:
-        """What the engine may cost on labelled data: what its build was allowed, or is usual."""
+    def budget(self, task: str) -> Budget:
+        """Return what the engine may cost on labelled data: what its build was allowed, or usual.
+
+        Args:
+            task: name of the task the data is for.
+        """
         if not self.fixes:
             return Budget(max_flips=0.0)
         recorded = (self.manifest.parity.get("scores") or {}).get("budget")
         if recorded is None:
-            return budget_of(Options(self.task.name), self.task)
+            return budget_of(Options(task), next(t for t in self.tasks if t.name == task))
         return Budget(recorded["max_drop"], recorded["max_flips"])
 
     @property
@@ -150,22 +186,55 @@ class Pair:
                 raise _no_room(self.folder, self.manifest, error) from error
             yield folder
 
-    def scores(self, folder: Path, verifier: LocalVerifier) -> dict[str, Any] | None:
-        """Return how both answer the examples; None without any, or without a tokenizer.
+    def scores(
+        self, folder: Path, verifier: LocalVerifier | PackGate
+    ) -> dict[str, dict[str, Any]] | None:
+        """Return how both answer the examples, by task; None without any, or a tokenizer.
 
         Args:
             folder: what `comparable` yields.
             verifier: the reference side.
         """
-        if self.examples is None or verifier.tokenizer is None:
+        if self.labelled is None or verifier.tokenizer is None:
             return None
-        with Engine.load(folder, providers=["cpu"]) as engine:
-            got = answers(engine, self.examples)
-        want = reference_answers(
-            self.manifest, verifier.reference, self.task, verifier.tokenizer, self.examples
+        with open_engine(folder, task=self.packed or None, providers=["cpu"]) as engine:
+            return {
+                name: _scores(engine.for_task(name), verifier, rows)
+                for name, rows in self.labelled.items()
+            }
+
+
+def _pack(folder: Path, task: str | None) -> Pack | None:
+    """Return the pack in a folder; None where it is a bundle, of which every task is compared."""
+    if (folder / PACK).exists():
+        return Pack.load(folder, providers=["cpu"])
+    if task is not None:
+        raise OptionError(
+            f"--task {task} was given for {folder}, which is no pack",
+            fix="leave it out: every task of a bundle is compared",
         )
-        right = right_answers(self.task, self.examples)
-        return compare_answers(self.task, want, got, right, precision=self.manifest.precision)
+    return None
+
+
+def _labelled(path: Path, manifest: Manifest) -> dict[str, list[Example]]:
+    """Return the labelled rows of a file by the name of their task."""
+    if manifest.tasks:
+        return read_task_examples(path, manifest.tasks, labelled=True)
+    assert manifest.task is not None
+    return {manifest.task.name: read_examples(path, manifest.task, labelled=True)}
+
+
+def _scores(
+    engine: Engine, verifier: LocalVerifier | PackGate, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """Return how an engine of one task and the reference answer examples."""
+    manifest, task = engine.manifest, engine.task
+    assert task is not None
+    assert verifier.tokenizer is not None
+    got = answers(engine, examples)
+    want = reference_answers(manifest, verifier.reference, task, verifier.tokenizer, examples)
+    right = right_answers(task, examples)
+    return compare_answers(task, want, got, right, precision=manifest.precision)
 
 
 def _no_room(folder: Path, manifest: Manifest, error: OSError) -> OutputError:
@@ -177,25 +246,6 @@ def _no_room(folder: Path, manifest: Manifest, error: OSError) -> OutputError:
         expected=f"{size / 1e6:.0f} MB free where temporary files are kept",
         fix="free some space, or name another folder with the environment variable TMPDIR",
     )
-
-
-def _format(folder: Path, recorded: Mapping[str, Any]) -> checkpoint.Format:
-    """Return the format of the checkpoint that a bundle was made from.
-
-    Raises:
-        BundleError: a package reads it that is not installed.
-    """
-    try:
-        return checkpoint.find_format(recorded["format"])
-    except OptionError as error:
-        if (origin := recorded.get("origin")) is None:
-            raise
-        package, _, version = origin.rpartition(" ")
-        raise BundleError(
-            f"{folder} was made from a checkpoint of the format {recorded['format']!r}, which the "
-            f"package {package} reads, and it is not installed",
-            fix=f"install {package} ({version} made the bundle)",
-        ) from error
 
 
 def _routing(manifest: Manifest) -> checkpoint.Routing:
@@ -221,29 +271,3 @@ def _by_block(folder: Path, precision: str, source: checkpoint.Checkpoint) -> bo
             fix="compare it where there is more memory",
         )
     return found
-
-
-def _check_origin(folder: Path, manifest: Manifest, source: checkpoint.Checkpoint) -> None:
-    for what, recorded, found in (
-        ("checkpoint", manifest.checkpoint["sha256"], source.sha256),
-        ("base model", manifest.base["sha256"], source.base.sha256),
-    ):
-        if recorded != found:
-            raise BundleError(
-                f"{folder} was made from another {what}: SHA-256 {recorded[:16]}..., "
-                f"the one given has {found[:16]}...",
-                fix=f"give the {what} it was made from, or build it again",
-            )
-    # The hash covers the tensors; this is said beside them.
-    given: dict[str, object] = {
-        "variant": source.contents.variant,
-        "top_k": source.contents.top_k,
-        "kernel_sizes": list(source.contents.kernel_sizes),
-    }
-    for key, value in given.items():
-        if manifest.checkpoint.get(key) != value:
-            raise BundleError(
-                f"{folder} was made with {key} {manifest.checkpoint.get(key)}, the checkpoint "
-                f"given has {value}",
-                fix="give the checkpoint it was made from, or build it again",
-            )

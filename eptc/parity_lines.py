@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["beside_routes", "parity_lines", "thrown_away"]
+__all__ = ["beside_routes", "folder_lines", "parity_lines", "thrown_away"]
 
 
 def parity_lines(parity: Mapping[str, Any]) -> Iterator[str]:
@@ -17,8 +17,30 @@ def parity_lines(parity: Mapping[str, Any]) -> Iterator[str]:
     for name, found in (("parity before lowering", parity.get("exact")), ("parity", parity)):
         if found and found["verified"]:
             yield f"{name} passed{_under(found)}: {_compared(found)}"
+            for task, part in found.get("tasks", {}).items():
+                yield f"  {task}: {_compared(part)}"
+            if mixed := found.get("mixed"):
+                yield f"  rows of several tasks in a batch: {_compared(mixed)}"
     if (frozen := parity.get("frozen")) is not None:
         yield beside_routes(frozen)
+
+
+def folder_lines(parity: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the model of a folder was compared with; nothing where nothing was.
+
+    Args:
+        parity: of one task, as `eptc.json` says it.
+    """
+    if not parity["verified"]:
+        return
+    weights = parity["weights"]
+    yield (
+        f"parity passed: {weights['tensors']} tensors on disk, {weights['adapted']} of them with "
+        f"experts, off by at most {weights['largest_deviation']:.2g} of their bound"
+    )
+    for name, key in (("in transformers", "outputs"), ("in onnxruntime-genai", "genai")):
+        if (found := parity.get(key)) is not None:
+            yield f"parity {name} passed: {_compared(found)}"
 
 
 def beside_routes(frozen: Mapping[str, Any]) -> str:

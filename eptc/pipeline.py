@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -32,6 +33,7 @@ from eptc.passes.quantize_int8_static import QuantizeInt8Static
 from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
+from eptc.passes.stack_tasks import StackTasks
 from eptc.passes.truncate_rank import TruncateRank
 from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
@@ -48,6 +50,7 @@ __all__ = [
     "lossy_passes",
     "run_adapter_passes",
     "run_graph_passes",
+    "stacking_passes",
 ]
 
 
@@ -82,6 +85,21 @@ def factoring_passes(task_id: int, max_rank: int | None = None) -> list[AdapterP
         FactorPyramid(),
         # Behind it: what is cut is the sum of the experts, not one of them.
         *([] if max_rank is None else [TruncateRank(max_rank)]),
+    ]
+
+
+def stacking_passes(
+    task_ids: Sequence[int], added: Sequence[AdapterPass] = ()
+) -> list[AdapterPass]:
+    """Return the passes that leave a low rank for each of several tasks beside each linear.
+
+    Args:
+        task_ids: the tasks.
+        added: exact passes beside eptc's own.
+    """
+    return [
+        *added,  # before stacking: afterwards there are plain low ranks only
+        StackTasks(tuple(task_ids)),
     ]
 
 
@@ -276,7 +294,7 @@ def run_adapter_passes(
     model: AdaptedModel,
     passes: Iterable[AdapterPass],
     *,
-    task_id: int,
+    task_id: int | Sequence[int],
     probe: LinearProbe | None,
     after: AfterAdapterPass | None = None,
     origins: Mapping[str, str] | None = None,
@@ -286,7 +304,8 @@ def run_adapter_passes(
     Args:
         model: the model to start from.
         passes: what to run, in order.
-        task_id: the task for which the model before and after each pass is compared.
+        task_id: the task, or each task, for which the model before and after each pass is
+            compared.
         probe: checks contracts on every adapted linear; None: they are taken at their word.
         after: called with each record and the model the pass made.
         origins: packages of passes that are not eptc's own, by the name of the pass.
@@ -297,6 +316,7 @@ def run_adapter_passes(
         ParityError: a pass broke its contract; it and the first linear are named.
     """
     model.validate()
+    task_ids = (task_id,) if isinstance(task_id, int) else tuple(task_id)
     records = []
     for step in passes:
         origin = (origins or {}).get(step.name)
@@ -308,7 +328,7 @@ def run_adapter_passes(
         error, bound = None, None
         if probe is not None:
             error, bound = _guarded(
-                label, origin, _measure, step, label, model, rewritten, task_id, probe
+                label, origin, _measure, step, label, model, rewritten, task_ids, probe
             )
         records.append(
             PassRecord(
@@ -402,7 +422,7 @@ def _measure(
     label: str,
     before: AdaptedModel,
     after: AdaptedModel,
-    task_id: int,
+    task_ids: Sequence[int],
     probe: LinearProbe,
 ) -> tuple[float, float]:
     """Return the largest deviation over all linears as a fraction of its bound, and that bound.
@@ -416,7 +436,7 @@ def _measure(
     if after is before:
         return 0.0, 0.0
     worst = widest = 0.0
-    for path in sorted(before.adapters):
+    for path, task_id in itertools.product(sorted(before.adapters), task_ids):
         parameter = before.adapters[path].parameter
         old, new = (probe.output(model, path, task_id) for model in (before, after))
         rounded = after.weights[parameter] is not before.weights[parameter]

@@ -77,6 +77,7 @@ def make_plan(
     verify: bool,
     max_memory: int | None,
     runs_exact: bool = False,
+    beside: int = 0,
 ) -> Plan:
     """Predict a build; no weight is read.
 
@@ -87,6 +88,7 @@ def make_plan(
         verify: whether the engine is verified.
         max_memory: bytes each process may have resident; None: what is available.
         runs_exact: whether the float32 engine is run on text before the precision is lowered.
+        beside: bytes of weights beside those of the checkpoint's model.
 
     Raises:
         OptionError: it cannot be done within `max_memory`, or, where the float32 engine is run,
@@ -125,7 +127,7 @@ def make_plan(
     if verify:
         seconds += hashed / _HASHED + _PROBED * numbers / _VERIFIED
     return Plan(
-        stored, sum(sizes), compiler, verification, verifier, own,
+        stored, sum(sizes) + beside, compiler, verification, verifier, own,
         in_flight, seconds, limit,
     )  # fmt: skip
 

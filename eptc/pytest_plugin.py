@@ -58,6 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
         if path is not None and not path.exists():
             raise pytest.UsageError(f"--eptc-{name} is {path}, which does not exist")
     _limits(config)
+    from eptc.errors import OptionError
+    from eptc.one_task import check_one_task
+
+    try:
+        check_one_task(given["bundle"])
+    except OptionError as error:
+        raise pytest.UsageError(f"--eptc-bundle: {error}") from None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from eptc.errors import ParityError
+from eptc.pack_export import pack_gate
 from eptc.pair import Pair
 from eptc.parity_gate.gate import refuse
+from eptc.parity_gate.packs import PackGate
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier
 
@@ -21,6 +23,7 @@ def parity(
     bundle: str | Path,
     *,
     reference: str | Path,
+    task: str | None = None,
     base: str | Path | None = None,
     tasks: Sequence[str] | None = None,
     top_k: int | None = None,
@@ -38,13 +41,15 @@ def parity(
     in other engines no label may.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: the bundle's folder, or a pack's.
         reference: the checkpoint it was made from.
+        task: of a pack, the task; None where there is one. Both its engines are compared.
         base: the base model's folder.
         tasks: task names in id order; None: the manifest's.
         top_k: experts a task uses; None: the manifest's.
         task_spec: JSON file with prompts and labels; None: the manifest's.
-        data: JSON lines file with labelled examples; both sides are scored on it.
+        data: JSON lines file with labelled examples; both sides are scored on it. Where the
+            engine serves several tasks each row names its own in `task`.
         allow_pickle: read `.bin` files (weights only).
         format: of the checkpoint; None: the manifest's.
         progress: called with what is being done.
@@ -59,17 +64,27 @@ def parity(
         ParityError: the engine does not give the reference's answers.
     """
     pair = Pair.open(
-        bundle, reference=reference, base=base, tasks=tasks, top_k=top_k, task_spec=task_spec,
-        data=data, allow_pickle=allow_pickle, format=format,
+        bundle, reference=reference, task=task, base=base, tasks=tasks, top_k=top_k,
+        task_spec=task_spec, data=data, allow_pickle=allow_pickle, format=format,
     )  # fmt: skip
-    with pair.comparable() as folder, contextlib.closing(LocalVerifier(pair.subject)) as verifier:
-        report = verifier.prove(folder, {}, progress)
-        refuse(report, "build the bundle again; if it fails again, report it")
+    with pair.comparable() as folder, contextlib.ExitStack() as stack:
+        verifier: LocalVerifier | PackGate
+        if pair.pack is not None:
+            verifier = pack_gate(pair.source, None)
+            report, _ = verifier.prove(
+                pair.pack, pair.packed, examples=pair.examples, progress=progress
+            )
+        else:
+            verifier = stack.enter_context(contextlib.closing(LocalVerifier(pair.subject)))
+            report = verifier.prove(folder, {}, progress)
+            refuse(report, "build the bundle again; if it fails again, report it")
         if data is not None:
             progress("score")
         scores = pair.scores(folder, verifier)
     if scores is None:
         return report
-    if reason := pair.budget.exceeded(scores):
-        raise ParityError(reason, fix=", ".join(pair.fixes) or "build the bundle again")
-    return dataclasses.replace(report, scores=scores)
+    for name, found in scores.items():
+        if reason := pair.budget(name).exceeded(found):
+            raise ParityError(reason, fix=", ".join(pair.fixes) or "build the bundle again")
+    several = bool(pair.manifest.tasks)
+    return dataclasses.replace(report, scores=scores if several else scores[pair.task.name])

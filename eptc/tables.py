@@ -9,12 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 from eptc.parity_lines import parity_lines, thrown_away
+from eptc.runtime.pack_spec import PackTask
 
 if TYPE_CHECKING:
     from eptc.comparison_report import Comparison
     from eptc.folder_base import Folder
 
-__all__ = ["print_adapters", "print_bench", "print_comparison", "print_inspection"]
+__all__ = [
+    "print_adapters",
+    "print_bench",
+    "print_comparison",
+    "print_inspection",
+    "print_tasks",
+]
 
 # In a pipe nothing is cut off to fit a screen.
 _UNCUT = 10_000
@@ -56,16 +63,16 @@ def print_comparison(comparison: Comparison) -> None:
 
 def print_adapters(folder: Folder) -> None:
     """Print the adapters of a folder, one a line."""
-    table = Table(
-        "task", "rank", "rounding", "lost, worst", "lost, mean", "largest error", "flips"
-    )
+    cut = any(folder.details[task]["lost"] for task in folder.tasks)
+    lost = ("lost, worst", "lost, mean") if cut else ()
+    table = Table("task", "rank", "rounding", *lost, "largest error", "flips")
     for task in folder.tasks:
         found, parity = folder.details[task], folder.parity[task]
-        lost = found["lost"] or {}
+        shares = [found["lost"][key] for key in ("worst", "mean")] if cut else []
         verified = parity["verified"]
         table.add_row(
             task, str(found["rank"]), f"{found['rounding']:.1e}",
-            *(f"{100 * lost[key]:.2g} %" if lost else "" for key in ("worst", "mean")),
+            *(f"{100 * share:.2g} %" for share in shares),
             f"{parity['largest_error']:.2g}" if verified else "not verified",
             str(parity["flips"]) if verified else "",
         )  # fmt: skip
@@ -77,8 +84,28 @@ def print_inspection(report: Mapping[str, Any]) -> None:
     console = _console()
     if report["what"] == "bundle":
         _bundle(console, report)
+    elif report["what"] == "pack":
+        _pack(console, report)
     else:
         _checkpoint(console, report)
+
+
+def print_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the tasks of a pack, one a line.
+
+    Args:
+        tasks: what `PackTask.told` says of each, by its name in the pack.
+    """
+    table = Table(
+        "name", "task", "kind", "labels", "rank", "linears", "bytes", "format", "verified"
+    )
+    for name, told in tasks.items():
+        table.add_row(
+            name, told["task"], told["kind"], _short(told["labels"]), str(told["rank"]),
+            str(told["linears"]), f"{told['bytes']:,}", told["format"],
+            "yes" if told["verified"] else "no",
+        )  # fmt: skip
+    _console().print(table)
 
 
 def _console() -> Console:
@@ -92,6 +119,9 @@ def _bundle(console: Console, report: Mapping[str, Any]) -> None:
     task = report["task"]
     console.print(f"bundle {report['path']}: {report['kind']}, {report['precision']}, "
                   f"opset {report['opset']}")  # fmt: skip
+    for place, each in enumerate(report["tasks"] or []):
+        labels = f", labels {_short(each['labels'])}" if each["labels"] else ""
+        console.print(f"task {place} {each['name']} ({each['kind']}){labels}", soft_wrap=True)
     if task is not None:
         labels = f", labels {', '.join(task['labels'])}" if task["labels"] else ""
         console.print(f"task {task['name']} ({task['kind']}){labels}", soft_wrap=True)
@@ -102,15 +132,33 @@ def _bundle(console: Console, report: Mapping[str, Any]) -> None:
         console.print("not verified against a reference")
     for line in parity_lines(parity):
         console.print(line, soft_wrap=True)
-    table = Table("file", "bytes", "sha256")
-    for name, record in report["files"].items():
-        table.add_row(name, f"{record['size']:,}", record["sha256"][:16])
-    console.print(table)
+    _files(console, report["files"])
     table = Table("pass", "contract", "of its bound", "options")
     for step in report["passes"]:
         error = step.get("error")
         table.add_row(step["name"], step["contract"], "" if error is None else f"{error:.2g}",
                       _options(step["options"]))  # fmt: skip
+    console.print(table)
+
+
+def _pack(console: Console, report: Mapping[str, Any]) -> None:
+    console.print(
+        f"pack {report['path']}: {report['kind']}, fp32, opset {report['opset']}; "
+        f"{len(report['linears'])} linears that tasks may adapt",
+        soft_wrap=True,
+    )
+    entries = {name: PackTask.from_json(entry, name) for name, entry in report["tasks"].items()}
+    print_tasks({name: entry.told() for name, entry in entries.items()})
+    for name, entry in entries.items():
+        for line in parity_lines(entry.parity):
+            console.print(f"{name}: {line}", soft_wrap=True)
+    _files(console, report["files"])
+
+
+def _files(console: Console, files: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table("file", "bytes", "sha256")
+    for name, record in files.items():
+        table.add_row(name, f"{record['size']:,}", record["sha256"][:16])
     console.print(table)
 
 

@@ -107,7 +107,9 @@ def find_target(name: str) -> Aim:
         OptionError: there is none of that name.
         PluginError: the package that has it cannot be used.
     """
-    from eptc.folder_targets import FOLDER_TARGETS  # which asks for options, and so for this
+    # Which ask for options, and so for this.
+    from eptc.folder_targets import FOLDER_TARGETS
+    from eptc.repositories import REPOSITORIES
 
     if name in TARGETS:
         return Aim(TARGETS[name])
@@ -116,11 +118,17 @@ def find_target(name: str) -> Aim:
             f"an engine was asked for, and --target {name} writes none",
             expected="--target " + " or ".join(TARGETS),
         )
+    if name in REPOSITORIES:
+        raise OptionError(
+            f"one engine was asked for, and --target {name} arranges engines in a folder",
+            expected="--target " + " or ".join(TARGETS),
+        )
     plugin = find_plugin("eptc.targets", name)
     if plugin is None:
         names = [
             *TARGETS,
             *FOLDER_TARGETS,
+            *REPOSITORIES,
             *(p.name for p in installed("eptc.targets") if p.name not in TARGETS),
         ]
         raise OptionError(f"the target is {name!r}", expected=" or ".join(names))
@@ -130,8 +138,9 @@ def find_target(name: str) -> Aim:
 def installed_target(plugin: Plugin) -> Target:
     """Return the target of an entry point; raise PluginError where it cannot be used."""
     from eptc.folder_targets import FOLDER_TARGETS
+    from eptc.repositories import REPOSITORIES
 
-    plugin.refuse_taken({*TARGETS, *FOLDER_TARGETS})
+    plugin.refuse_taken({*TARGETS, *FOLDER_TARGETS, *REPOSITORIES})
     return plugin.make(Target)  # type: ignore[type-abstract]
 
 

@@ -131,6 +131,9 @@ def _positions(node: ir.Node, axis: int) -> list[int | None] | None:
         return [axis] if axis != node.attributes.get_int("axis", -1) % len(shape) else None
     if node.op_type == "Transpose":
         return [node.attributes.get_ints("perm", range(len(shape))[::-1])[axis]]
+    if node.op_type == "Pad" and inputs[1].const_value is not None and len(inputs) == 3:
+        pads = inputs[1].const_value.numpy()
+        return [axis, *rest] if not pads[axis] and not pads[len(shape) + axis] else None
     if node.op_type == "MatMul":
         left = len(inputs[0].shape or ())
         return [left - 2, None] if axis == len(shape) - 2 and left >= 2 else None

@@ -51,6 +51,32 @@ def golden() -> Path:
     return GOLDEN
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Describe the marks that only some tests have."""
+    config.addinivalue_line("markers", "slow: takes long, in an environment of its own")
+
+
+@pytest.fixture(scope="session")
+def genai_python() -> Path:
+    """An interpreter that has onnxruntime-genai."""
+    return _interpreter("genai", "EPTC_GENAI_PYTHON")
+
+
+@pytest.fixture(scope="session")
+def optimum_python() -> Path:
+    """An interpreter that has optimum-onnx, with the older transformers it needs."""
+    return _interpreter("optimum", "EPTC_OPTIMUM_PYTHON")
+
+
+def _interpreter(name: str, variable: str) -> Path:
+    if named := os.environ.get(variable):
+        return Path(named)
+    made = Path(__file__).resolve().parents[1] / ".cache" / "tests" / name
+    if not (made / ".ready").is_file():
+        pytest.skip(f"needs {name} apart: `make test` sets it up, or {variable} names a python")
+    return made / "bin" / "python"
+
+
 @dataclasses.dataclass(frozen=True)
 class Folders:
     """A checkpoint that a test may damage, its base, and a place for what is made of them."""

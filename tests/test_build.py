@@ -29,7 +29,8 @@ Float32 = npt.NDArray[np.float32]
 
 def _export(folders: Any, out: Path, task: str | int = "tone", **options: Any) -> Bundle:
     options = {"verify": False, **options}
-    return eptc.export(folders.ckpt, base=folders.base, task=task, out=out, **options)
+    built: Bundle = eptc.export(folders.ckpt, base=folders.base, task=task, out=out, **options)
+    return built
 
 
 def _weights(bundle: Path) -> dict[str, Float32]:

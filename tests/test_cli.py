@@ -213,7 +213,7 @@ RELEASED = [
          arguments=replaced("--tasks", "sst2,cola,sst2")),
     case("empty-name", nothing, "--tasks is 'sst2,,cola'",
          arguments=replaced("--tasks", "sst2,,cola")),
-    case("no-task", nothing, "none was chosen|one with --task", arguments=without("--task")),
+    case("no-task", nothing, "none was chosen|choose with --task", arguments=without("--task")),
     case("unknown-target", nothing, "target is 'coreml'|expected: onnx", "--target", "coreml"),
     case("unknown-option", nothing, "No such option", "--colour", "red"),
     case("probe-without-verification", nothing, "--probe was given together with --no-verify",
@@ -823,9 +823,9 @@ def _copy_bundle(bundle: Path, target: Path) -> Path:
             lambda b: (b / "manifest.json").write_text(
                 (b / "manifest.json")
                 .read_text()
-                .replace('"schema_version": 1', '"schema_version": 2')
+                .replace('"schema_version": 2', '"schema_version": 3')
             ),
-            "schema version 2|newer",
+            "schema version 3|newer",
             id="newer-manifest",
         ),
     ],
@@ -946,7 +946,11 @@ def test_doctor(cli: Callable[..., Any]) -> None:
     shown = cli("doctor")
     assert (shown.code, shown.stderr) == (0, "")
     report = cli("doctor", "--json").json
-    assert report["targets"] == {"onnx": "ready"}
+    assert {name: report["targets"].pop(name) for name in ("onnx", "lora", "hf")} == {
+        "onnx": "ready", "lora": "ready", "hf": "ready",
+    }  # fmt: skip
+    assert "onnxruntime-genai" in report["targets"].pop("genai")
+    assert report["targets"] == {}
     assert "starts" in report["providers"].values()
     assert report["packages"]["numpy"] == np.__version__
     assert "python" in shown.stdout

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import eptc
+from eptc.errors import CheckpointError
 from eptc.nn import EptConfig, EptModel, load_base
 from eptc.tasks import Task
 
@@ -17,6 +18,10 @@ from eptc.tasks import Task
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A native checkpoint of two tasks on a bare DeBERTa of four blocks, one of them repeated."""
+    return _write(tmp_path, ("query_proj", "value_proj", "intermediate.dense"))
+
+
+def _write(tmp_path: Path, targets: tuple[str, ...]) -> Path:
     from transformers import DebertaV2Config, DebertaV2Model
 
     shape = DebertaV2Config(
@@ -40,7 +45,7 @@ def checkpoint(tmp_path: Path) -> Path:
             load_base(tmp_path / "base", allow_missing=("pooler",)),
             EptConfig(
                 variant="paper",
-                targets=("query_proj", "value_proj", "intermediate.dense"),
+                targets=targets,
                 kernel_sizes=(2, 3, 4),
                 top_k=2,
                 rank=3,
@@ -66,3 +71,29 @@ def test_native_checkpoint(checkpoint: Path, task: str, width: int) -> None:
     feeds: Any = {"input_ids": np.array([[1, 7, 9]]), "attention_mask": np.ones((1, 3), np.int64)}
     with eptc.Engine.load(out, providers=["cpu"]) as engine:
         assert engine.run(feeds)["logits"].shape == (1, width)
+
+
+def test_positions_have_no_task(checkpoint: Path) -> None:
+    """The query projection is also executed on relative positions, which are no row's own."""
+    base, out = checkpoint.parent / "base", checkpoint.parent / "out"
+    with pytest.raises(CheckpointError, match="query_proj reads no row of the batch"):
+        eptc.export(checkpoint, base=base, task="all", out=out)
+    assert not out.exists()
+
+
+def test_several_tasks(tmp_path: Path) -> None:
+    """Heads of two linears each, of different widths."""
+    ckpt = _write(tmp_path, ("value_proj", "intermediate.dense"))
+    bundle = eptc.export(ckpt, base=tmp_path / "base", task="all", out=tmp_path / "out")
+    assert bundle.manifest.parity["mixed"]["passed"]
+    feeds: Any = {
+        "input_ids": np.array([[1, 7, 9]] * 2),
+        "attention_mask": np.ones((2, 3), np.int64),
+        "task_ids": np.array([1, 0]),
+    }
+    with eptc.Engine.load(tmp_path / "out", providers=["cpu"]) as engine:
+        logits = engine.run(feeds)["logits"]
+        del feeds["task_ids"]
+        for row, task in enumerate(("score", "tone")):
+            alone = engine.for_task(task).run(feeds)["logits"]
+            np.testing.assert_array_equal(logits[row, : alone.shape[1]], alone[row])

@@ -52,10 +52,11 @@ def build(small_native: Any, small_rows: Any) -> Callable[..., eptc.Bundle]:
     def run(out: Path, precision: Any, **options: Any) -> eptc.Bundle:
         if options.get("calibration") is True:
             options["calibration"] = small_rows.texts
-        return eptc.export(
+        bundle: eptc.Bundle = eptc.export(
             small_native.ckpt, base=small_native.base, task="score", out=out,
             precision=precision, **options,
         )  # fmt: skip
+        return bundle
 
     return run
 

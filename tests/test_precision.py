@@ -38,10 +38,11 @@ def narrowed(source: Path, target: Path, dtype: Any) -> Path:
 
 
 def build(golden: Path, base: Path, name: str, out: Path, **options: Any) -> eptc.Bundle:
-    return eptc.export(
+    built: eptc.Bundle = eptc.export(
         golden / "ept" / name / "adapter", base=base, task="sst2", tasks=TASKS, top_k=2, out=out,
         **options,
     )  # fmt: skip
+    return built
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=["float16", "bfloat16"])

@@ -132,7 +132,9 @@ def data(small_routed: Any, tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 def _export(small: Any, out: Path, **options: Any) -> eptc.Bundle:
-    return eptc.export(small.ckpt, base=small.base, task="score", out=out, **options)
+    built: eptc.Bundle
+    built = eptc.export(small.ckpt, base=small.base, task="score", out=out, **options)
+    return built
 
 
 def test_frozen_routes(small_routed: Any, data: Data, tmp_path: Path) -> None:

@@ -35,9 +35,10 @@ def build(small_native: Any, small_rows: Any) -> Callable[..., eptc.Bundle]:
         given = {
             "ckpt": small_native.ckpt, "data": small_rows.values, "max_drop": BUDGET, **options,
         }  # fmt: skip
-        return eptc.export(
+        built: eptc.Bundle = eptc.export(
             base=small_native.base, task="score", out=out, precision="auto", **given
         )
+        return built
 
     return run
 

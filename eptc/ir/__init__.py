@@ -9,7 +9,7 @@ Everything is immutable: a pass returns a new model.
 """
 
 from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank, Rows
-from eptc.ir.factoring import frobenius_norm, low_rank, minimal_factors
+from eptc.ir.factoring import low_rank, minimal_factors, singular_values
 from eptc.ir.model import AdaptedModel, Adapter, Branch, Constant, Gate, OfTask, PerTask, Routed
 from eptc.ir.numbers import Float64
 from eptc.ir.prompts import PromptLayout, PromptSite, PromptTuning
@@ -43,7 +43,7 @@ __all__ = [
     "TokenRouter",
     "Tucker",
     "Unit",
-    "frobenius_norm",
     "low_rank",
     "minimal_factors",
+    "singular_values",
 ]

@@ -13,7 +13,7 @@ from eptc.ir.model import Adapter
 from eptc.ir.numbers import Float64, eliminate, product, read
 from eptc.tensors import Array, ComputedTensor, cast
 
-__all__ = ["frobenius_norm", "low_rank", "minimal_factors"]
+__all__ = ["low_rank", "minimal_factors", "singular_values"]
 
 # Of the size of what is summed: a singular value below it is what float64 made of a zero.
 _ZERO = 2.0**-44
@@ -80,9 +80,10 @@ def minimal_factors(adapter: Adapter, task_id: int | None) -> tuple[Float64, Flo
     return _minimal(np.hstack(left), np.vstack(right), sum(sizes))
 
 
-def frobenius_norm(u: Float64, v: Float64) -> float:
-    """Return the Frobenius norm of u [out, k] v [k, in], the product never formed."""
-    return _norm(np.linalg.qr(u).R @ np.linalg.qr(v.T).R.T)
+def singular_values(u: Float64, v: Float64) -> Float64:
+    """Return those of u [out, k] v [k, in], largest first, the product never formed."""
+    core = np.linalg.qr(u).R @ np.linalg.qr(v.T).R.T
+    return np.asarray(np.linalg.svd(core, compute_uv=False))
 
 
 def _shared(delta: Delta) -> object:
@@ -120,8 +121,7 @@ def _minimal(u: Float64, v: Float64, size: float) -> tuple[Float64, Float64]:
     Singular values say what the rank is. Their vectors do not make the factors, since the last
     bits of those depend on the processor: elimination does, in one fixed order.
     """
-    core = np.linalg.qr(u).R @ np.linalg.qr(v.T).R.T
-    rank = int(np.count_nonzero(np.linalg.svd(core, compute_uv=False) > _ZERO * size))
+    rank = int(np.count_nonzero(singular_values(u, v) > _ZERO * size))
     if rank == u.shape[1]:
         return u, v
     # Rows of one size, by powers of two, which round nothing: no row hides behind another.

@@ -11,6 +11,7 @@
 
 from eptc.lower.bind import bind
 from eptc.lower.branches import insert_branches, merged_gates, routed_by
+from eptc.lower.task_rows import insert_tasks
 from eptc.lower.trace import expected_parameters, trace
 from eptc.lower.write import IN_FLIGHT, WEIGHTS, WeightsFile, write
 
@@ -21,6 +22,7 @@ __all__ = [
     "bind",
     "expected_parameters",
     "insert_branches",
+    "insert_tasks",
     "merged_gates",
     "routed_by",
     "trace",

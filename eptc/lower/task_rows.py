@@ -6,14 +6,18 @@
     y   = x W^T + (x Gather(A, ids)) Gather(B, ids)
 
 A [count, in, k] and B [count, k, out] hold the tasks' factors, transposed and filled up with
-zeros to the largest rank. Linears that read the same x share the first product.
+zeros to the largest rank. Linears that read the same x share the first product: their A stand
+side by side, under all their names. A linear's own bias becomes one more row of its B, under
+both names, which a column of ones behind the first product reads: what the tasks add is then
+added where the bias was, and costs no pass over y of its own.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -24,11 +28,11 @@ from eptc.ir.numbers import read
 from eptc.lower.branch_nodes import BranchNodes
 from eptc.lower.calls import Call, add_to, calls
 from eptc.lower.edit import constant, drop, insert, replace
+from eptc.lower.weights import PACKED, STACKED
+from eptc.runtime.spec import TASK_IDS
 from eptc.tensors import LazyTensor
 
-__all__ = ["TASK_IDS", "insert_tasks"]
-
-TASK_IDS = "task_ids"
+__all__ = ["insert_tasks"]
 
 
 def insert_tasks(
@@ -62,9 +66,11 @@ def insert_tasks(
     for call in found:
         _check_rows(call)
         groups.setdefault(call.x if executions[call.path] == 1 else call, []).append(call)
+    own = {name for head in heads for name in head}
     for together in groups.values():
-        _add_branches(together, [_factors(left[c.path], task_ids) for c in together], stacks)
-    for name in sorted({name for head in heads for name in head}):
+        factors = [_factors(left[call.path], task_ids) for call in together]
+        _add_branches(together, factors, stacks, own)
+    for name in sorted(own):
         if name in graph.initializers:
             _replace_parameter(graph, name, [head[name] for head in heads], stacks)
 
@@ -121,7 +127,9 @@ class _Stacks:
             return found
 
         stack = nodes.weight(name, (self._count, *shape), stacked, ("tasks", name))
-        return nodes.op("Gather", stack, self._ids, axis=0)
+        found = nodes.op("Gather", stack, self._ids, axis=0)
+        found.shape = ir.Shape(["batch", *shape])
+        return found
 
 
 def _factors(adapter: Adapter, task_ids: Sequence[int]) -> list[LowRank | None]:
@@ -139,8 +147,33 @@ def _rank(factors: Sequence[LowRank | None]) -> int:
     return max(delta.A.shape[0] for delta in factors if delta is not None)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Bias:
+    """The bias of a linear: y2 = Add(y, bias)."""
+
+    value: ir.Value
+    node: ir.Node
+    index: int
+
+
+def _bias(call: Call, own: Collection[str]) -> _Bias | None:
+    """Return the bias that is added to a linear; None where there is none, or tasks have `own`."""
+    name, uses = f"{call.path}.bias", tuple(call.y.uses())
+    batches = call.node.op_type == "MatMul" and len(call.x.shape or ()) == 3
+    if not batches or len(uses) != 1 or name in own:
+        return None
+    node, index = uses[0]
+    other = node.inputs[1 - index] if node.op_identifier() == ("", "Add", "") else None
+    if other is None or other.name != name or not other.is_initializer():
+        return None
+    return _Bias(other, node, 1 - index)
+
+
 def _add_branches(
-    together: Sequence[Call], factors: Sequence[Sequence[LowRank | None]], stacks: _Stacks
+    together: Sequence[Call],
+    factors: Sequence[Sequence[LowRank | None]],
+    stacks: _Stacks,
+    own: Collection[str],
 ) -> None:
     """Add to linears that read one x what the tasks of its rows add to each."""
     first = together[0]
@@ -148,7 +181,7 @@ def _add_branches(
     ranks = [_rank(of_linear) for of_linear in factors]
     down = stacks.rows(
         nodes,
-        f"{first.path}.tasks.A",
+        PACKED.join(f"{call.path}{STACKED}A" for call in together),
         (_features(first.x), sum(ranks)),
         [functools.partial(_side_by_side, deltas, ranks) for deltas in zip(*factors, strict=True)],
     )
@@ -157,15 +190,29 @@ def _add_branches(
         inputs = [hidden[0], nodes.numbers(*ranks)]
         kinds = [ir.DataType.FLOAT] * len(ranks)
         hidden = nodes.ops("Split", inputs, kinds, {"axis": -1})
+        for part, rank in zip(hidden, ranks, strict=True):
+            part.shape = _as_wide(inputs[0], rank)
     for call, part, of_linear, rank in zip(together, hidden, factors, ranks, strict=True):
-        nodes = BranchNodes(call)
+        nodes, bias, name = BranchNodes(call), _bias(call, own), f"{call.path}{STACKED}B"
+        if bias is None:
+            up = stacks.rows(
+                nodes,
+                name,
+                (rank, _features(call.y)),
+                [functools.partial(_transposed, None if d is None else d.B) for d in of_linear],
+            )
+            add_to(call, _unrolled(nodes, _matmul(nodes, part, up)))
+            continue
+        tensor = bias.value.const_value
+        assert tensor is not None
         up = stacks.rows(
             nodes,
-            f"{call.path}.tasks.B",
-            (rank, _features(call.y)),
-            [functools.partial(_transposed, None if d is None else d.B) for d in of_linear],
+            f"{name}{PACKED}{bias.value.name}",
+            (rank + 1, _features(call.y)),
+            [functools.partial(_with_bias, d, tensor, rank) for d in of_linear],
         )
-        add_to(call, _unrolled(nodes, nodes.op("MatMul", part, up)))
+        bias.node.replace_input_with(bias.index, _matmul(nodes, _with_ones(nodes, part), up))
+        drop(bias.value)
 
 
 def _side_by_side(deltas: Sequence[LowRank | None], ranks: Sequence[int]) -> Float64:
@@ -177,6 +224,25 @@ def _side_by_side(deltas: Sequence[LowRank | None], ranks: Sequence[int]) -> Flo
             a = read(delta.A)
             parts[:, start : start + len(a)] = a.T
     return parts
+
+
+def _with_bias(delta: LowRank | None, bias: ir.TensorProtocol, rank: int) -> Float64:
+    """Return B^T of one task's low rank [rank, out], and the bias as one more row."""
+    last = bias.numpy().astype(np.float64)
+    rows = np.zeros((rank + 1, len(last)))
+    if delta is not None:
+        b = read(delta.B)
+        rows[: b.shape[1]] = b.T
+    rows[rank] = last
+    return rows
+
+
+def _with_ones(nodes: BranchNodes, x: ir.Value) -> ir.Value:
+    """Return x [batch, sequence, k] with a column of ones behind it."""
+    pads = nodes.numbers(0, 0, 0, 0, 0, 1)
+    y = nodes.op("Pad", x, pads, constant(nodes.graph, np.array(1.0, np.float32)))
+    y.shape = _as_wide(x, _features(x) + 1)
+    return y
 
 
 def _transposed(tensor: LazyTensor | None) -> Float64:
@@ -193,8 +259,23 @@ def _features(value: ir.Value) -> int:
 def _times(nodes: BranchNodes, x: ir.Value, matrices: ir.Value) -> ir.Value:
     """Return each row of x times its matrix [batch, in, out]: [batch, sequence, out]."""
     if nodes.leading == 1:
-        x = nodes.op("Unsqueeze", x, nodes.numbers(1))
-    return nodes.op("MatMul", x, matrices)
+        rows = nodes.op("Unsqueeze", x, nodes.numbers(1))
+        assert x.shape is not None
+        rows.shape = ir.Shape([x.shape[0], 1, x.shape[1]])
+        x = rows
+    return _matmul(nodes, x, matrices)
+
+
+def _matmul(nodes: BranchNodes, x: ir.Value, matrices: ir.Value) -> ir.Value:
+    y = nodes.op("MatMul", x, matrices)
+    y.shape = _as_wide(x, _features(matrices))
+    return y
+
+
+def _as_wide(x: ir.Value, features: int) -> ir.Shape:
+    """Return the shape of x with other features: passes that follow look at shapes."""
+    assert x.shape is not None
+    return ir.Shape([*x.shape[:-1], features])
 
 
 def _unrolled(nodes: BranchNodes, y: ir.Value) -> ir.Value:
@@ -229,7 +310,7 @@ def _replace_parameter(
 def _replace_linear(call: Call, parts: Sequence[Callable[[], Float64]], stacks: _Stacks) -> None:
     nodes = BranchNodes(call)
     shape = (_features(call.x), _features(call.y))
-    weight = stacks.rows(nodes, f"{call.path}.tasks.weight", shape, parts)
+    weight = stacks.rows(nodes, f"{call.path}{STACKED}weight", shape, parts)
     y = _unrolled(nodes, _times(nodes, call.x, weight))
     if call.node.op_type == "Gemm" and len(call.node.inputs) > 2:
         bias = call.node.inputs[2]
@@ -244,7 +325,7 @@ def _replace_bias(
     call: Call, bias: ir.Value, parts: Sequence[Callable[[], Float64]], stacks: _Stacks
 ) -> None:
     nodes = BranchNodes(call)
-    rows = stacks.rows(nodes, f"{call.path}.tasks.bias", (_features(call.y),), parts)
+    rows = stacks.rows(nodes, f"{call.path}{STACKED}bias", (_features(call.y),), parts)
     if nodes.leading == 2:
         rows = nodes.op("Unsqueeze", rows, nodes.numbers(1))
     for node, index in tuple(bias.uses()):

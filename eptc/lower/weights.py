@@ -15,6 +15,7 @@ from eptc.tensors import Array, LazyTensor, as_dtype, numpy_dtype
 __all__ = [
     "PACKED",
     "PART",
+    "STACKED",
     "Piece",
     "WeightTensor",
     "bound",
@@ -27,6 +28,8 @@ __all__ = [
 PACKED = "+"
 # Before what a part of a weight is, in its name: `encoder.wi.weight@scale`.
 PART = "@"
+# Before what is stacked by task, in its name: `encoder.wi.tasks.B`.
+STACKED = ".tasks."
 
 
 class WeightTensor(ir.LazyTensor):

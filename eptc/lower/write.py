@@ -49,10 +49,12 @@ class WeightsFile:
     Args:
         sha256: hex digest of its content.
         slots: where each tensor lies.
+        outside: names of initializers that are in it however small they are.
     """
 
     sha256: str
     slots: Mapping[Hashable, _Slot]
+    outside: frozenset[str] = frozenset()
 
     @classmethod
     def write(
@@ -63,9 +65,13 @@ class WeightsFile:
         threads: int = 1,
         in_flight: int = IN_FLIGHT,
         progress: Callable[[int, int], None] = lambda _, __: None,
+        outside: frozenset[str] = frozenset(),
     ) -> WeightsFile:
-        """Write every distinct tensor of some graphs once; arguments as for `write`."""
-        slots = _plan(graphs)
+        """Write every distinct tensor of some graphs once; arguments as for `write`.
+
+        Initializers that are named in `outside` get a place however small they are.
+        """
+        slots = _plan(graphs, outside)
         total = sum(slot.length for slot in slots.values())
         written, digest = 0, hashlib.sha256()
         with (directory / WEIGHTS).open("wb") as file:
@@ -76,13 +82,19 @@ class WeightsFile:
                 del array, piece  # before the next one is asked for
                 written += slot.length
                 progress(written, total)
-        return cls(digest.hexdigest(), slots)
+        return cls(digest.hexdigest(), slots, outside)
 
     def write_graph(self, model: ir.Model, path: Path) -> str:
         """Write a graph whose weights are in this file; return its SHA-256 (hex)."""
-        content = _serialize(model, self.slots)
+        content = _serialize(model, self.slots, self.outside)
         path.write_bytes(content)
         return hashlib.sha256(content).hexdigest()
+
+    def offset(self, value: ir.Value) -> int:
+        """Return where the numbers of an initializer begin, in bytes."""
+        tensor = value.const_value
+        assert tensor is not None
+        return self.slots[_key(value, tensor, self.outside)].offset
 
 
 def write(
@@ -179,7 +191,7 @@ def _pieces(slot: _Slot, array: Array, position: int) -> Iterator[bytes | memory
         yield content[start : start + _PIECE].data
 
 
-def _plan(graphs: Mapping[str, ir.Model]) -> dict[Hashable, _Slot]:
+def _plan(graphs: Mapping[str, ir.Model], outside: frozenset[str]) -> dict[Hashable, _Slot]:
     """Give every distinct tensor its place, in the order the graphs name them."""
     slots: dict[Hashable, _Slot] = {}
     end = 0
@@ -188,7 +200,7 @@ def _plan(graphs: Mapping[str, ir.Model]) -> dict[Hashable, _Slot]:
             tensor = value.const_value
             if tensor is None:
                 raise InternalError(f"the graph {name!r} has no data for {value.name}")
-            key = _key(tensor)
+            key = _key(value, tensor, outside)
             if key is None or key in slots:
                 continue
             alignment = _PAGE if tensor.nbytes >= _LARGE else _LINE
@@ -198,9 +210,9 @@ def _plan(graphs: Mapping[str, ir.Model]) -> dict[Hashable, _Slot]:
     return slots
 
 
-def _key(tensor: ir.TensorProtocol) -> Hashable | None:
-    """Return what the tensor's numbers are known by; None where it stays in the graph."""
-    if tensor.nbytes <= _INLINE:
+def _key(value: ir.Value, tensor: ir.TensorProtocol, outside: frozenset[str]) -> Hashable | None:
+    """Return what an initializer's numbers are known by; None where they stay in the graph."""
+    if tensor.nbytes <= _INLINE and value.name not in outside:
         return None
     if isinstance(tensor, WeightTensor):
         return tensor.key
@@ -208,14 +220,14 @@ def _key(tensor: ir.TensorProtocol) -> Hashable | None:
     return (content, tensor.dtype, tensor.shape.numpy())
 
 
-def _serialize(model: ir.Model, slots: Mapping[Hashable, _Slot]) -> bytes:
+def _serialize(model: ir.Model, slots: Mapping[Hashable, _Slot], outside: frozenset[str]) -> bytes:
     """Return the graph's bytes with references into the weights file."""
     inside = {}
     try:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             assert tensor is not None
-            key = _key(tensor)
+            key = _key(value, tensor, outside)
             if key is None:
                 continue
             inside[value] = tensor

@@ -50,6 +50,8 @@ class LoraLinear(AdaptedLinear):
 class LoraModel(SingleTaskModel):
     """A Hugging Face model with a `LoraLinear` in the place of every adapted linear."""
 
+    layers: Mapping[str, LoraLinear]
+
     def __init__(self, hf_model: Any, layers: Mapping[str, LoraLinear], task: Task) -> None:
         super().__init__(hf_model, task)
         self.layers = layers

@@ -44,6 +44,7 @@ def report(
 
     Raises:
         MissingExtraError: jinja2 is not installed.
+        OptionError: the bundle serves several tasks, or is a pack.
         OutputError: the page cannot be written.
     """
     if importlib.util.find_spec("jinja2") is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,27 +11,34 @@ import torch
 
 from eptc.architectures import Kind
 from eptc.nn.adapted import ReferenceModel
+from eptc.parity_gate.compare import FP32
 from eptc.parity_gate.interface import position_limit
-from eptc.parity_gate.probes import Probe, builtin_examples, synthetic, text_batches
+from eptc.parity_gate.outputs import Decision, decide
+from eptc.parity_gate.probes import Example, Probe, builtin_examples, synthetic, text_batches
 from eptc.tasks import Task, fill
 from eptc.text import TrainingTokenizer
 
-__all__ = ["adapter_probes", "logits"]
+__all__ = ["adapter_probes", "choices", "logits"]
 
 # Tokens a decoder is fed where a probe has none for it.
 _FED = 8
 
 
 def adapter_probes(
-    reference: ReferenceModel, task: Task, kind: Kind, tokenizer: TrainingTokenizer | None
+    reference: ReferenceModel,
+    task: Task,
+    kind: Kind,
+    tokenizer: TrainingTokenizer | None,
+    examples: Sequence[Example] | None = None,
 ) -> list[Probe]:
-    """Return the probes of an adapter.
+    """Return the probes of an adapter, or of a folded model.
 
     Args:
         reference: the unfolded model, for its vocabulary and its limits.
         task: the task, for the form of its text; where it only generates that is not known.
         kind: of model.
         tokenizer: the tokenizer of training; None where there is none.
+        examples: texts; None for the built-in ones.
     """
     config, limit = reference.hf.config, position_limit(reference)
     types = int(getattr(config, "type_vocab_size", 0) or 0) if kind == "encoder-classifier" else 0
@@ -38,10 +46,10 @@ def adapter_probes(
         int(config.vocab_size), limit, token_types=types, left=kind == "decoder-only",
         answers=_start(reference) if kind == "encoder-decoder" else None,
     )  # fmt: skip
-    if tokenizer is None or task.kind == "generation":
+    if tokenizer is None or (examples is None and task.kind == "generation"):
         return found
     limits = [n for n in (task.max_length, limit) if n is not None]
-    for name, batch in text_batches(builtin_examples(task)):
+    for name, batch in text_batches(examples or builtin_examples(task)):
         rows = [
             tokenizer.tokenizer(
                 *fill(task, example), truncation=bool(limits), max_length=min(limits, default=None)
@@ -98,3 +106,13 @@ def logits(model: Any, probe: Probe, kind: Kind) -> npt.NDArray[np.float32]:
         found = model(**inputs).logits
     array: npt.NDArray[np.float32] = found.numpy()
     return array
+
+
+def choices(probe: str, got: Any, want: Any, kind: Kind) -> list[Decision]:
+    """Return the labels, or the tokens after a sequence, that both sides choose."""
+    if want.shape[-1] < 2:
+        return []
+    if kind != "encoder-classifier":
+        got, want = got[:, -1], want[:, -1]
+    noise = 2 * float(FP32.absolute(np.abs(want).max()))
+    return [decide(probe, row, 0, got[row], want[row], noise) for row in range(len(want))]

@@ -12,19 +12,17 @@ import torch
 from torch import nn
 
 from eptc import text
-from eptc.architectures import Kind
 from eptc.checkpoint import Checkpoint
-from eptc.errors import ParityError
+from eptc.errors import CheckpointError, ParityError
 from eptc.machine import available_memory
 from eptc.nn.adapted import ReferenceModel
 from eptc.nn.lora import LoraModel, load_lora, stream_lora
 from eptc.parity_gate.adapter_files import check_files
-from eptc.parity_gate.adapter_probes import adapter_probes, logits
+from eptc.parity_gate.adapter_probes import adapter_probes, choices, logits
 from eptc.parity_gate.compare import FP32, Bound, Comparison, compare
 from eptc.parity_gate.gate import refuse, with_outcomes
 from eptc.parity_gate.layers import LayerGate, layer_outputs
 from eptc.parity_gate.memory import verified_by_block
-from eptc.parity_gate.outputs import Decision, decide
 from eptc.parity_gate.reference import load_reference, stream_reference
 from eptc.parity_gate.report import ParityReport, furthest
 from eptc.tasks import Task, resolve
@@ -37,9 +35,10 @@ _LINEAR = (
     "1e-5 of the largest element of what the experts add, summed in float32 by the reference, one "
     "rounding of each factor, and of the base's weight"
 )
+_ADDED = Bound(1e-5, 0.0, _LINEAR)
 _CUT = Bound(1e3, 1.0, "--max-rank asked for a loss; it may be no garbage")
-# Of the squared norm: what float32 leaves of a right angle.
-_RIGHT_ANGLE = 1e-4
+# What float32 adds to the least share that can be lost: of it, and of the whole.
+_MORE, _AT_MOST = 1e-3, 1e-5
 
 
 _ADVICE = "this is a bug in eptc: report it with the checkpoint's shapes"
@@ -84,7 +83,7 @@ class AdapterGate:
         folder: Path,
         task: str,
         *,
-        cut: bool,
+        cut: Mapping[str, float] | None,
         layers: Mapping[str, float],
         progress: Callable[[str], None],
     ) -> dict[str, Any]:
@@ -93,7 +92,8 @@ class AdapterGate:
         Args:
             folder: the adapter's.
             task: by name.
-            cut: whether its ranks were cut: then it may lose, but not be garbage.
+            cut: where its ranks were cut, the least share of each linear's size (by the Frobenius
+                norm) that is lost then; None: it loses nothing.
             layers: outcome of the linears of the IR by stage.
             progress: called with what is being done.
 
@@ -105,9 +105,9 @@ class AdapterGate:
         adapter = self._load(folder, self._reference.tasks[task_id])
         check_files(folder, adapter)
         _check_rest(adapter, self._reference, task_id)
-        linears, lost = self._compare_linears(adapter, task_id, cut=cut)
+        linears, lost = self._compare_linears(adapter, task_id, cut)
         report = ParityReport(
-            (), _CUT if cut else FP32, layers, 0.0, tuple(linears), (), 0,
+            (), _ADDED if cut is None else _CUT, layers, 0.0, tuple(linears), (), 0,
             mode="whole model" if self._streamed is None else "linear by linear",
         )  # fmt: skip
         refuse(report, _ADVICE)
@@ -115,12 +115,13 @@ class AdapterGate:
         if self._streamed is None:
             nearest = furthest(linears)
             report = dataclasses.replace(
-                report, tensors=(), weights=nearest.error / nearest.bound if nearest.bound else 0.0
-            )
-            report, flips = self._compare_logits(adapter, task, report, cut=cut, progress=progress)
+                report, tensors=(), bound=FP32 if cut is None else _CUT,
+                weights=nearest.error / nearest.bound if nearest.bound else 0.0,
+            )  # fmt: skip
+            report, flips = self._compare_logits(adapter, task, report, progress)
             refuse(report, _ADVICE)
         summary = report.summary() | {"linears": len(linears), "flips": flips}
-        if cut:
+        if cut is not None:
             summary["lost_worst"] = _digits(max(lost))
             summary["lost_mean"] = _digits(float(np.mean(lost)))
         return summary
@@ -128,9 +129,14 @@ class AdapterGate:
     def _load(self, folder: Path, task: Task) -> LoraModel:
         """Return an adapter on its base, by code that shares nothing with what wrote it."""
         base = self._source.base.path
-        if self._streamed is None:
-            return load_lora(folder, base, task=task)
-        model = stream_lora(folder, base, task=task).model
+        try:
+            if self._streamed is None:
+                return load_lora(folder, base, task=task)
+            model = stream_lora(folder, base, task=task).model
+        except CheckpointError as error:
+            raise ParityError(
+                f"the adapter that was written does not load: {error.found}", fix=_ADVICE
+            ) from error
         assert isinstance(model, LoraModel)
         return model
 
@@ -139,8 +145,6 @@ class AdapterGate:
         adapter: LoraModel,
         task: str,
         report: ParityReport,
-        *,
-        cut: bool,
         progress: Callable[[str], None],
     ) -> tuple[ParityReport, int]:
         """Return the report with the logits of every probe, and how many choices are others.
@@ -156,15 +160,17 @@ class AdapterGate:
             with torch.no_grad(), reference.task(task):
                 want, got = logits(reference.hf, probe, kind), logits(adapter.hf, probe, kind)
             found = compare(f"logits, {probe.name}", got, want, report.bound)
-            choices = _choices(probe.name, got, want, kind)
-            flips += sum(choice.flipped for choice in choices)
-            report = with_outcomes(report, probe, [found, *([] if cut else choices)])
+            chosen = choices(probe.name, got, want, kind)
+            flips += sum(choice.flipped for choice in chosen)
+            report = with_outcomes(
+                report, probe, [found, *([] if report.bound is _CUT else chosen)]
+            )
             if not report.agrees:
                 break
         return report, flips
 
     def _compare_linears(
-        self, adapter: LoraModel, task_id: int, *, cut: bool
+        self, adapter: LoraModel, task_id: int, cut: Mapping[str, float] | None
     ) -> tuple[list[Comparison], list[float]]:
         """Compare what each linear adds with what the experts add; return what is lost of it too.
 
@@ -191,8 +197,8 @@ class AdapterGate:
             left = float((got - want).norm())
             whole = float(want.norm())
             lost.append(left / whole if whole else 0.0)
-            if cut:
-                comparisons.append(_right_angle(path, float(got.norm()), whole, left))
+            if cut is not None:
+                comparisons.append(_no_nearer(path, left / (whole or 1.0), cut[path]))
                 continue
             allowed = 1e-5 * float(want.abs().max()) + 2.0**-22 * terms + 2.0**-24 * weight
             comparisons.append(
@@ -245,23 +251,11 @@ def _parameters(model: ReferenceModel, task_id: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _right_angle(path: str, kept: float, whole: float, left: float) -> Comparison:
-    """Compare by Pythagoras: what the nearest low rank keeps and leaves are at right angles."""
-    scale = whole**2 or 1.0
-    error = abs(whole**2 - kept**2 - left**2) / scale
-    error = error if np.isfinite(error) else np.inf
-    what = f"what was cut off {path}, beside what is left of it"
-    return Comparison(what, (1,), error, _RIGHT_ANGLE, (0,), kept, whole, 1.0)
-
-
-def _choices(probe: str, got: Any, want: Any, kind: Kind) -> list[Decision]:
-    """Return the labels, or the tokens after a sequence, that both sides choose."""
-    if want.shape[-1] < 2:
-        return []
-    if kind != "encoder-classifier":
-        got, want = got[:, -1], want[:, -1]
-    noise = 2 * float(FP32.absolute(np.abs(want).max()))
-    return [decide(probe, row, 0, got[row], want[row], noise) for row in range(len(want))]
+def _no_nearer(path: str, lost: float, least: float) -> Comparison:
+    """Compare the share of a linear's size that is lost with what no matrix of its rank keeps."""
+    bound = least * (1 + _MORE) + _AT_MOST
+    error = lost if np.isfinite(lost) else np.inf
+    return Comparison(f"what {path} lost", (1,), error, bound, (0,), lost, least, 1.0)
 
 
 def _digits(value: float) -> float:

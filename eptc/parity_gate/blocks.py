@@ -34,7 +34,7 @@ from eptc.runtime.tokenizer import TextTokenizer
 from eptc.tasks import resolve
 from eptc.text import TrainingTokenizer
 
-__all__ = ["prove_blocks"]
+__all__ = ["StreamedParameters", "prove_blocks"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -86,7 +86,7 @@ def prove_blocks(
     }
     progress("parity: weights")
     files = [spec.file for spec in manifest.graphs.values()]
-    parameters = _Parameters(reference, task_id)
+    parameters = StreamedParameters(reference, task_id)
     weights = check_stored(directory, files, parameters, model.layers, task_id)
     text = _BundleText.open(directory, manifest)
     probes, tokenized = make_probes(text, model, task_id, tokenizer, examples)
@@ -111,7 +111,7 @@ def prove_blocks(
     return report
 
 
-class _Parameters(Mapping[str, Float32]):
+class StreamedParameters(Mapping[str, Float32]):
     """The reference's parameters by their names in the plain task model, read when asked for."""
 
     def __init__(self, reference: StreamedModel, task_id: int) -> None:

@@ -23,10 +23,12 @@ __all__ = [
     "bound_on",
     "make_probes",
     "prove",
+    "prove_outputs",
     "refuse",
     "refuse_decisions",
     "refuse_tensors",
     "refuse_unproven",
+    "run_probes",
     "with_outcomes",
 ]
 
@@ -63,14 +65,64 @@ def prove(
         ParityError: a weight, a tokenized text or what the manifest says of task, lengths and
             tokens is not the reference's, or the engine does not run.
     """
-    task = reference.tasks[task_id].name
     check_manifest(engine.manifest, reference, task_id)
     progress("parity: weights")
     files = [graph.file for graph in engine.manifest.graphs.values()]
     weights = check_weights(directory, files, reference, task_id)
+    report = ParityReport(
+        (), bound_of(engine.manifest.precision), dict(layers or {}), weights, (), (), 0
+    )
+    return prove_outputs(
+        engine, reference, task_id, tokenizer, report, examples=examples, progress=progress
+    )
+
+
+def prove_outputs(
+    engine: Engine,
+    reference: ReferenceModel,
+    task_id: int,
+    tokenizer: TrainingTokenizer | None,
+    report: ParityReport,
+    *,
+    examples: Sequence[Example] | None,
+    progress: Callable[[str], None],
+) -> ParityReport:
+    """Run the output gate and the decision gate; arguments as for `prove`.
+
+    Args:
+        engine: the engine of one task.
+        reference: the unfolded model.
+        task_id: position of the task in the reference's list.
+        tokenizer: the tokenizer of training.
+        report: what was found before.
+        examples: texts to probe with.
+        progress: called with what is being done.
+    """
     probes, tokenized = make_probes(engine, reference, task_id, tokenizer, examples)
-    bound = bound_of(engine.manifest.precision)
-    report = ParityReport((), bound, dict(layers or {}), weights, (), (), tokenized)
+    report = dataclasses.replace(report, tokenized=tokenized)
+    task = reference.tasks[task_id].name
+    return run_probes(engine, reference, task, probes, report, progress)
+
+
+def run_probes(
+    engine: Engine,
+    reference: ReferenceModel,
+    task: str | Sequence[str],
+    probes: Sequence[Probe],
+    report: ParityReport,
+    progress: Callable[[str], None],
+) -> ParityReport:
+    """Return a report with the outcomes of probes; the first that fails is the last.
+
+    Args:
+        engine: the engine.
+        reference: the unfolded model.
+        task: as for `check_outputs`.
+        probes: the batches.
+        report: what was found before.
+        progress: called with what is being done.
+    """
+    bound = report.bound
     has_text = not all(probe.synthetic for probe in probes)
     for probe in probes:
         progress(f"parity: {probe.name}")
@@ -93,7 +145,11 @@ def bound_on(probe: Probe, bound: Bound, *, has_text: bool) -> Bound:
 
 
 def _outcomes(
-    engine: Engine, reference: ReferenceModel, task: str, probe: Probe, bound: Bound
+    engine: Engine,
+    reference: ReferenceModel,
+    task: str | Sequence[str],
+    probe: Probe,
+    bound: Bound,
 ) -> list[Comparison | Decision]:
     """Return a probe's outcomes; an engine that cannot run it has failed it."""
     outcomes: list[Comparison | Decision] = []

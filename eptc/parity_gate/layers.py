@@ -18,6 +18,9 @@ from eptc.tensors import unit_roundoff
 
 __all__ = ["LayerGate", "LayerOutputs", "layer_outputs"]
 
+# Elements of a weight that are float64 at once.
+_ELEMENTS = 2**18
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerOutputs:
@@ -27,10 +30,12 @@ class LayerOutputs:
         task_id: the task, by the reference's own list.
         wanted: of each linear by its path, the output [rows, out], and the largest magnitude
             of what its branches alone add.
+        others: those of further tasks.
     """
 
     task_id: int
     wanted: Mapping[str, tuple[Float64, float]]
+    others: tuple[LayerOutputs, ...] = ()
 
 
 def layer_outputs(
@@ -55,7 +60,8 @@ def layer_outputs(
                 branch = layer.mixed(rows.float(), gates).double()
             else:
                 branch = layer.delta(rows.float(), task_id).double()
-            total = rows @ layer.weight.double().T + branch
+            parts = torch.split(layer.weight, max(1, _ELEMENTS // layer.in_features))
+            total = torch.cat([rows @ part.double().T for part in parts], dim=1) + branch
         wanted[path] = total.numpy(), float(branch.abs().max())
     return LayerOutputs(task_id, wanted)
 
@@ -73,8 +79,7 @@ class LayerGate:
 
     def __init__(self, reference: LayerOutputs) -> None:
         self.probe = LinearProbe()
-        self.task_id = reference.task_id
-        self._wanted = reference.wanted
+        self._references = (reference, *reference.others)
 
     def check(self, model: AdaptedModel, stage: str) -> float:
         """Return the largest deviation of a linear as a fraction of its bound; 0 without adapters.
@@ -86,25 +91,39 @@ class LayerGate:
         Raises:
             ParityError: a linear is off, or adapted on one side only.
         """
-        if set(model.adapters) != set(self._wanted):
-            odd = sorted(set(model.adapters) ^ set(self._wanted))
+        return max(self._check_task(model, stage, reference) for reference in self._references)
+
+    def _check_task(self, model: AdaptedModel, stage: str, reference: LayerOutputs) -> float:
+        wanted = reference.wanted
+        if set(model.adapters) != set(wanted):
+            odd = sorted(set(model.adapters) ^ set(wanted))
             raise ParityError(
                 f"after {stage}, {odd[0]} is adapted on one side only",
-                expected=f"the same {len(self._wanted)} linears as the reference adapts",
+                expected=f"the same {len(wanted)} linears as the reference adapts",
             )
+        if len(self._references) > 1:
+            stage += f", for task {reference.task_id}"
         errors = [
             self._check_linear(
                 path,
-                self.probe.output(model, path, self.task_id),
+                wanted[path],
+                self.probe.output(model, path, reference.task_id),
                 unit_roundoff(model.weights[model.adapters[path].parameter].dtype),
                 stage,
             )
-            for path in self._wanted
+            for path in wanted
         ]
         return max(errors, default=0.0)
 
-    def _check_linear(self, path: str, output: LinearOutput, roundoff: float, stage: str) -> float:
-        (want, largest), got = self._wanted[path], output.total
+    def _check_linear(
+        self,
+        path: str,
+        wanted: tuple[Float64, float],
+        output: LinearOutput,
+        roundoff: float,
+        stage: str,
+    ) -> float:
+        (want, largest), got = wanted, output.total
         bound = 1e-5 * largest + 2.0**-40 * output.scale
         if not output.branches.any():
             bound = bound + roundoff * output.scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from eptc.nn.adapted import ReferenceModel, Undecided
 from eptc.parity_gate.compare import Bound, Comparison, compare
+from eptc.parity_gate.mixed import MixedModel
 from eptc.parity_gate.probes import Ints, Probe
 from eptc.runtime import Engine
 
@@ -50,14 +51,19 @@ class Decision:
 
 
 def check_outputs(
-    engine: Engine, reference: ReferenceModel, task: str, probe: Probe, bound: Bound
+    engine: Engine,
+    reference: ReferenceModel,
+    task: str | Sequence[str],
+    probe: Probe,
+    bound: Bound,
 ) -> Iterator[Comparison | Decision]:
     """Yield every comparison and decision of one probe.
 
     Args:
         engine: the engine.
         reference: the unfolded model.
-        task: name of the task the engine was built for.
+        task: name of the task the engine was built for; of a probe whose rows are of several,
+            the names of the engine's, by their places.
         probe: the batch.
         bound: what the tensors may be off by.
     """
@@ -67,8 +73,15 @@ def check_outputs(
         "encoder-decoder": _encoder_decoder,
         "decoder-only": _decoder_only,
     }[kind]
-    with torch.no_grad(), reference.task(task), reference.undecided() as undecided:
-        yield from check(engine, reference.hf, probe, bound, undecided)
+    with torch.no_grad(), reference.undecided() as undecided:
+        if isinstance(task, str):
+            with reference.task(task):
+                yield from check(engine, reference.hf, probe, bound, undecided)
+        else:
+            assert probe.task_ids is not None
+            names = [task[place] for place in probe.task_ids]
+            mixed = MixedModel(reference, names, engine.manifest.num_labels)
+            yield from check(engine, mixed, probe, bound, undecided)
 
 
 def _compare(
@@ -77,14 +90,42 @@ def _compare(
     want: Float32,
     bound: Bound,
     undecided: Undecided,
+    probe: Probe,
     where: npt.NDArray[np.bool_] | None = None,
-) -> Comparison:
-    """Compare the rows through which the reference's routes are not within rounding of others."""
+) -> tuple[Comparison, npt.NDArray[np.float64]]:
+    """Compare the rows through which the reference's routes are not within rounding of others.
+
+    Where rows are of several tasks, each goes by the largest number of its own task's.
+
+    Returns:
+        The comparison, and margins [rows] up to which a choice may go either way: twice the
+        bound.
+    """
     if undecided.rows:
         sure = np.array([row not in undecided.rows for row in range(len(want))])
         where = sure if where is None else where & sure[:, None]
-    left_out = len(undecided.rows)
-    return dataclasses.replace(compare(what, got, want, bound, where), left_out=left_out)
+    left_out, sizes = len(undecided.rows), None
+    if probe.task_ids is not None:
+        sizes = _sizes(want, where, probe.task_ids)
+    found = compare(what, got, want, bound, where, sizes=sizes)
+    noise = np.full(len(want), 2 * found.bound)
+    if sizes is not None:
+        noise = 2 * bound.absolute(sizes.reshape(len(want)))
+    return dataclasses.replace(found, left_out=left_out), noise
+
+
+def _sizes(
+    want: Float32, where: npt.NDArray[np.bool_] | None, task_ids: Ints
+) -> npt.NDArray[np.float64]:
+    """Return the largest magnitude among the rows of each row's task [rows, 1, ...]."""
+    counted = np.abs(want.astype(np.float64))
+    if where is not None:
+        counted = np.where(
+            where.reshape(where.shape + (1,) * (want.ndim - where.ndim)), counted, 0
+        )
+    rows = counted.reshape(len(want), -1).max(axis=1)
+    largest = np.array([rows[task_ids == task].max() for task in task_ids])
+    return largest.reshape((-1,) + (1,) * (want.ndim - 1))
 
 
 def _classifier(
@@ -92,17 +133,20 @@ def _classifier(
 ) -> Iterator[Comparison | Decision]:
     want = model(**_torch(probe)).logits.numpy()
     got = engine.run(probe.feeds())["logits"]
-    comparison = _compare(f"logits, {probe.name}", got, want, bound, undecided)
+    comparison, noise = _compare(f"logits, {probe.name}", got, want, bound, undecided, probe)
     yield comparison
-    if want.shape[1] > 1:
-        for row in sorted({*range(len(want))} - undecided.rows):
-            yield decide(probe.name, row, 0, got[row], want[row], 2 * comparison.bound)
+    for row in sorted({*range(len(want))} - undecided.rows):
+        width = want.shape[1]
+        if probe.task_ids is not None:
+            width = engine.tasks[probe.task_ids[row]].num_outputs
+        if width > 1:
+            yield decide(probe.name, row, 0, got[row, :width], want[row, :width], noise[row])
 
 
 def decide(probe: str, row: int, step: int, got: Float32, want: Float32, noise: float) -> Decision:
     """Return whether the largest logit [choices] is the same on both sides."""
     agrees = bool(got.argmax() == want.argmax())
-    return Decision(probe, row, step, agrees, _margin(want), noise)
+    return Decision(probe, row, step, agrees, _margin(want), float(noise))
 
 
 def _encoder_decoder(
@@ -117,8 +161,8 @@ def _encoder_decoder(
     valid = np.concatenate([ones, probe.attention_mask], axis=1).astype(bool)
     yield _compare(
         f"encoder state, {probe.name}", encoded["last_hidden_state"], hidden, bound, undecided,
-        valid,
-    )  # fmt: skip
+        probe, valid,
+    )[0]  # fmt: skip
 
     rows: list[list[int]] = []
     if probe.answer is not None:
@@ -132,22 +176,25 @@ def _encoder_decoder(
         decoder_input_ids=torch.from_numpy(fed),
     )
     want, length = output.logits.numpy(), fed.shape[1]
-    comparison = _compare(
+    comparison, noise = _compare(
         f"logits at once, {probe.name}",
         _decode(engine, encoded, probe, fed, [length]),
         want,
         bound,
         undecided,
+        probe,
     )
     yield comparison
     if probe.answer is not None:
         half = length // 2
         pieces = _decode(engine, encoded, probe, fed, [1, half, length - half - 1])
-        yield _compare(f"logits in pieces, {probe.name}", pieces, want, bound, undecided)
+        what = f"logits in pieces, {probe.name}"
+        yield _compare(what, pieces, want, bound, undecided, probe)[0]
     elif probe.synthetic:
         stepwise = _decode(engine, encoded, probe, fed, [1] * length)
-        yield _compare(f"logits with cache, {probe.name}", stepwise, want, bound, undecided)
-    yield from _choices(engine, probe, rows, want, 2 * comparison.bound, undecided)
+        what = f"logits with cache, {probe.name}"
+        yield _compare(what, stepwise, want, bound, undecided, probe)[0]
+    yield from _choices(engine, probe, rows, want, noise, undecided)
 
 
 def _starts(engine: Engine, batch: int) -> Ints:
@@ -171,6 +218,7 @@ def _decode(
         feeds = {
             "input_ids": tokens[:, start : start + length],
             "encoder_attention_mask": probe.attention_mask,
+            **probe.told,
             **cache,
         }
         outputs = engine.run(feeds, "decoder")
@@ -187,7 +235,7 @@ def _decoder_only(
     sequence = np.concatenate([probe.input_ids, written], axis=1)
     mask = np.concatenate([probe.attention_mask, np.ones_like(written)], axis=1)
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    fed = _Fed(sequence, mask, positions)
+    fed = _Fed(sequence, mask, positions, probe.told)
     prompt, valid = probe.shape[1], mask.astype(bool)
     half = (prompt + 1) // 2
     ways = {"at once": [sequence.shape[1]]}
@@ -198,15 +246,14 @@ def _decoder_only(
         ways["in pieces"] = [half, sequence.shape[1] - half]
     if probe.synthetic or stepwise:
         ways["with cache"] = [prompt] + [1] * written.shape[1]
-    want, noise = fed.through(model, ways["at once"]), 0.0
+    want, noise = fed.through(model, ways["at once"]), np.zeros(len(sequence))
     for way, steps in ways.items():
         if stepwise:
             want = fed.through(model, steps)
         got = fed.into(engine, steps)
         what = f"logits {way}, {probe.name}"
-        comparison = _compare(what, got, want, bound, undecided, valid)
+        comparison, noise = _compare(what, got, want, bound, undecided, probe, valid)
         yield comparison
-        noise = 2 * comparison.bound
     # The last of the ways is the one the engine wrote in.
     yield from _choices(engine, probe, rows, want[:, prompt - 1 : -1], noise, undecided)
 
@@ -224,11 +271,15 @@ def _coupled(engine: Engine, model: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Fed:
-    """What a decoder is fed, in steps: ids, mask and positions [batch, length]."""
+    """What a decoder is fed, in steps: ids, mask and positions [batch, length].
+
+    `told` is what the engine is told of the rows at each step.
+    """
 
     ids: Ints
     mask: Ints
     positions: Ints
+    told: Mapping[str, Ints]
 
     def _pieces(self, steps: list[int]) -> Iterator[dict[str, Ints]]:
         start = 0
@@ -246,7 +297,7 @@ class _Fed:
         cache = _empty_cache(engine, "model", len(self.ids), set())
         logits = []
         for piece in self._pieces(steps):
-            outputs = engine.run({**piece, **cache})
+            outputs = engine.run({**piece, **self.told, **cache})
             logits.append(outputs["logits"])
             cache |= _past(outputs)
         return np.concatenate(logits, axis=1)
@@ -313,7 +364,7 @@ def _choices(
     probe: Probe,
     rows: list[list[int]],
     logits: Float32,
-    noise: float,
+    noise: npt.NDArray[np.float64],
     undecided: Undecided,
 ) -> Iterator[Decision]:
     """Compare the engine's own greedy tokens with the reference's choices.
@@ -323,7 +374,7 @@ def _choices(
         probe: the batch.
         rows: the tokens that the engine wrote.
         logits: the reference's, after the tokens before [batch, n, vocabulary].
-        noise: margins up to this may go either way.
+        noise: margins up to this may go either way [rows].
         undecided: rows that are left out.
     """
     generation = engine.manifest.generation
@@ -338,13 +389,13 @@ def _choices(
             agrees = not ended and bool(choice.argmax() == token)
             # Nothing may follow a stop token, however near the reference was to another choice.
             margin = math.inf if ended else _margin(choice)
-            yield Decision(probe.name, row, step, agrees, margin, noise)
+            yield Decision(probe.name, row, step, agrees, margin, float(noise[row]))
             ended = ended or token in stops
             if not agrees:
                 break
         else:
             if not ended and len(tokens) != _limit(engine, probe):
-                yield Decision(probe.name, row, len(tokens), False, math.inf, noise)
+                yield Decision(probe.name, row, len(tokens), False, math.inf, float(noise[row]))
 
 
 def _margin(logits: Float32) -> float:
@@ -353,4 +404,5 @@ def _margin(logits: Float32) -> float:
 
 
 def _torch(probe: Probe) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in probe.feeds().items()}
+    told = probe.told
+    return {n: torch.from_numpy(array) for n, array in probe.feeds().items() if n not in told}

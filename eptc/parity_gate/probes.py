@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eptc.examples_file import Example
+from eptc.runtime.spec import TASK_IDS
 from eptc.tasks import Task
 
 __all__ = [
@@ -71,6 +72,8 @@ class Probe:
         token_type_ids: int64 [batch, sequence]; None where the model reads none.
         synthetic: whether the tokens are drawn, not text.
         answer: what a decoder is fed, int64 [batch, length]; None: what the reference writes.
+        task_ids: the task of each row, by its place in the engine's list, int64 [batch]; None:
+            all are of the engine's one task.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Probe:
     token_type_ids: Ints | None = None
     synthetic: bool = False
     answer: Ints | None = None
+    task_ids: Ints | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,7 +94,12 @@ class Probe:
         feeds = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.token_type_ids is not None:
             feeds["token_type_ids"] = self.token_type_ids
-        return feeds
+        return feeds | self.told
+
+    @property
+    def told(self) -> dict[str, Ints]:
+        """What every graph of an engine of several tasks is told of the rows."""
+        return {} if self.task_ids is None else {TASK_IDS: self.task_ids}
 
 
 def builtin_examples(task: Task | None) -> list[Example]:

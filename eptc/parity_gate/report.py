@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eptc.parity_gate.compare import Bound, Comparison
@@ -61,6 +61,9 @@ class ParityReport:
         published: block by block, of an engine that rounds activations, its blocks as they are
             published; in `tensors` they compute with activations in float32.
         constant_gates: whether the reference's gates were replaced by the engine's own constants.
+        tasks: of an engine of several tasks, the report of each, by name; what they compared is
+            in `tensors` and `decisions` as well.
+        mixed: likewise, of batches whose rows are of several tasks.
     """
 
     probes: tuple[Mapping[str, Any], ...]
@@ -75,6 +78,28 @@ class ParityReport:
     mode: str = "whole model"
     published: AsPublished | None = None
     constant_gates: bool = False
+    tasks: Mapping[str, ParityReport] = dataclasses.field(default_factory=dict)
+    mixed: ParityReport | None = None
+
+    def of_tasks(
+        self, tasks: Mapping[str, ParityReport], mixed: ParityReport | None
+    ) -> ParityReport:
+        """Return a report of what was compared for each task, and with rows of several.
+
+        Args:
+            tasks: by name.
+            mixed: None where it did not come to that.
+        """
+        parts = [*tasks.values(), *([] if mixed is None else [mixed])]
+        return dataclasses.replace(
+            self,
+            probes=tuple(probe for part in parts for probe in part.probes),
+            tensors=tuple(tensor for part in parts for tensor in part.tensors),
+            decisions=tuple(decision for part in parts for decision in part.decisions),
+            tokenized=sum(part.tokenized for part in parts),
+            tasks=dict(tasks),
+            mixed=mixed,
+        )
 
     def extended(
         self,
@@ -148,7 +173,10 @@ class ParityReport:
     @property
     def passed(self) -> bool:
         """Whether all that was compared agrees, and that was enough."""
-        return self.agrees and self.unproven is None
+        if self.tasks and self.mixed is None:
+            return False
+        parts = [*self.tasks.values(), *([] if self.mixed is None else [self.mixed])]
+        return self.agrees and self.unproven is None and all(part.passed for part in parts)
 
     def summary(self) -> dict[str, Any]:
         """Return what the manifest says of it."""
@@ -170,10 +198,28 @@ class ParityReport:
             "text_probes": sum(not probe["synthetic"] for probe in self.probes),
             **published,
             **({"constant_gates": True} if self.constant_gates else {}),
+            **self._parts(lambda part: _short(part.summary())),
+        }
+
+    def _parts(self, said: Callable[[ParityReport], dict[str, Any]]) -> dict[str, Any]:
+        if not self.tasks:
+            return {}
+        return {
+            "tasks": {name: said(part) for name, part in self.tasks.items()},
+            "mixed": None if self.mixed is None else said(self.mixed),
         }
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values; errors to two digits, the rest is noise."""
+        if self.tasks:
+            return {
+                "summary": self.summary(),
+                "bound": dataclasses.asdict(self.bound),
+                "layers": {stage: _digits(error) for stage, error in self.layers.items()},
+                "weights": _digits(self.weights),
+                **self._parts(ParityReport.to_json),
+                "scores": self.scores,
+            }
         return {
             "summary": self.summary(),
             "bound": dataclasses.asdict(self.bound),
@@ -190,6 +236,17 @@ class ParityReport:
             ],
             "scores": self.scores,
         }
+
+
+# What a summary says of one of several tasks.
+_SHOWN = (
+    "passed", "tensors", "largest_error", "its_bound", "decisions", "flips", "ties", "rows",
+    "synthetic_probes", "text_probes",
+)  # fmt: skip
+
+
+def _short(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: summary[key] for key in _SHOWN}
 
 
 def furthest(tensors: Sequence[Comparison]) -> Comparison:

@@ -28,8 +28,9 @@ from eptc.parity_gate.layers import LayerOutputs, layer_outputs
 from eptc.parity_gate.probes import Example
 from eptc.parity_gate.reference import frozen_gates, load_reference, stream_reference
 from eptc.parity_gate.report import ParityReport
+from eptc.parity_gate.several import prove_tasks
 from eptc.runtime import Engine, load_manifest
-from eptc.tasks import resolve
+from eptc.tasks import chosen
 
 __all__ = ["LocalVerifier", "RemoteVerifier", "Subject", "Verifier", "serve"]
 
@@ -42,14 +43,15 @@ class Subject:
 
     Args:
         source: the checkpoint.
-        task: name, alias or id of the task.
-        examples: texts to probe with; None for the built-in ones.
+        task: name, alias or id of the task, or several.
+        examples: texts to probe with, by the name of their task where there are several; None
+            for the built-in ones.
         by_block: whether one block of the model at a time is in memory.
     """
 
     source: checkpoint.Checkpoint
-    task: str | int
-    examples: Sequence[Example] | None
+    task: str | int | Sequence[str | int]
+    examples: Sequence[Example] | Mapping[str, Sequence[Example]] | None
     by_block: bool
 
 
@@ -100,10 +102,12 @@ class LocalVerifier:
         with subject.source.format.blamed("its reference fails"):
             if subject.by_block:
                 streamed = stream_reference(subject.source)
-                task_id = resolve(subject.task, streamed.model.tasks)
+                (task_id,) = chosen(subject.task, streamed.model.tasks)
                 return layer_outputs(streamed.model, task_id, streamed.loaded)
             # The reference finds the task by itself: a reader that mixes up tasks is found out.
-            return layer_outputs(self.reference, resolve(subject.task, self.reference.tasks))
+            task_ids = chosen(subject.task, self.reference.tasks)
+            first, *others = (layer_outputs(self.reference, task_id) for task_id in task_ids)
+            return dataclasses.replace(first, others=tuple(others))
 
     def prove(
         self, directory: Path, layers: Mapping[str, float], progress: Progress
@@ -120,6 +124,7 @@ class LocalVerifier:
             "examples": subject.examples, "layers": layers, "progress": progress,
         }  # fmt: skip
         if subject.by_block:
+            assert isinstance(subject.task, str | int)
             return prove_blocks(
                 directory, load_manifest(directory), subject.source, subject.task,
                 self.tokenizer, **options,
@@ -128,7 +133,13 @@ class LocalVerifier:
             engine = Engine.load(directory, providers=["cpu"])
         except BundleError as error:
             raise ParityError(f"the engine that was written does not load: {error}") from error
-        task_id = resolve(subject.task, self.reference.tasks)
+        task_ids = chosen(subject.task, self.reference.tasks)
+        if len(task_ids) > 1:
+            with engine:
+                return prove_tasks(
+                    directory, engine, self.reference, task_ids, self.tokenizer, **options
+                )
+        (task_id,) = task_ids
         gates = frozen_gates(engine.manifest)
         with engine, frozen(self.reference, gates):
             report = prove(directory, engine, self.reference, task_id, self.tokenizer, **options)

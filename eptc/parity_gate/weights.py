@@ -12,18 +12,28 @@ import numpy.typing as npt
 import onnx_ir
 
 from eptc.errors import ParityError
-from eptc.lower.weights import PACKED, PART
+from eptc.lower.weights import PACKED, PART, STACKED
 from eptc.nn.adapted import AdaptedLinear, ReferenceModel
 from eptc.parity_gate.nearest import check_nearest
 from eptc.parity_gate.stored import Decoder, quantized, read
 
-__all__ = ["check_stored", "check_weights"]
+__all__ = [
+    "ELEMENTS",
+    "check_arrays",
+    "check_close",
+    "check_equal",
+    "check_stored",
+    "check_weights",
+    "off_by",
+    "plain_parameters",
+]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 # Compared at once, in float64: there is no room for copies of a large matrix, and some in
 # float64 should fit the processor's cache.
-_ELEMENTS = 2**15
+ELEMENTS = 2**15
 
 
 def check_weights(
@@ -48,12 +58,17 @@ def check_weights(
     Raises:
         ParityError: a weight is off, or an adapted one is in no file.
     """
-    parameters = {
+    parameters = plain_parameters(reference, task_id)
+    return check_stored(directory, files, parameters, reference.layers, task_id)
+
+
+def plain_parameters(reference: ReferenceModel, task_id: int) -> dict[str, Float32]:
+    """Return the reference's parameters by the names the plain model of a task has."""
+    return {
         plain: parameter.detach().numpy()
         for name, parameter in reference.hf.named_parameters(remove_duplicate=False)
         if (plain := reference.plain_name(name, task_id))
     }
-    return check_stored(directory, files, parameters, reference.layers, task_id)
 
 
 def check_stored(
@@ -72,9 +87,27 @@ def check_stored(
         layers: the adapted linears, by their full names; their base need not be in memory.
         task_id: the task, by the reference's own list.
     """
+    stored = _unpacked(_stored(directory, files), parameters, layers)
+    return check_arrays(stored, parameters, layers, task_id)
+
+
+def check_arrays(
+    stored: Iterable[tuple[str, Array | Decoder]],
+    parameters: Mapping[str, Float32],
+    layers: Mapping[str, AdaptedLinear],
+    task_id: int,
+) -> float:
+    """Compare as `check_stored` does.
+
+    Args:
+        stored: what an engine has, by name, each when it is asked for.
+        parameters: the reference's.
+        layers: the linears whose branches are in their weight.
+        task_id: the task, by the reference's own list.
+    """
     adapted = {f"{path}.weight": layer for path, layer in layers.items() if layer.folds}
     seen, worst = set(), 0.0
-    for name, array in _unpacked(_stored(directory, files), parameters, layers):
+    for name, array in stored:
         if name in parameters:
             seen.add(name)
             worst = max(worst, _check_one(name, array, parameters, adapted, task_id))
@@ -100,8 +133,8 @@ def _check_one(
     if isinstance(found, Decoder):
         return check_nearest(name, found, base, delta)
     if delta is not None:
-        return _check_close(name, found, base, delta)
-    _check_equal(name, found, base)
+        return check_close(name, found, base, delta)
+    check_equal(name, found, base)
     return 0.0
 
 
@@ -136,7 +169,7 @@ def _unpacked(
     """
     for name, found in stored:
         parts = name.split(PACKED)
-        if len(parts) == 1 or PART in name:
+        if len(parts) == 1 or PART in name or STACKED in name:
             yield name, found
             continue
         bases = [part for part in parts if part not in parameters]
@@ -173,7 +206,8 @@ def _oriented(array: Array, want: Array) -> Array:
     return array.T
 
 
-def _check_equal(name: str, array: Array, base: Float32) -> None:
+def check_equal(name: str, array: Array, base: Float32) -> None:
+    """Raise ParityError unless a stored weight is the reference's, rounded once to its type."""
     narrow = array.dtype == np.float16 or array.dtype == ml_dtypes.bfloat16
     want: Array = base.astype(array.dtype) if narrow else base
     found = _oriented(array, want)
@@ -190,19 +224,20 @@ def _check_equal(name: str, array: Array, base: Float32) -> None:
         )
 
 
-def _check_close(name: str, array: Array, base: Float32, delta: Float32) -> float:
+def check_close(name: str, array: Array, base: Float32, delta: Float32) -> float:
+    """Return how far a stored weight is from base and experts, as a fraction of its bound.
+
+    Raises:
+        ParityError: further than its bound.
+    """
     found = _oriented(array, base + delta)
     if found.shape != base.shape:
         raise ParityError(f"the weight {name} in the engine has the shape {list(found.shape)}")
-    rounding, smallest = _rounding(array.dtype)
-    branches, worst = 1e-5 * float(np.abs(delta).max()), 0.0
-    step = max(1, _ELEMENTS // max(1, base[:1].size))
+    largest, worst = float(np.abs(delta).max()), 0.0
+    step = max(1, ELEMENTS // max(1, base[:1].size))
     for start in range(0, len(base), step):
         rows = slice(start, start + step)
-        want = base[rows].astype(np.float64) + delta[rows].astype(np.float64)
-        bound = np.maximum(rounding * np.abs(want), smallest) + branches
-        ratio = np.abs(found[rows].astype(np.float64) - want)
-        ratio /= np.maximum(bound, np.finfo(np.float64).tiny)
+        want, ratio = off_by(found[rows], base[rows], delta[rows], found.dtype, largest)
         error = float(ratio.max())
         if not error <= 1.0:  # NaN is not either
             row, column = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
@@ -214,6 +249,30 @@ def _check_close(name: str, array: Array, base: Float32, delta: Float32) -> floa
             )
         worst = max(worst, error)
     return worst
+
+
+def off_by(
+    found: Array, base: Float32, delta: Float32, stored: np.dtype[Any], largest: float
+) -> tuple[Float64, Float64]:
+    """Return what some rows of an adapted weight should be, and how far off they are.
+
+    Args:
+        found: the rows as they were written.
+        base: the base's.
+        delta: what the experts add.
+        stored: the type in which they are stored, to which they were rounded once.
+        largest: the largest element of what the experts add to the weight as a whole.
+
+    Returns:
+        The sum of base and experts, and each element's distance from it as a fraction of its
+        bound.
+    """
+    rounding, smallest = _rounding(stored)
+    want = base.astype(np.float64) + delta.astype(np.float64)
+    bound = np.maximum(rounding * np.abs(want), smallest) + 1e-5 * largest
+    ratio = np.abs(found.astype(np.float64) - want)
+    ratio /= np.maximum(bound, np.finfo(np.float64).tiny)
+    return want, ratio
 
 
 def _rounding(dtype: np.dtype[Any]) -> tuple[float, float]:

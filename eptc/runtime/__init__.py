@@ -10,11 +10,15 @@ from eptc.runtime.chat import Conversation
 from eptc.runtime.engine import Engine
 from eptc.runtime.inputs import Example
 from eptc.runtime.manifest import SCHEMA_VERSION, Manifest, load_manifest, read_manifest
+from eptc.runtime.pack import Pack
+from eptc.runtime.pack_manifest import PackManifest, read_pack
+from eptc.runtime.pack_spec import HeadSpec, LinearSpec, PackTask
 from eptc.runtime.providers import Provider, probe_providers
 from eptc.runtime.results import Classification, Generation
 from eptc.runtime.spec import (
     INTERFACES,
     MANIFEST,
+    PACK,
     FileRecord,
     GenerationSpec,
     GraphSpec,
@@ -27,6 +31,7 @@ from eptc.runtime.verify import VerifyReport, verify
 __all__ = [
     "INTERFACES",
     "MANIFEST",
+    "PACK",
     "SCHEMA_VERSION",
     "Classification",
     "Conversation",
@@ -36,7 +41,12 @@ __all__ = [
     "Generation",
     "GenerationSpec",
     "GraphSpec",
+    "HeadSpec",
+    "LinearSpec",
     "Manifest",
+    "Pack",
+    "PackManifest",
+    "PackTask",
     "Provider",
     "TensorSpec",
     "TextTooLongError",
@@ -45,5 +55,6 @@ __all__ = [
     "load_manifest",
     "probe_providers",
     "read_manifest",
+    "read_pack",
     "verify",
 ]

@@ -12,12 +12,9 @@ from eptc.runtime.manifest import bundle_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import tokenizers
-
     from eptc.runtime.manifest import Manifest
-    from eptc.runtime.tokenizer import TextTokenizer
 
-__all__ = ["ChatTemplate", "Conversation", "chat_template", "conversations"]
+__all__ = ["ChatTemplate", "Conversation", "chat_template", "rendered"]
 
 # One user message, or {"role": ..., "content": ...} in order.
 Conversation = str | Sequence[Mapping[str, str]]
@@ -97,14 +94,10 @@ def chat_template(directory: Path, manifest: Manifest) -> ChatTemplate | None:
     return ChatTemplate(bundle_file(directory, spec.chat_template), spec.special_tokens)
 
 
-def conversations(
-    given: Iterable[Conversation],
-    tokenizer: TextTokenizer,
-    template: ChatTemplate | None,
-    *,
-    truncate: bool,
-) -> list[tokenizers.Encoding]:
-    """Return an encoding per conversation, ready to be answered.
+def rendered(
+    given: Iterable[Conversation], template: ChatTemplate | None, *, truncate: bool
+) -> list[tuple[str]]:
+    """Return the text of each conversation, ready to be answered, special tokens written out.
 
     Raises:
         InputError: no template, or what `ChatTemplate.render` refuses.
@@ -117,9 +110,7 @@ def conversations(
             "truncate would cut the end of a conversation, which asks for the answer",
             fix="leave truncate out, and the oldest messages where they are too long",
         )
-    # The template has written the special tokens.
-    texts = [(text,) for text in template.render(given)]
-    return tokenizer.encode(texts, add_special_tokens=False)
+    return [(text,) for text in template.render(given)]
 
 
 def _messages(position: int, given: object) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from eptc.errors import InputError, InternalError
+from eptc.runtime.spec import TASK_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,15 +56,19 @@ class Steps(Protocol):
 
 
 def begin(
-    manifest: Manifest, graph: Callable[[str], Graph], feeds: Mapping[str, NumpyArray], new: int
+    manifest: Manifest,
+    graph: Callable[[str], Graph],
+    feeds: Mapping[str, NumpyArray],
+    new: Sequence[int],
 ) -> Steps:
     """Return a batch that is about to write.
 
     Args:
         manifest: of an engine that writes.
         graph: returns the graph of a role.
-        feeds: input_ids and attention_mask [batch, sequence].
-        new: tokens it may write at most.
+        feeds: input_ids and attention_mask [batch, sequence]; task_ids [batch] where the engine
+            is of several tasks.
+        new: tokens that each row may write at most.
 
     Raises:
         InputError: the model has no positions for them.
@@ -72,10 +77,12 @@ def begin(
     assert settings is not None
     if manifest.kind == "encoder-decoder":
         return EncoderDecoder(graph("encoder"), graph("decoder"), feeds, settings)
-    longest = feeds["input_ids"].shape[1]
-    if settings.max_positions is not None and longest + new > settings.max_positions:
+    # Padding takes no position.
+    tokens = feeds["attention_mask"].sum(axis=1)
+    most, given, asked = max((t + n, t, n) for t, n in zip(tokens.tolist(), new, strict=True))
+    if settings.max_positions is not None and most > settings.max_positions:
         raise InputError(
-            f"a prompt of {longest} tokens and {new} new ones do not fit the model",
+            f"a prompt of {given} tokens and {asked} new ones do not fit the model",
             expected=f"{settings.max_positions} together",
             fix="give a smaller max_new_tokens or shorter texts",
         )
@@ -88,7 +95,8 @@ class EncoderDecoder:
     Args:
         encoder: emits last_hidden_state and the cross attention's present.{i}.encoder.*.
         decoder: takes those as past_key_values.{i}.encoder.* at every step.
-        feeds: the encoder's input_ids and attention_mask [batch, sequence].
+        feeds: the encoder's input_ids and attention_mask [batch, sequence]; task_ids [batch] where
+            both are told them.
         settings: the start token.
     """
 
@@ -104,6 +112,8 @@ class EncoderDecoder:
         self._decoder = decoder
         self._fixed: dict[str, Any] = _as_past(encoded, decoder)
         self._fixed["encoder_attention_mask"] = feeds["attention_mask"]
+        if TASK_IDS in feeds:
+            self._fixed[TASK_IDS] = feeds[TASK_IDS]
         self._cache = _empty_cache(decoder, batch, self._fixed)
         self.first = np.full((batch, 1), settings.decoder_start_token_id, np.int64)
 
@@ -126,11 +136,13 @@ class DecoderOnly:
 
     Args:
         model: takes input_ids, attention_mask, position_ids and the cache.
-        feeds: input_ids and attention_mask [batch, sequence], padded on the left.
+        feeds: input_ids and attention_mask [batch, sequence], padded on the left; task_ids
+            [batch] where the model is told them.
     """
 
     def __init__(self, model: Graph, feeds: Mapping[str, NumpyArray]) -> None:
         self._model = model
+        self._fixed = {name: feeds[name] for name in feeds if name == TASK_IDS}
         self._mask = feeds["attention_mask"]
         # Padding counts for nothing: a row's first token is at position 0 wherever it stands.
         self._positions = np.maximum(self._mask.cumsum(axis=1) - 1, 0)
@@ -144,7 +156,9 @@ class DecoderOnly:
             self._mask = np.concatenate([self._mask, np.ones_like(tokens)], axis=1)
             self._positions = self._positions[:, -1:] + np.arange(1, 1 + tokens.shape[1])
         self._started = True
-        feeds = {"input_ids": tokens, "attention_mask": self._mask, **self._cache}
+        feeds = {
+            "input_ids": tokens, "attention_mask": self._mask, **self._fixed, **self._cache
+        }  # fmt: skip
         if "position_ids" in self._model.inputs:
             feeds["position_ids"] = self._positions
         outputs = self._model.run_bound(feeds)
@@ -159,6 +173,7 @@ class DecoderOnly:
             return self._begun[rows]
         other = copy.copy(self)
         other._mask, other._positions = self._mask[rows], self._positions[rows]
+        other._fixed = {name: value[rows] for name, value in self._fixed.items()}
         other._cache = {name: _taken(value, rows) for name, value in self._cache.items()}
         return np.concatenate([self._begun[rows], other.step(answers)], axis=1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,18 +9,20 @@ import numpy as np
 
 from eptc.errors import InputError
 from eptc.runtime.batches import in_batches
-from eptc.runtime.chat import chat_template, conversations
+from eptc.runtime.chat import chat_template, rendered
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.decoding import Steps, begin, sound
 from eptc.runtime.feeds import check_vocabulary, checked, checked_prompt
 from eptc.runtime.generation import greedy, limited, planned, sampled, stream, write
-from eptc.runtime.inputs import Example, positive, prepare
+from eptc.runtime.inputs import Example, listed, positive, prepare
 from eptc.runtime.loading import open_graphs, open_tokenizer
 from eptc.runtime.manifest import Manifest, load_manifest
 from eptc.runtime.prepacked import kept_in
 from eptc.runtime.providers import Provider, choose
 from eptc.runtime.results import Classification, Generation, classified
+from eptc.runtime.row_tasks import RowTasks, TaskName, of_task
 from eptc.runtime.scoring import Labels, score, task_labels
+from eptc.runtime.spec import TASK_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -59,6 +60,8 @@ class Engine:
         self._graphs = dict(graphs)
         self._tokenizer = tokenizer
         self._closed = False
+        self._rows = RowTasks(manifest)
+        self._labels: dict[int, Labels] = {}
         self._template = chat_template(directory, manifest)
         first, *others = self._graphs.values()
         self._providers = tuple(
@@ -119,8 +122,35 @@ class Engine:
 
     @property
     def task(self) -> Task | None:
-        """The task the engine was compiled for."""
+        """The task the engine was compiled for; None where there are several, or none."""
         return self.manifest.task
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks the engine serves; a row names its own by its place among them."""
+        return tuple(task for task in self._rows.tasks if task is not None)
+
+    def for_task(self, task: TaskName) -> Engine:
+        """Return the engine as one of a single task: the same sessions, every row of that task.
+
+        Args:
+            task: its name, an alias of it, or its place in `tasks`.
+
+        Raises:
+            TaskError: there is no such task.
+        """
+        (place,) = self._rows.places(1, [task])
+        if not self.manifest.tasks:
+            return self
+        manifest = of_task(self.manifest, int(place))
+        graphs = {
+            name: self._graph(name).of_task(int(place), spec)
+            for name, spec in manifest.graphs.items()
+        }
+        tokenizer = self._tokenizer
+        if tokenizer is not None and manifest.tokenizer is not None:
+            tokenizer = tokenizer.limited(manifest.tokenizer.max_length)
+        return Engine(self.directory, manifest, graphs, tokenizer)
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -128,7 +158,12 @@ class Engine:
         return self._providers
 
     def classify(
-        self, texts: Iterable[Example], *, truncate: bool = False, batch_size: int = 32
+        self,
+        texts: Iterable[Example],
+        *,
+        tasks: TaskName | Sequence[TaskName] | None = None,
+        truncate: bool = False,
+        batch_size: int = 32,
     ) -> list[Classification]:
         """Return each text's class.
 
@@ -141,34 +176,45 @@ class Engine:
         answers: `batch_size=1` gives the answer to each alone.
 
         Args:
-            texts: a list; each a string, a pair, or a dict by the task's field names.
+            texts: a list; each a string, a pair, or a dict by its task's field names.
+            tasks: where the engine serves several: the task of all texts, or of each, by name,
+                alias or place in `tasks`. Texts of different tasks share batches.
             truncate: cut texts that are too long, as training did, instead of refusing them.
             batch_size: texts, or pairs of a text and a label, run at once; texts of like length
                 are put together.
 
         Raises:
             InputError: something that is not such a text, or too long.
-            TaskError: the task has no labels, or two of them are the same tokens.
+            TaskError: a task has no labels, or two of them are the same tokens; no task where
+                there are several, or one that the engine does not have.
         """
-        labels = None if self.manifest.kind == "encoder-classifier" else self._labels
+        writes = self.manifest.kind != "encoder-classifier"
+        if writes and not self.manifest.tasks:
+            self._task_labels(0)
+        encodings, places = self._encoded(texts, tasks, truncate)
 
-        def answer(rows: list[Any], _: list[int]) -> list[Classification]:
-            feeds = self._padded(rows)
-            if labels is not None:
-                return score(self._steps(feeds, labels.longest), labels, len(rows), batch_size)
+        def answer(rows: list[Any], positions: list[int]) -> list[Classification]:
+            own = places[positions]
+            feeds = self._padded(rows, own)
+            if writes:
+                labels = [self._task_labels(place) for place in own.tolist()]
+                steps = self._steps(feeds, [each.longest for each in labels])
+                return score(steps, labels, batch_size)
             graph = self._graph("model")
-            logits = graph.run(checked(feeds, graph.name, graph.spec, None))["logits"]
-            return [classified(row, self.task) for row in sound(logits)]
+            logits = graph.run(checked(feeds, graph.name, graph.spec, None, self.tasks))["logits"]
+            return [
+                classified(row if task is None else row[: task.num_outputs], task)
+                for row, task in zip(sound(logits), self._rows.at(own), strict=True)
+            ]
 
-        return in_batches(
-            self._encoded(texts, truncate), batch_size, answer, self.manifest.routing
-        )
+        return in_batches(encodings, batch_size, answer, self.manifest.routing)
 
     def generate(
         self,
         texts: Iterable[Example | Conversation],
         max_new_tokens: int | None = None,
         *,
+        tasks: TaskName | Sequence[TaskName] | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -190,8 +236,9 @@ class Engine:
         it does: `batch_size=1` gives the answer to each alone.
 
         Args:
-            texts: a list; each a string, a pair, or a dict by the task's field names.
-            max_new_tokens: tokens written at most. None: the manifest's.
+            texts: a list; each a string, a pair, or a dict by its task's field names.
+            max_new_tokens: tokens written at most. None: the manifest's for the task.
+            tasks: as for `classify`.
             do_sample: draw tokens instead of taking the likeliest.
             temperature: divides the logits; above 0.
             top_k: draw from so many of the likeliest tokens. None: from all.
@@ -210,24 +257,29 @@ class Engine:
             InputError: something that is not such a text, or too long; no chat template.
             MissingExtraError: `chat`, and jinja2 is not installed.
             OptionError: a value out of its range, or an option of sampling without `do_sample`.
-            TaskError: the engine classifies and writes nothing.
+            TaskError: the engine classifies and writes nothing; no task where there are several,
+                or one that the engine does not have.
         """
         tokenizer, options = self._text_tokenizer(), (temperature, top_k, top_p, seed)
         sampling = sampled(do_sample, *options)
         plan = planned(self.manifest, tokenizer, max_new_tokens, sampling, stop, stop_token_ids)
 
-        def answer(rows: list[Any], positions: list[int]) -> list[Generation]:
-            return write(self._steps(self._padded(rows), plan.limit), positions, tokenizer, plan)
+        encodings, places = self._prompts(texts, tasks, truncate, chat)
 
-        return in_batches(
-            self._prompts(texts, truncate, chat), batch_size, answer, self.manifest.routing
-        )
+        def answer(rows: list[Any], positions: list[int]) -> list[Generation]:
+            own = places[positions]
+            limits = self._rows.new_tokens(own, plan.limit)
+            steps = self._steps(self._padded(rows, own), limits)
+            return write(steps, positions, tokenizer, plan, limits)
+
+        return in_batches(encodings, batch_size, answer, self.manifest.routing)
 
     def stream(
         self,
         text: Example | Conversation,
         max_new_tokens: int | None = None,
         *,
+        task: TaskName | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -243,14 +295,15 @@ class Engine:
         A piece is never empty and never ends within a character; together they are the text that
         `generate` returns. The caller may stop after any piece.
 
-        Arguments and errors are those of `generate`. What is wrong with them is raised at once,
-        not at the first piece.
+        Arguments and errors are those of `generate`, `task` is that of the text. What is wrong
+        with them is raised at once, not at the first piece.
         """
         tokenizer, options = self._text_tokenizer(), (temperature, top_k, top_p, seed)
         sampling = sampled(do_sample, *options)
         plan = planned(self.manifest, tokenizer, max_new_tokens, sampling, stop, stop_token_ids)
-        feeds = self._padded(self._prompts([text], truncate, chat))
-        return stream(self._steps(feeds, plan.limit), tokenizer, plan)
+        rows, places = self._prompts([text], task, truncate, chat)
+        limits = self._rows.new_tokens(places, plan.limit)
+        return stream(self._steps(self._padded(rows, places), limits), tokenizer, plan, limits[0])
 
     def generate_ids(
         self, feeds: Mapping[str, Any], max_new_tokens: int | None = None
@@ -259,8 +312,8 @@ class Engine:
 
         Args:
             feeds: input_ids and attention_mask, integers [batch, sequence], padded on the side
-                the manifest says.
-            max_new_tokens: tokens written at most. None: the manifest's.
+                the manifest says; task_ids [batch] where the engine serves several tasks.
+            max_new_tokens: tokens written at most. None: the manifest's for the task.
 
         Raises:
             InputError: feeds that do not fit, or more tokens than the model has positions for.
@@ -268,21 +321,30 @@ class Engine:
         """
         settings, limit = limited(self.manifest, max_new_tokens)
         prompt = checked_prompt(feeds, self.manifest)
-        return greedy(self._steps(prompt, limit), settings, limit)
+        places = prompt.get(TASK_IDS, np.zeros(len(prompt["input_ids"]), np.int64))
+        limits = self._rows.new_tokens(places, limit)
+        return greedy(self._steps(prompt, limits), settings, limits)
 
     def tokenize(
-        self, texts: Iterable[Example], *, truncate: bool = False
+        self,
+        texts: Iterable[Example],
+        *,
+        tasks: TaskName | Sequence[TaskName] | None = None,
+        truncate: bool = False,
     ) -> dict[str, NumpyArray]:
         """Return input_ids, attention_mask[, token_type_ids], int64 [batch, longest text].
 
+        Where the engine serves several tasks there is task_ids [batch] as well; `tasks` as for
+        `classify`.
+
         Raises:
             InputError: no text, something that is not one, or too long.
+            TaskError: no task where there are several, or one that the engine does not have.
         """
-        tokenizer = self._text_tokenizer()
-        prepared = prepare(texts, self.task)
-        if not prepared:
+        rows, places = self._encoded(texts, tasks, truncate)
+        if not rows:
             raise InputError("there are no texts", expected="at least one")
-        return tokenizer.pad(tokenizer.encode(prepared, truncate=truncate))
+        return self._text_tokenizer().pad(rows) | self._rows.feeds(places)
 
     def run(self, feeds: Mapping[str, Any], graph: str | None = None) -> dict[str, NumpyArray]:
         """Run one graph on arrays.
@@ -307,7 +369,8 @@ class Engine:
                 f"there is no graph {name!r}", expected=", ".join(self.manifest.graphs)
             )
         opened = self._graph(name)
-        return opened.run(checked(feeds, name, opened.spec, self.manifest.vocab_size))
+        arrays = checked(feeds, name, opened.spec, self.manifest.vocab_size, self.manifest.tasks)
+        return opened.run(arrays)
 
     def warm_up(self, shapes: Iterable[tuple[int, int]] = ((1, 8),)) -> None:
         """Run every graph now, so that the first request does not wait for what happens once.
@@ -325,10 +388,12 @@ class Engine:
             ones = np.ones((batch, tokens), np.int64)
             if self.manifest.generation is not None:
                 feeds = {"input_ids": ones - 1, "attention_mask": ones}
-                self.generate_ids(feeds, max_new_tokens=2)  # the second reads a cache
+                # The second token reads a cache.
+                self.generate_ids(feeds | self._rows.feeds(ones[:, 0] - 1), max_new_tokens=2)
             else:
                 names = [tensor.name for tensor in self.manifest.graphs["model"].inputs]
-                self.run({name: ones if name == "attention_mask" else ones - 1 for name in names})
+                feeds = {name: ones if name == "attention_mask" else ones - 1 for name in names}
+                self.run(feeds | self._rows.feeds(ones[:, 0] - 1))
 
     def close(self) -> None:
         """Free the sessions unless another engine shares them; this one answers nothing more.
@@ -350,32 +415,56 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        task = self.task.name if self.task is not None else None
+        names = [task.name for task in self.tasks]
         state = "closed" if self._closed else f"on {', '.join(self.providers)}"
         return (
-            f"<Engine {self.manifest.kind} task={task!r} {self.manifest.precision} {state}: "
+            f"<Engine {self.manifest.kind} {_named(names)} {self.manifest.precision} {state}: "
             f"{self.directory}>"
         )
 
-    @functools.cached_property
-    def _labels(self) -> Labels:
-        return task_labels(self.manifest, self._text_tokenizer())
+    def _task_labels(self, place: int) -> Labels:
+        labels = self._labels.get(place)
+        if labels is None:
+            labels = task_labels(self._rows.tasks[place], self.manifest, self._text_tokenizer())
+            self._labels[place] = labels
+        return labels
 
-    def _steps(self, feeds: dict[str, NumpyArray], new: int) -> Steps:
+    def _steps(self, feeds: dict[str, NumpyArray], new: Sequence[int]) -> Steps:
         return begin(self.manifest, self._graph, feeds, new)
 
-    def _encoded(self, texts: Iterable[Example], truncate: bool) -> list[Any]:
-        return self._text_tokenizer().encode(prepare(texts, self.task), truncate=truncate)
+    def _encoded(
+        self,
+        texts: Iterable[Example],
+        tasks: TaskName | Sequence[TaskName] | None,
+        truncate: bool,
+    ) -> tuple[list[Any], NumpyArray]:
+        """Return an encoding per text, and the place of its task."""
+        tokenizer, given = self._text_tokenizer(), listed(texts)
+        places = self._rows.places(len(given), tasks)
+        prepared = prepare(given, self._rows.at(places))
+        limits = self._rows.limits(places)
+        return tokenizer.encode(prepared, truncate=truncate, limits=limits), places
 
-    def _prompts(self, texts: Iterable[Any], truncate: bool, chat: bool) -> list[Any]:
+    def _prompts(
+        self,
+        texts: Iterable[Any],
+        tasks: TaskName | Sequence[TaskName] | None,
+        truncate: bool,
+        chat: bool,
+    ) -> tuple[list[Any], NumpyArray]:
         if not chat:
-            return self._encoded(texts, truncate)
-        return conversations(texts, self._text_tokenizer(), self._template, truncate=truncate)
+            return self._encoded(texts, tasks, truncate)
+        given = rendered(texts, self._template, truncate=truncate)
+        places = self._rows.places(len(given), tasks)
+        # The template has written the special tokens.
+        return self._text_tokenizer().encode(
+            given, add_special_tokens=False, limits=self._rows.limits(places)
+        ), places
 
-    def _padded(self, rows: Sequence[Any]) -> dict[str, NumpyArray]:
+    def _padded(self, rows: Sequence[Any], places: NumpyArray) -> dict[str, NumpyArray]:
         feeds = self._text_tokenizer().pad(rows)
         check_vocabulary(feeds["input_ids"], self.manifest.vocab_size)
-        return feeds
+        return feeds | self._rows.feeds(places)
 
     def _graph(self, name: str) -> Graph:
         # One read of the dict: another thread may be closing the engine.
@@ -390,3 +479,9 @@ class Engine:
         if self._tokenizer is None:
             raise InputError("the bundle has no tokenizer", fix="give token ids to run")
         return self._tokenizer
+
+
+def _named(tasks: Sequence[str]) -> str:
+    if len(tasks) > 1:
+        return f"tasks={list(tasks)!r}"
+    return f"task={tasks[0] if tasks else None!r}"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eptc.errors import InputError
-from eptc.runtime.spec import GraphSpec, TensorSpec
+from eptc.runtime.row_tasks import check_task_ids
+from eptc.runtime.spec import TASK_IDS, GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     from eptc.runtime.graph import NumpyArray
     from eptc.runtime.manifest import Manifest
+    from eptc.tasks import Task
 
 __all__ = ["check_vocabulary", "checked", "checked_prompt"]
 
@@ -28,7 +31,11 @@ _PROMPT = GraphSpec(
 
 
 def checked(
-    feeds: Mapping[str, Any], name: str, spec: GraphSpec, vocab_size: int | None
+    feeds: Mapping[str, Any],
+    name: str,
+    spec: GraphSpec,
+    vocab_size: int | None,
+    tasks: Sequence[Task] = (),
 ) -> dict[str, NumpyArray]:
     """Return the feeds as arrays of the declared types; only exact casts are made.
 
@@ -37,10 +44,12 @@ def checked(
         name: the graph's name, for messages.
         spec: its declared interface.
         vocab_size: token ids must be below it; None where unknown.
+        tasks: of an engine of several, in their places.
 
     Raises:
         InputError: names, types, ranks or sizes that do not fit, an empty batch, a negative
-            integer (Gather would count it from the end), a token outside the vocabulary.
+            integer (Gather would count it from the end), a token outside the vocabulary, the place
+            of no task.
     """
     declared = [tensor.name for tensor in spec.inputs]
     if not isinstance(feeds, Mapping):
@@ -57,6 +66,8 @@ def checked(
     for tensor in spec.inputs:
         array = _cast(feeds[tensor.name], tensor)
         _check_shape(array, tensor, sizes)
+        if tensor.name == TASK_IDS:
+            check_task_ids(array, tasks)
         _check_values(array, tensor, vocab_size)
         arrays[tensor.name] = array
     _check_total(sizes)
@@ -66,11 +77,17 @@ def checked(
 def checked_prompt(feeds: Mapping[str, Any], manifest: Manifest) -> dict[str, NumpyArray]:
     """Return the input_ids and attention_mask of a batch that an engine is to answer.
 
+    Where the engine is of several tasks the batch has task_ids as well.
+
     Raises:
         InputError: as `checked`; a row without a token, or padding on the side where the answer
             goes.
     """
-    arrays = checked(feeds, "prompt", _PROMPT, manifest.vocab_size)
+    spec = _PROMPT
+    if manifest.tasks:
+        ids = TensorSpec(TASK_IDS, "int64", ("batch",))
+        spec = dataclasses.replace(spec, inputs=(*spec.inputs, ids))
+    arrays = checked(feeds, "prompt", spec, manifest.vocab_size, manifest.tasks)
     mask = arrays["attention_mask"]
     if not mask.any(axis=1).all():
         raise InputError("'attention_mask' has a row of zeros", expected="a token in each row")

@@ -32,7 +32,7 @@ class Plan:
     """How one call writes, every option checked.
 
     Args:
-        limit: new tokens at most.
+        limit: new tokens at most; None: what the manifest says of the task.
         stops: tokens that end an answer.
         strings: strings that end an answer and are no part of its text.
         pad: token that continues a row that has ended.
@@ -40,7 +40,7 @@ class Plan:
         seed: of the sampling.
     """
 
-    limit: int
+    limit: int | None
     stops: tuple[int, ...]
     strings: tuple[str, ...]
     pad: int
@@ -78,8 +78,8 @@ def sampled(
     return None
 
 
-def limited(manifest: Manifest, max_new_tokens: int | None) -> tuple[GenerationSpec, int]:
-    """Return an engine's settings and how many tokens it may write.
+def limited(manifest: Manifest, max_new_tokens: int | None) -> tuple[GenerationSpec, int | None]:
+    """Return an engine's settings and how many tokens it may write, as far as the caller said.
 
     Raises:
         OptionError: a number that is none.
@@ -91,7 +91,7 @@ def limited(manifest: Manifest, max_new_tokens: int | None) -> tuple[GenerationS
             "this engine is a classifier: it writes no text", fix="call classify instead"
         )
     if max_new_tokens is None:
-        return settings, settings.max_new_tokens
+        return settings, None
     return settings, positive("max_new_tokens", max_new_tokens)
 
 
@@ -119,19 +119,30 @@ def planned(
     return Plan(limit, (*stops, *tokens), strings, settings.pad_token_id, sampling, int(seed))
 
 
-def greedy(steps: Steps, settings: GenerationSpec, limit: int) -> list[list[int]]:
-    """Return each row's new tokens, the likeliest each time, the stop token included."""
+def greedy(steps: Steps, settings: GenerationSpec, limits: Sequence[int]) -> list[list[int]]:
+    """Return each row's new tokens, the likeliest each time, the stop token included.
+
+    Args:
+        steps: the batch.
+        settings: what ends an answer.
+        limits: tokens that each row may write at most.
+    """
     answers: list[list[int]] = [[] for _ in steps.first]
     running = np.ones(len(answers), bool)
     stops, pad = settings.eos_token_id, settings.pad_token_id
-    for rows, tokens in decode(steps, Greedy(), running, stops=stops, pad=pad, limit=limit):
+    for rows, tokens in decode(steps, Greedy(), running, stops=stops, pad=pad, limit=max(limits)):
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             answers[row].append(token)
+            running[row] &= len(answers[row]) < limits[row]
     return answers
 
 
 def write(
-    steps: Steps, positions: Sequence[int], tokenizer: TextTokenizer, plan: Plan
+    steps: Steps,
+    positions: Sequence[int],
+    tokenizer: TextTokenizer,
+    plan: Plan,
+    limits: Sequence[int],
 ) -> list[Generation]:
     """Write an answer for every row of a batch.
 
@@ -140,21 +151,24 @@ def write(
         positions: of its rows among the caller's texts.
         tokenizer: decodes.
         plan: how.
+        limits: tokens that each row may write at most.
     """
     running = np.ones(len(positions), bool)
     answers = [_Answer(tokenizer, plan) for _ in positions]
-    for rows, tokens in _decode(steps, positions, running, plan):
+    for rows, tokens in _decode(steps, positions, running, plan, max(limits)):
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             answers[row].push(token)
-            running[row] &= not answers[row].ended
+            running[row] &= not answers[row].ended and answers[row].length < limits[row]
     return [answer.result() for answer in answers]
 
 
-def stream(steps: Steps, tokenizer: TextTokenizer, plan: Plan) -> Generator[str, None, None]:
+def stream(
+    steps: Steps, tokenizer: TextTokenizer, plan: Plan, limit: int
+) -> Generator[str, None, None]:
     """Yield one row's answer piece by piece, no piece empty; together they are its text."""
     running = np.ones(1, bool)
     answer = _Answer(tokenizer, plan, streams=True)
-    for _, tokens in _decode(steps, [0], running, plan):
+    for _, tokens in _decode(steps, [0], running, plan, limit):
         if piece := answer.push(int(tokens[0])):
             yield piece
         running[0] &= not answer.ended
@@ -163,10 +177,10 @@ def stream(steps: Steps, tokenizer: TextTokenizer, plan: Plan) -> Generator[str,
 
 
 def _decode(
-    steps: Steps, positions: Sequence[int], running: NumpyArray, plan: Plan
+    steps: Steps, positions: Sequence[int], running: NumpyArray, plan: Plan, limit: int
 ) -> Iterator[tuple[NumpyArray, NumpyArray]]:
     choose = plan.chooser(positions)
-    return decode(steps, choose, running, stops=plan.stops, pad=plan.pad, limit=plan.limit)
+    return decode(steps, choose, running, stops=plan.stops, pad=plan.pad, limit=limit)
 
 
 class _Answer:
@@ -187,6 +201,11 @@ class _Answer:
         self._text = TextStream(tokenizer) if streams or plan.strings else None
         self._cut = StopText(plan.strings)
         self._stopped = False  # by a stop string
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return len(self._ids)
 
     def push(self, token: int) -> str:
         """Add a token; return the text that is certain by it."""

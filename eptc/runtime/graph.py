@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,6 +11,7 @@ import numpy as np
 from eptc.errors import BundleError, EptcError, InputError
 from eptc.runtime.ort_errors import ort_errors
 from eptc.runtime.providers import CUDA, TENSORRT
+from eptc.runtime.spec import TASK_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -52,11 +54,53 @@ class Graph:
         self.inputs = {tensor.name: tensor for tensor in spec.inputs}
         self.providers: tuple[str, ...] = tuple(session.get_providers())
         self._session = session
+        self._fixed: dict[str, Any] = {}
+        self._shared: Graph | None = None
         self._process = os.getpid()
+        self._place: int | None = None
         self._device = ("cpu", 0)
         if (started := self.providers[0]) in (CUDA, TENSORRT):
             options = session.get_provider_options()[started]
             self._device = ("cuda", int(options.get("device_id", 0)))
+
+    def with_fixed(self, arrays: Mapping[str, NumpyArray]) -> Graph:
+        """Return the same session with optional inputs that every run is given besides.
+
+        Args:
+            arrays: by the inputs' names; copied to the device, once.
+        """
+        import onnxruntime
+
+        found = copy.copy(self)
+        found._fixed = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
+            for name, array in arrays.items()
+        }
+        found._shared = self  # who opens it again finds this one while either is in use
+        return found
+
+    def of_task(self, place: int, spec: GraphSpec) -> Graph:
+        """Return the graph, in the same session, as one whose rows are all of one task.
+
+        Args:
+            place: the task's.
+            spec: the interface without the task, logits as wide as its head.
+        """
+        found = copy.copy(self)
+        found.spec, found._place = spec, place
+        found.inputs = {tensor.name: tensor for tensor in spec.inputs}
+        return found
+
+    def _fed(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        given = {**self._fixed, **feeds}
+        if self._place is not None:
+            given[TASK_IDS] = np.full(len(feeds["input_ids"]), self._place, np.int64)
+        return given
+
+    def _own(self, tensor: TensorSpec, value: NumpyArray) -> NumpyArray:
+        """Return what of an output is the task's own: other heads may be wider."""
+        width = tensor.shape[-1] if self._place is not None else None
+        return value[..., :width] if isinstance(width, int) else value
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """Run on arrays that fit the interface and return every output.
@@ -67,10 +111,13 @@ class Graph:
         self._check_process()
         names = [tensor.name for tensor in self.spec.outputs]
         try:
-            values = self._session.run(names, dict(feeds))
+            values = self._session.run(names, self._fed(feeds))
         except ort_errors() as error:
             raise self._refused(error) from error
-        return dict(zip(names, values, strict=True))
+        return {
+            tensor.name: self._own(tensor, value)
+            for tensor, value in zip(self.spec.outputs, values, strict=True)
+        }
 
     def run_bound(self, feeds: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
         """Run on arrays and OrtValues; return OrtValues, the `present.*` ones on the device.
@@ -83,7 +130,7 @@ class Graph:
         """
         self._check_process()
         binding = self._session.io_binding()
-        for name, value in feeds.items():
+        for name, value in self._fed(feeds).items():
             if isinstance(value, np.ndarray):
                 binding.bind_cpu_input(name, value)
             else:

@@ -8,20 +8,16 @@ from typing import Any
 from eptc.errors import InputError, OptionError, TaskError
 from eptc.tasks import Task, fill
 
-__all__ = ["Example", "positive", "prepare"]
+__all__ = ["Example", "listed", "positive", "prepare"]
 
 Example = str | Sequence[str] | Mapping[str, Any]
 
 
-def prepare(texts: Iterable[Example], task: Task | None) -> list[tuple[str, ...]]:
-    """Return one text or text pair per example, the task's prompt applied.
-
-    Args:
-        texts: a list of examples; each a string, a pair, or a dict by the task's field names.
-        task: None for plain text.
+def listed(texts: Iterable[Any]) -> list[Any]:
+    """Return the texts as a list.
 
     Raises:
-        InputError: not a list, or an example that is none of these; it is named by position.
+        InputError: one text alone, or nothing that can be listed.
     """
     if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
         raise InputError(
@@ -29,7 +25,26 @@ def prepare(texts: Iterable[Example], task: Task | None) -> list[tuple[str, ...]
             expected="a list of texts",
             fix="for one text, give a list of one: [text]",
         )
-    return [_one(i, example, task) for i, example in enumerate(texts)]
+    return list(texts)
+
+
+def prepare(
+    texts: Iterable[Example], task: Task | Sequence[Task | None] | None
+) -> list[tuple[str, ...]]:
+    """Return one text or text pair per example, its task's prompt applied.
+
+    Args:
+        texts: a list of examples; each a string, a pair, or a dict by its task's field names.
+        task: the task of all, or of each; None for plain text.
+
+    Raises:
+        InputError: not a list, or an example that is none of these; it is named by position.
+    """
+    given = listed(texts)
+    tasks = [task] * len(given) if task is None or isinstance(task, Task) else task
+    return [
+        _one(i, example, own) for i, (example, own) in enumerate(zip(given, tasks, strict=True))
+    ]
 
 
 def positive(name: str, value: int) -> int:

@@ -87,6 +87,13 @@ class Fields:
             raise self._wrong(key, value, "a list of token ids")
         return tuple(value)
 
+    def counts(self, key: str, default: object = _REQUIRED) -> tuple[int, ...]:
+        """Return a list of integers above 0 as a tuple."""
+        value = self.optional(key, default)
+        if not isinstance(value, list) or not all(type(n) is int and n > 0 for n in value):
+            raise self._wrong(key, value, "a list of integers, 1 or more")
+        return tuple(value)
+
     def texts(self, key: str, default: object = _REQUIRED) -> dict[str, str]:
         """Return an object whose values are strings."""
         value = self.optional(key, default)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eptc.errors import BundleError, OptionError
 from eptc.runtime.graph import Graph
@@ -16,12 +16,14 @@ from eptc.runtime.session import open_session
 from eptc.runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from eptc.runtime.providers import Request
 
-__all__ = ["open_graphs", "open_tokenizer"]
+__all__ = ["on_best", "open_graphs", "open_tokenizer", "written"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +60,33 @@ def open_graphs(
         BundleError: a graph that does not load or differs from the manifest.
         OptionError: a provider that was asked for did not start.
     """
-    try:
+
+    def opened(requests: Sequence[Request]) -> dict[str, Graph]:
         return {
             name: _open(folder, manifest, name, requests, threads, cache)
             for name in manifest.graphs
         }
+
+    return on_best(requests, opened, strict=strict)
+
+
+def on_best(
+    requests: Sequence[Request], opened: Callable[[Sequence[Request]], T], *, strict: bool
+) -> T:
+    """Return what opens on providers; unless `strict`, go on without one that fails after all.
+
+    Args:
+        requests: providers in order of preference.
+        opened: opens on them.
+        strict: whether a provider that fails is an error.
+    """
+    try:
+        return opened(requests)
     except (BundleError, OptionError) as error:
         if strict or len(requests) < 2:
             raise
         logger.info("going on without %s: %s", requests[0][0], error)
-        return open_graphs(folder, manifest, requests[1:], threads, strict=strict, cache=cache)
+        return on_best(requests[1:], opened, strict=strict)
 
 
 def _open(
@@ -79,7 +98,7 @@ def _open(
     cache: Path | None,
 ) -> Graph:
     spec = manifest.graphs[name]
-    files = _written(folder, sorted(manifest.files))
+    files = written(folder, sorted(manifest.files))
     options = json.dumps(list(requests), sort_keys=True, default=str)
     key = (os.getpid(), name, spec, files, options, threads, cache)
     graph = _graphs.get(key)
@@ -102,16 +121,19 @@ def open_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer | None:
     spec = manifest.tokenizer
     if spec is None:
         return None
-    described = json.dumps(spec.to_json(), sort_keys=True)
-    key = (os.getpid(), described, _written(folder, [spec.file]))
+    limits = sorted({task.max_length for task in manifest.tasks if task.max_length is not None})
+    if spec.max_length is not None:
+        limits = [limit for limit in limits if limit < spec.max_length]
+    described = json.dumps([spec.to_json(), limits], sort_keys=True)
+    key = (os.getpid(), described, written(folder, [spec.file]))
     tokenizer = _tokenizers.get(key)
     if tokenizer is None:
         path = bundle_file(folder, spec.file)
-        tokenizer = _tokenizers.setdefault(key, TextTokenizer(path, spec))
+        tokenizer = _tokenizers.setdefault(key, TextTokenizer(path, spec, limits))
     return tokenizer
 
 
-def _written(folder: Path, files: Sequence[str]) -> tuple[tuple[int, int, int, int], ...]:
+def written(folder: Path, files: Sequence[str]) -> tuple[tuple[int, int, int, int], ...]:
     """Return what changes where one of the files is written or replaced."""
     found = [bundle_file(folder, file).stat() for file in files]
     return tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns) for file in found)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 from eptc.errors import BundleError, TaskError
 from eptc.runtime.json_fields import Fields
 from eptc.runtime.routing import STATIC, RoutingSpec
+from eptc.runtime.row_tasks import check_tasks
 from eptc.runtime.spec import (
     INTERFACES,
     MANIFEST,
+    PACK,
     FileRecord,
     GenerationSpec,
     GraphSpec,
@@ -25,9 +27,17 @@ from eptc.tasks import Task
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["SCHEMA_VERSION", "Manifest", "bundle_file", "load_manifest", "read_manifest"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Manifest",
+    "bundle_file",
+    "check_sizes",
+    "load_manifest",
+    "plain_file",
+    "read_manifest",
+]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _REBUILD: Final = "copy the bundle again, or build it again with `eptc export`"
 
@@ -43,8 +53,9 @@ class Manifest:
         precision: `fp32`; `fp16-weights` and `bf16-weights` for matrices that are stored in 16
             bits and computed in float32; what the engine was lowered to: `fp16`, `bf16`, `int8`,
             `int8-static`, `int8-weights`, `int4`, or `mixed`.
-        task: the task it was compiled for; None for a bare model.
-        num_labels: width of a classifier's logits; None for an engine that writes text.
+        task: the task it was compiled for; None for a bare model, or where there are several.
+        num_labels: width of a classifier's logits, that of the widest head where there are
+            several; None for an engine that writes text.
         vocab_size: token ids are below it; None where unknown.
         graphs: by role, the keys of `INTERFACES[kind]`.
         generation: None for a classifier.
@@ -58,6 +69,8 @@ class Manifest:
             `any` where all operators are standard ones.
         parity: summary of the comparison with the reference; `verified` says whether it ran.
         routing: what the answer to one row depends on.
+        tasks: where the engine serves several tasks, each; a row names its own by its place
+            among them.
     """
 
     kind: str
@@ -78,6 +91,7 @@ class Manifest:
     parity: Mapping[str, Any]
     optimized_for: str = "any"
     routing: RoutingSpec = STATIC
+    tasks: tuple[Task, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -90,6 +104,7 @@ class Manifest:
             "precision": self.precision,
             "optimized_for": self.optimized_for,
             "task": self.task.to_json() if self.task is not None else None,
+            "tasks": [task.to_json() for task in self.tasks] if self.tasks else None,
             "routing": self.routing.to_json(),
             "num_labels": self.num_labels,
             "vocab_size": self.vocab_size,
@@ -147,6 +162,9 @@ class Manifest:
             routing=STATIC
             if (routing := fields.optional("routing", None)) is None
             else RoutingSpec.from_json(routing, "routing"),
+            tasks=()
+            if fields.optional("tasks", None) is None
+            else tuple(_given_task(item) for item in fields.items("tasks")),
             schema_version=version,
         )
         fields.finish()
@@ -179,6 +197,7 @@ class Manifest:
                 raise BundleError("an encoder-decoder has no decoder_start_token_id")
         elif not writes and self.num_labels is None:
             raise BundleError("a classifier has no num_labels")
+        check_tasks(self)
         if not writes and self.task is not None and self.task.num_outputs != self.num_labels:
             raise BundleError(
                 f"task {self.task.name!r} has {self.task.num_outputs} outputs, "
@@ -205,13 +224,18 @@ def load_manifest(directory: str | Path) -> Manifest:
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
-    for name, record in manifest.files.items():
-        size = _plain_file(folder / name)
+    check_sizes(folder, manifest.files)
+    return manifest
+
+
+def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Raise BundleError for a listed file that is missing, a link, or of another size."""
+    for name, record in files.items():
+        size = plain_file(folder / name)
         if size != record.size:
             raise BundleError(
                 f"{folder / name} has {size} bytes", expected=f"{record.size}", fix=_REBUILD
             )
-    return manifest
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -226,13 +250,18 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise BundleError(f"{folder} is {what}", expected="the folder of a bundle")
     path = folder / MANIFEST
     if not path.exists() and not path.is_symlink():
+        if (folder / PACK).exists():
+            raise BundleError(
+                f"{folder} is a pack of several tasks, not the bundle of one engine",
+                fix="load it with Pack.load and choose a task by engine(), or with --task",
+            )
         checkpoint = any((folder / f).exists() for f in ("ept_config.json", "adapter_config.json"))
         raise BundleError(
             f"{folder} is {'a checkpoint, ' if checkpoint else ''}not a bundle",
             expected=f"a {MANIFEST} in it",
             fix="make a bundle from a checkpoint with `eptc export`",
         )
-    _plain_file(path)
+    plain_file(path)
     try:
         data = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -248,12 +277,16 @@ def read_manifest(directory: str | Path) -> Manifest:
 def bundle_file(directory: str | Path, name: str) -> Path:
     """Return the path of a bundle's file; raises BundleError where it is not a plain file."""
     path = Path(directory) / file_name(name, "files")
-    _plain_file(path)
+    plain_file(path)
     return path
 
 
-def _plain_file(path: Path) -> int:
-    """Return the size of a regular file; a link could lead out of the bundle."""
+def plain_file(path: Path) -> int:
+    """Return the size of a regular file; a link could lead out of the bundle.
+
+    Raises:
+        BundleError: it is not there, or no regular file.
+    """
     try:
         status = path.lstat()
     except OSError as error:
@@ -265,8 +298,10 @@ def _plain_file(path: Path) -> int:
 
 
 def _task(data: object) -> Task | None:
-    if data is None:
-        return None
+    return None if data is None else _given_task(data)
+
+
+def _given_task(data: object) -> Task:
     try:
         return Task.from_json(Fields(data, "task").data)
     except TaskError as error:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from eptc.runtime.graph import NumpyArray
     from eptc.runtime.manifest import Manifest
     from eptc.runtime.tokenizer import TextTokenizer
+    from eptc.tasks import Task
 
 __all__ = ["Labels", "score", "task_labels"]
 
@@ -124,13 +125,18 @@ class Labels:
         return start
 
 
-def task_labels(manifest: Manifest, tokenizer: TextTokenizer) -> Labels:
-    """Return the labels of an engine that writes them, as tokens, as training wrote them.
+def task_labels(task: Task | None, manifest: Manifest, tokenizer: TextTokenizer) -> Labels:
+    """Return the labels of a task whose engine writes them, as tokens, as training wrote them.
+
+    Args:
+        task: the task.
+        manifest: the engine's.
+        tokenizer: the engine's.
 
     Raises:
         TaskError: there are none, or `Labels` refuses them.
     """
-    task, settings = manifest.task, manifest.generation
+    settings = manifest.generation
     assert settings is not None
     if task is None or not task.labels:
         name = f"task {task.name!r}" if task is not None else "this engine"
@@ -139,26 +145,30 @@ def task_labels(manifest: Manifest, tokenizer: TextTokenizer) -> Labels:
     return Labels(task.labels, tokens, settings.eos_token_id, scored_end=settings.answer_ends)
 
 
-def score(steps: Steps, labels: Labels, batch: int, at_once: int) -> list[Classification]:
+def score(steps: Steps, labels: Sequence[Labels], at_once: int) -> list[Classification]:
     """Return the class of every text of a batch.
 
     Args:
         steps: the texts, before the first step.
-        labels: the labels.
-        batch: how many texts.
+        labels: those of each text.
         at_once: pairs of text and label the decoder gets at once, which bounds its memory.
     """
-    count = len(labels.paths)
+    pairs = [(row, path) for row, own in enumerate(labels) for path in own.paths]
+    rows = np.array([row for row, _ in pairs])
     # Short paths are filled with any token: nothing that counts comes after it.
-    paths = np.zeros((count, labels.longest), np.int64)
-    for row, path in enumerate(labels.paths):
-        paths[row, : len(path)] = path
+    paths = np.zeros((len(pairs), max(own.longest for own in labels)), np.int64)
+    for filled, (_, path) in zip(paths, pairs, strict=True):
+        filled[: len(path)] = path
     answers: list[Classification] = []
     waiting: list[NumpyArray] = []
-    for start in range(0, batch * count, at_once):
-        pairs = np.arange(start, min(start + at_once, batch * count))
-        waiting.extend(steps.after(pairs // count, paths[pairs % count]))
-        while len(waiting) >= count:
-            answers.append(labels.answer(np.stack(waiting[:count]).astype(np.float32)))
+    for start in range(0, len(pairs), at_once):
+        some = slice(start, start + at_once)
+        waiting.extend(steps.after(rows[some], paths[some]))
+        while len(answers) < len(labels):
+            own = labels[len(answers)]
+            count = len(own.paths)
+            if len(waiting) < count:
+                break
+            answers.append(own.answer(np.stack(waiting[:count]).astype(np.float32)))
             waiting = waiting[count:]
     return answers

@@ -9,9 +9,10 @@ from eptc.runtime.cpus import saturates
 from eptc.runtime.ort_errors import ort_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from eptc.runtime.graph import NumpyArray
     from eptc.runtime.providers import Request
 
 __all__ = ["keep_products_exact", "open_session"]
@@ -36,6 +37,7 @@ def open_session(
     optimize: bool = True,
     save_as: Path | None = None,
     external_from: int = 0,
+    weights: Iterable[tuple[str, NumpyArray]] = (),
 ) -> Any:
     """Open a session.
 
@@ -50,6 +52,7 @@ def open_session(
         optimize: whether ONNX Runtime rewrites the graph.
         save_as: where to write the graph as it will run, with packed weights in `NAME.data`.
         external_from: the smallest tensor in bytes that `NAME.data` gets.
+        weights: names of initializers in the weights file, and what stands in their place.
 
     Raises:
         BundleError: the graph or its weights cannot be loaded.
@@ -72,6 +75,10 @@ def open_session(
         options.optimized_model_filepath = str(save_as)
         for key, value in _saving(f"{save_as.name}.data", external_from).items():
             options.add_session_config_entry(key, value)
+    # ONNX Runtime copies the numbers when it opens the session; until then these must stay.
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights}
+    if values:
+        options.add_external_initializers(list(values), list(values.values()))
     try:
         # Its own fallback prints to stdout and goes on with less than was asked for.
         session = onnxruntime.InferenceSession(

@@ -16,6 +16,8 @@ __all__ = [
     "DTYPES",
     "INTERFACES",
     "MANIFEST",
+    "PACK",
+    "TASK_IDS",
     "FileRecord",
     "GenerationSpec",
     "GraphSpec",
@@ -25,6 +27,10 @@ __all__ = [
 ]
 
 MANIFEST: Final = "manifest.json"
+# In its place where a folder holds many tasks over one base.
+PACK: Final = "pack.json"
+# The input of an engine of several tasks: of each row, the place of its task in the list.
+TASK_IDS: Final = "task_ids"
 
 DTYPES: Final = ("bfloat16", "bool", "float16", "float32", "int32", "int64")
 
@@ -88,6 +94,11 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def input_names(self) -> frozenset[str]:
+        """Names of the inputs."""
+        return frozenset(tensor.name for tensor in self.inputs)
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return {
@@ -128,6 +139,7 @@ class GenerationSpec:
             have no bound.
         answer_prefix: tokens that training put before each answer (a BOS of its own).
         answer_ends: whether training ended each answer with a stop token.
+        task_max_new_tokens: of an engine of several tasks, `max_new_tokens` of each.
     """
 
     decoder_start_token_id: int | None
@@ -140,12 +152,14 @@ class GenerationSpec:
     max_positions: int | None = None
     answer_prefix: tuple[int, ...] = ()
     answer_ends: bool = True
+    task_max_new_tokens: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return dataclasses.asdict(self) | {
             "eos_token_id": list(self.eos_token_id),
             "answer_prefix": list(self.answer_prefix),
+            "task_max_new_tokens": list(self.task_max_new_tokens),
         }
 
     @classmethod
@@ -163,6 +177,7 @@ class GenerationSpec:
             fields.optional_integer("max_positions", at_least=1, default=None),
             fields.token_ids("answer_prefix", default=[]),
             fields.flag("answer_ends", default=True),
+            fields.counts("task_max_new_tokens", default=[]),
         )
         fields.finish()
         return spec
@@ -246,7 +261,7 @@ class FileRecord:
 
 def file_name(name: str, where: str) -> str:
     """Return the name; raises BundleError where it is not the plain name of a bundle's file."""
-    if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+    if not _FILE_NAME.fullmatch(name) or name in (MANIFEST, PACK):
         raise BundleError(
             f"{where}: {name!r} is not a file name of a bundle",
             expected="a plain name of letters, digits, '.', '_' and '-'",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from eptc.errors import BundleError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     import tokenizers
@@ -49,22 +51,30 @@ class TextTokenizer:
     Args:
         path: a `tokenizers` file.
         spec: what the manifest says of it.
+        limits: further lengths that texts may be cut to: each has a tokenizer of its own.
 
     Raises:
         BundleError: the file cannot be read.
     """
 
-    def __init__(self, path: Path, spec: TokenizerSpec) -> None:
+    def __init__(self, path: Path, spec: TokenizerSpec, limits: Iterable[int | None] = ()) -> None:
         self.spec = spec
         self._plain = _read(path)
         added = self._plain.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
-        self._cutting = self._plain
-        if spec.max_length is not None:
-            self._cutting = _read(path)
-            self._cutting.enable_truncation(
-                spec.max_length, strategy="longest_first", direction=spec.truncation_side
-            )
+        self._cutting: dict[int | None, tokenizers.Tokenizer] = {None: self._plain}
+        for limit in (spec.max_length, *limits):
+            if limit is not None and limit not in self._cutting:
+                cutting = self._cutting[limit] = _read(path)
+                cutting.enable_truncation(
+                    limit, strategy="longest_first", direction=spec.truncation_side
+                )
+
+    def limited(self, max_length: int | None) -> TextTokenizer:
+        """Return the same tokenizer with another bound, one of its `limits`."""
+        found = copy.copy(self)
+        found.spec = dataclasses.replace(self.spec, max_length=max_length)
+        return found
 
     def encode(
         self,
@@ -72,6 +82,7 @@ class TextTokenizer:
         *,
         truncate: bool = False,
         add_special_tokens: bool = True,
+        limits: Sequence[int | None] | None = None,
     ) -> list[tokenizers.Encoding]:
         """Return one encoding per text or pair, not padded.
 
@@ -79,16 +90,25 @@ class TextTokenizer:
             texts: texts and pairs.
             truncate: cut what is too long.
             add_special_tokens: False where the text already has them.
+            limits: most tokens of each text, `max_length` or one of the class's `limits`; None:
+                `max_length` for all.
 
         Raises:
-            TextTooLongError: a text above `max_length`, unless `truncate`.
+            TextTooLongError: a text above its limit, unless `truncate`.
             InputError: a text without a single token.
         """
-        tokenizer = self._cutting if truncate else self._plain
+        if limits is None:
+            limits = [self.spec.max_length] * len(texts)
         batch = [text[0] if len(text) == 1 else text for text in texts]
-        encodings = tokenizer.encode_batch(batch, add_special_tokens=add_special_tokens)
-        limit = self.spec.max_length
-        for position, encoding in enumerate(encodings):
+        found: dict[int, tokenizers.Encoding] = {}
+        for limit in dict.fromkeys(limits if truncate else [None]):
+            rows = [i for i, own in enumerate(limits) if own == limit or not truncate]
+            some = self._cutting[limit].encode_batch(
+                [batch[i] for i in rows], add_special_tokens=add_special_tokens
+            )
+            found.update(zip(rows, some, strict=True))
+        encodings = [found[position] for position in range(len(texts))]
+        for position, (encoding, limit) in enumerate(zip(encodings, limits, strict=True)):
             length = len(encoding.ids)
             if length == 0:
                 raise InputError(f"text {position} has no tokens: {texts[position][0]!r}")

@@ -9,13 +9,14 @@ from typing import Any
 from eptc.errors import BundleError, OptionError
 from eptc.runtime.graph import signature
 from eptc.runtime.manifest import Manifest, bundle_file, read_manifest
+from eptc.runtime.pack_manifest import PackManifest
 from eptc.runtime.prepacked import sha256
 from eptc.runtime.providers import CPU
 from eptc.runtime.session import open_session
-from eptc.runtime.spec import MANIFEST, FileRecord
+from eptc.runtime.spec import MANIFEST, PACK, FileRecord
 from eptc.runtime.tokenizer import TextTokenizer
 
-__all__ = ["VerifyReport", "verify"]
+__all__ = ["VerifyReport", "file_problem", "tokenizer_problems", "verify"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +24,14 @@ class VerifyReport:
     """What `verify` found.
 
     Args:
-        manifest: the bundle's manifest.
+        manifest: the bundle's, or the pack's.
         files: each listed file, and what is wrong with it or None.
         graphs: each graph, and why it does not load or None.
         problems: everything that is wrong, one sentence each; empty for a sound bundle.
         warnings: what is odd but harms nothing: unlisted files, no parity check.
     """
 
-    manifest: Manifest
+    manifest: Manifest | PackManifest
     files: dict[str, str | None]
     graphs: dict[str, str | None]
     problems: tuple[str, ...]
@@ -61,7 +62,7 @@ class VerifyReport:
 
 
 def verify(directory: str | Path) -> VerifyReport:
-    """Check every file's size and SHA-256, and that graphs and tokenizer load.
+    """Check every file's size and SHA-256, and that graphs and tokenizer load; of a pack, tasks.
 
     Files are read in pieces. Graphs are loaded on the CPU, unoptimised, and only where every
     listed file is as it was written. A file the manifest does not list is a warning: nothing
@@ -71,19 +72,24 @@ def verify(directory: str | Path) -> VerifyReport:
         BundleError: there is no manifest to check against, or it is damaged or newer.
     """
     folder = Path(directory)
+    if (folder / PACK).exists():
+        from eptc.runtime.verify_pack import verify_pack  # it asks for what is here
+
+        return verify_pack(folder)
     manifest = read_manifest(folder)
-    files = {name: _file(folder, name, record) for name, record in manifest.files.items()}
+    files = {name: file_problem(folder, name, record) for name, record in manifest.files.items()}
     problems = [f"{name}: {reason}" for name, reason in files.items() if reason is not None]
     graphs: dict[str, str | None] = {}
     for name in manifest.graphs:
         graphs[name] = _graph(folder, manifest, name) if not problems else "not loaded"
     if not problems:
         problems += [f"graph {name!r}: {why}" for name, why in graphs.items() if why is not None]
-        problems += _tokenizer(folder, manifest)
+        problems += tokenizer_problems(folder, manifest)
     return VerifyReport(manifest, files, graphs, tuple(problems), _warnings(folder, manifest))
 
 
-def _file(folder: Path, name: str, record: FileRecord) -> str | None:
+def file_problem(folder: Path, name: str, record: FileRecord) -> str | None:
+    """Return what is wrong with a listed file, read in pieces; None for a sound one."""
     try:
         path = bundle_file(folder, name)
         size = path.stat().st_size
@@ -109,7 +115,8 @@ def _graph(folder: Path, manifest: Manifest, name: str) -> str | None:
     return signature(session, spec)
 
 
-def _tokenizer(folder: Path, manifest: Manifest) -> list[str]:
+def tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """Return why a bundle's tokenizer does not load; nothing where it does, or there is none."""
     if manifest.tokenizer is None:
         return []
     try:

@@ -55,7 +55,7 @@ def test_answers_are_compared(ran: Path) -> None:
 def test_builds_are_measured(ran: Path) -> None:
     build = read(ran / "tiny-t5-build.json").build
     assert build is not None
-    assert [measure.name for measure in build.measures] == ["cold", "second", "copy"]
+    assert [measure.name for measure in build.measures] == ["cold", "second", "copy", "hf"]
     for measure in build.measures:
         assert measure.status == "measured"
         assert min(measure.seconds) > 0
@@ -63,7 +63,9 @@ def test_builds_are_measured(ran: Path) -> None:
     cold = build.measures[0]
     # torch alone is larger than this; the suite's own process is not.
     assert min(cold.peak_rss) > 150 * 2**20
-    assert set(build.ratios) == {"second / cold, seconds", "second / cold, peak memory"}
+    assert set(build.ratios) == {
+        "second / cold, seconds", "second / cold, peak memory", "hf / copy, seconds",
+    }  # fmt: skip
 
 
 def test_the_report_is_written(ran: Path) -> None:

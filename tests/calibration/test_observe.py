@@ -118,7 +118,7 @@ def _highest_logit(engine: Engine, row: Any) -> float:
     """Return the highest logit over a row's answers, by steps of the engine itself."""
     highest = -np.inf
     for answer in row.answers:
-        steps = engine._steps(dict(row.feeds), len(answer))
+        steps = engine._steps(dict(row.feeds), [len(answer)])
         logits = [steps.step(steps.first)]
         if answer:
             logits.append(steps.step(np.array([answer], np.int64)))

@@ -14,7 +14,7 @@ import pytest
 from eptc import checkpoint, lower
 from eptc.fitting import task_config
 from eptc.ir import AdaptedModel
-from eptc.lower.task_rows import insert_tasks
+from eptc.lower import insert_tasks
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.fold_transposes import FoldTransposes

@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 
 from eptc.errors import InternalError
-from eptc.lower import bind, write
+from eptc.lower import WeightsFile, bind, write
 from eptc.lower.weights import derive
 from eptc.tensors import Array, ArrayTensor, ComputedTensor, LazyTensor
 
@@ -99,6 +99,19 @@ def test_small_tensors_stay_in_the_graph(tmp_path: Path) -> None:
     write(graphs, tmp_path)
     assert entries(tmp_path / "model.onnx") == {}
     np.testing.assert_array_equal(evaluate(tmp_path / "model.onnx"), np.ones((16, 16)))
+
+
+def test_small_tensors_that_are_to_be_outside(tmp_path: Path) -> None:
+    graphs = {"model": model_of("a", "b", shape=(4, 4))}
+    arrays = {"a": np.ones((4, 4), np.float32), "b": np.full((4, 4), 2, np.float32)}
+    bind(graphs, {name: ArrayTensor(name, array) for name, array in arrays.items()})
+    written = WeightsFile.write(graphs, tmp_path, outside=frozenset("b"))
+    written.write_graph(graphs["model"], tmp_path / "model.onnx")
+    assert list(entries(tmp_path / "model.onnx")) == ["b"]
+    offset = written.offset(graphs["model"].graph.initializers["b"])
+    found = np.fromfile(tmp_path / "weights.bin", np.float32, 16, offset=offset)
+    np.testing.assert_array_equal(found.reshape(4, 4), arrays["b"])
+    np.testing.assert_array_equal(evaluate(tmp_path / "model.onnx"), arrays["a"] + arrays["b"])
 
 
 def test_same_bytes_and_graphs_untouched(tmp_path: Path) -> None:

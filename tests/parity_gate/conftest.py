@@ -39,7 +39,9 @@ class Subject:
 
     def export(self, out: Path, task: str | int, **more: Any) -> eptc.Bundle:
         """Compile one task, verified."""
-        return eptc.export(self.ckpt, task=task, out=out, base=self.base, **self.options, **more)
+        given = {**self.options, **more}
+        built: eptc.Bundle = eptc.export(self.ckpt, task=task, out=out, base=self.base, **given)
+        return built
 
     def read(self) -> checkpoint.Checkpoint:
         """Read it as the compiler does."""

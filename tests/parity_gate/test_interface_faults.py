@@ -257,8 +257,8 @@ def test_goes_on_after_the_end(
     """An answer that ended goes on: its stop token is taken for another one."""
     sound = generation.greedy
 
-    def greedy(steps: Any, settings: Any, limit: int) -> Any:
-        return [row[:-1] for row in sound(steps, settings, limit)]
+    def greedy(steps: Any, settings: Any, limits: list[int]) -> Any:
+        return [row[:-1] for row in sound(steps, settings, limits)]
 
     monkeypatch.setattr("eptc.runtime.engine.greedy", greedy)
     assert "decisions differ from the reference" in refused(recorded("t5-gated-tiny"), 0)

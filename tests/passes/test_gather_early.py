@@ -22,6 +22,7 @@ MOVES = {
     "read twice inside": f"p = MatMul(x, W) q = Relu(p) r = Add(q, p) {LAST}",
     "norm": f"p = MatMul(x, W) r = LayerNormalization <axis = -1> (p, b) {LAST}",
     "one row for all positions": f"p = MatMul(x, W) r = Add(row, p) {LAST}",
+    "columns added": (f"p = MatMul(x, W) q = Pad(p, behind, one) r = MatMul(q, X) {LAST}"),
     "heads": (
         "p = MatMul(x, W) h = Reshape(p, split) t = Transpose <perm = [0, 2, 1, 3]> (h) "
         "u = Transpose <perm = [0, 2, 3, 1]> (h2) m = MatMul(t, u) s = Softmax <axis = -1> (m) "
@@ -42,6 +43,7 @@ LEAVES = {
         "t = Transpose <perm = [0, 2, 1]> (x) r = MatMul(V, t) y = Gather <axis = 2> (r, i)",
         "no MatMul",
     ),
+    "positions added": (f"p = MatMul(x, W) r = Pad(p, below, one) {LAST}", "no MatMul"),
     "no linear": (f"r = Relu(x) {LAST}", "no MatMul"),
     "moves between axes": (f"p = MatMul(x, W) r = Reshape(p, mixed) {LAST}", "no MatMul"),
     "several positions": ("r = MatMul(x, W) y = Gather <axis = 1> (r, two)", "not one constant"),
@@ -57,7 +59,9 @@ def model(body: str, index: int = 0) -> ir.Model:
         "float[4] b = {1, -1, 2, 0.5}, float[1,1,4] row = {1, 2, 3, 5}, "
         "float[3,4] n = {1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 7, 6}, "
         f"int64 i = {{{index}}}, int64[2] two = {{0, 1}}, int64[4] split = {{0, 0, 2, 2}}, "
-        "int64[3] join = {0, 0, 4}, int64[3] mixed = {0, 4, 3}"
+        "int64[3] join = {0, 0, 4}, int64[3] mixed = {0, 4, 3}, float one = {1}, "
+        "int64[6] behind = {0, 0, 0, 0, 0, 1}, int64[6] below = {0, 0, 0, 0, 1, 0}, "
+        "float[5,4] X = {1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 7, 6, 5, 4, 3, 1, 2, 4, 6, 8}"
     )
     outputs = ", ".join(f"float[] {name}" for name in "yz" if f"{name} = " in body)
     helpers = ""

@@ -20,10 +20,12 @@ from eptc.pass_base import AdapterPass, GraphPass
 from eptc.pipeline import (
     adapter_passes,
     check_graph,
+    factoring_passes,
     freezing_passes,
     graph_passes,
     lossy_passes,
     run_adapter_passes,
+    stacking_passes,
 )
 from eptc.precision import SCHEMES, OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
@@ -34,6 +36,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "stack-tasks": {"task_ids": (0, 1)},
     "specialize-router": {"task_id": 1},
     "freeze-router": {"gates": {"b": [0.5, 0.25, 0.25]}, "spread": {"b": [0.1, 0.1, 0.0]}},
+    "truncate-rank": {"max_rank": 1},
 }
 # Options of which JSON has a digest only, as they were.
 DIGESTED: dict[str, dict[str, Any]] = {"quantize-int8-static": {"ranges": {}}}
@@ -68,10 +71,12 @@ def test_declaration(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in PASSES if issubclass(find_pass(n), AdapterPass)])
 def test_adapter_pass_is_valid_and_idempotent(name: str, model: AdaptedModel) -> None:
-    """From every state of the default pipeline: valid, within its contract, a second run no-op."""
-    states = [model]
-    for earlier in adapter_passes(1):
-        states.append(earlier.rewrite(states[-1]))
+    """From every state of the pipelines: valid, within its contract, a second run no-op."""
+    states = []
+    for pipeline in (adapter_passes(1), factoring_passes(1, 2)):
+        states.append(model)
+        for earlier in pipeline:
+            states.append(earlier.rewrite(states[-1]))
     step = instance(name)
     assert isinstance(step, AdapterPass)
     for state in states:
@@ -107,8 +112,11 @@ def test_no_file_is_an_orphan() -> None:
 def test_default_pipelines_are_registered() -> None:
     """The pipelines run exactly the registered exact passes, in the registry's order."""
     frozen = [step.name for step in freezing_passes({}, {})]
-    assert frozen == [name for name in PASSES if name in frozen]
-    used = set(frozen)
+    factored = [step.name for step in factoring_passes(0, 1)]
+    stacked = [step.name for step in stacking_passes((0, 1))]
+    used = {*frozen, *factored, *stacked}
+    for names in (frozen, factored, stacked):
+        assert names == [name for name in PASSES if name in names]
     for provider, precision in itertools.product(get_args(OptimizeFor), get_args(Precision)):
         names = [step.name for step in adapter_passes(0)]
         names += [step.name for step in graph_passes(provider, precision)]

@@ -54,7 +54,7 @@ def put(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
 
 RECORD = {"sha256": "0" * 64, "size": 1}
 REFUSED = {
-    "newer": (put(SCHEMA_VERSION + 1, "schema_version"), "schema version 2"),
+    "newer": (put(SCHEMA_VERSION + 1, "schema_version"), "schema version 3"),
     "version is a string": (put("1", "schema_version"), "'schema_version' is '1'"),
     "missing key": (rename("kind", "sort"), "no 'kind'"),
     "unknown key": (put(1, "tolls"), "unknown key 'tolls'; nearest: tools"),

@@ -1,0 +1,1 @@
+"""A service that answers texts with a compiled bundle. Run it with `python -m service`."""
