@@ -19,6 +19,7 @@ from eptc.cli_common import FOLDER, command, json_option, progress_shown, source
 from eptc.errors import BundleError, OptionError
 from eptc.parity_lines import folder_lines, parity_lines
 from eptc.precision import SCHEMES
+from eptc.tasks import names_several
 
 if TYPE_CHECKING:
     from eptc.build import Folder
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from eptc.runtime import Engine
 
 __all__ = ["main"]
+
+# What says how a checkpoint is read (`source_options`), and what is scored.
+_SOURCE = ("base", "tasks", "top_k", "task_spec", "allow_pickle", "format", "data")
 
 
 def _share(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -240,6 +244,9 @@ def main() -> None:
     "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."
 )
 @click.option("--no-verify", is_flag=True, help="Skip parity; the manifest records it.")
+@click.option(
+    "--report", "page", type=FOLDER, help="HTML file about the engine, once it is published."
+)
 @click.option("--force", is_flag=True, help="Replace what lies at --out.")
 @click.option("-v", "--verbose", is_flag=True, help="Show stages and passes in a pipe as well.")
 @json_option
@@ -252,6 +259,7 @@ def export(
     dry_run: bool,
     force: bool,
     no_verify: bool,
+    page: Path | None,
     verbose: bool,
     as_json: bool,
     **options: Any,
@@ -267,13 +275,20 @@ def export(
     """
     options |= {"task": task, "target": target, "verify": not no_verify}
     if options["precision"] == "all" and not _writes_folder(target, options["layout"]):
-        if dry_run or force:
+        if dry_run or force or page is not None:
+            other = "--dry-run" if dry_run else "--force" if force else "--report"
             raise OptionError(
-                f"--precision all was given together with {'--dry-run' if dry_run else '--force'}",
-                fix="leave one out",
+                f"--precision all was given together with {other}", fix="leave one out"
             )
         _export_all(ckpt, out, verbose, as_json, options)
         return
+    if page is not None and (dry_run or _writes_folder(target, options["layout"])):
+        raise OptionError("--report is about an engine, and none is made", fix="leave it out")
+    if page is not None and names_several(task):
+        raise OptionError(
+            f"--report is about an engine of one task, and --task is {task}",
+            fix="leave it out, or export each task by itself",
+        )
     if dry_run:
         plan = eptc.plan(ckpt, **options)
         click.echo(json.dumps(plan.to_json()) if as_json else _predicted(plan))
@@ -282,6 +297,12 @@ def export(
         raise click.UsageError("Missing option '-o' / '--out'.")
     with progress_shown(as_json, verbose) as progress:
         bundle = eptc.export(ckpt, out=out, force=force, progress=progress, **options)
+        if page is not None and isinstance(bundle, eptc.Bundle):
+            seconds = {record.name: record.seconds for record in bundle.passes}
+            eptc.report(
+                bundle.path, out=page, reference=ckpt, seconds=seconds, progress=progress,
+                **{name: options[name] for name in _SOURCE},
+            )  # fmt: skip
     if not isinstance(bundle, eptc.Bundle):
         _print_folder(bundle, as_json)
         return
@@ -410,17 +431,29 @@ def convert(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--task", help="Of a pack: the task that is compared.")
 @source_options
 @click.option("--data", type=FOLDER, help="JSON lines file with labelled examples to score on.")
+@click.option(
+    "--report",
+    "page",
+    type=FOLDER,
+    help="HTML file to write what is found to, failures as well; makes every check.",
+)
 @json_option
 @command
-def parity(bundle: Path, reference: Path, as_json: bool, **options: Any) -> None:
+def parity(
+    bundle: Path, reference: Path, page: Path | None, as_json: bool, **options: Any
+) -> None:
     """Compare BUNDLE, or a task of a pack, with the unfolded PyTorch model again.
 
     Exit code 1 where they differ.
 
     The manifest supplies --tasks and --top-k.
     """
+    options["reference"] = reference
     with progress_shown(as_json) as progress:
-        report = eptc.parity(bundle, reference=reference, progress=progress, **options)
+        if page is None:
+            report = eptc.parity(bundle, progress=progress, **options)
+        else:
+            report = eptc.report(bundle, out=page, progress=progress, **options).checked()
     if as_json:
         click.echo(json.dumps(report.to_json()))
         return

@@ -12,7 +12,7 @@ from eptc.runtime.spec import MANIFEST, PACK
 if TYPE_CHECKING:  # a bundle is inspected without the compiler's packages
     from eptc.ir import Adapter
 
-__all__ = ["inspect"]
+__all__ = ["inspect", "route"]
 
 
 def inspect(
@@ -94,22 +94,23 @@ def inspect(
             for i, task in enumerate(contents.tasks)
         ],
         "routes": {
-            task.name: {p: _route(a, i) for p, a in contents.adapters.items()}
+            task.name: {p: route(a, i) for p, a in contents.adapters.items()}
             for i, task in enumerate(contents.tasks)
         },
         "notes": list(contents.notes),
     }
 
 
-def _route(adapter: Adapter, task_id: int) -> dict[str, Any] | None:
+def route(adapter: Adapter, task_id: int) -> dict[str, Any] | None:
+    """Return a task's experts, weights and margin in a linear; None: they depend on the input."""
     router = adapter.router
     if router is None:
         return None
-    route = router.route(task_id)
+    found = router.route(task_id)
     return {
-        "experts": list(route.experts),
-        "weights": list(route.weights),
-        "margin": route.margin if math.isfinite(route.margin) else None,
+        "experts": list(found.experts),
+        "weights": list(found.weights),
+        "margin": found.margin if math.isfinite(found.margin) else None,
     }
 
 

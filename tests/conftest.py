@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +33,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     processors = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden"
 
 # The small native checkpoint's.
 WORDS = (
@@ -186,6 +190,27 @@ def small_rows(small_native: Folders, tmp_path_factory: pytest.TempPathFactory) 
         )
     )
     return rows
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources, as a checkout on another machine has them."""
+    if any(importlib.util.find_spec(name) is None for name in ("setuptools", "pip")):
+        pytest.skip("needs setuptools and pip in this environment")
+    root = tmp_path_factory.mktemp("wheel")
+    checkout = root / "checkout"
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "build", "*.egg-info")
+    for name in ("eptc", "passes"):
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout / name)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+         "--no-index", "--wheel-dir", root / "out", checkout],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (path,) = (root / "out").glob("*.whl")
+    return path
 
 
 @dataclasses.dataclass(frozen=True)

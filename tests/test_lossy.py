@@ -212,7 +212,7 @@ def test_flips_found_again(
 
     with eptc.Engine.load(out, providers=["cpu"]) as engine:
         assert {answer.label for answer in engine.classify(rows)} == {"good"}
-    monkeypatch.setattr("eptc.recheck.reference_answers", answers)
+    monkeypatch.setattr("eptc.pair.reference_answers", answers)
     options = {"reference": small_native.ckpt, "base": small_native.base, "data": data}
     flips = most
     scores = eptc.parity(out, **options).scores
@@ -227,7 +227,7 @@ def test_calibrated_engine_by_block(
     build: Any, small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where memory is short for it, that is said; an engine in int8 is compared by block."""
-    monkeypatch.setattr("eptc.recheck.available_memory", lambda: 2**10)
+    monkeypatch.setattr("eptc.pair.available_memory", lambda: 2**10)
     options = {"reference": small_native.ckpt, "base": small_native.base}
     half = build(tmp_path / "fp16", "fp16", verify=False)
     with pytest.raises(OptionError, match="is an engine in fp16, whose ranges hold for the model"):

@@ -25,27 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = ROOT / "eptc" / "checkpoint" / "ept_config.schema.json"
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources, as a checkout on another machine has them."""
-    if any(importlib.util.find_spec(name) is None for name in ("setuptools", "pip")):
-        pytest.skip("needs setuptools and pip in this environment")
-    root = tmp_path_factory.mktemp("wheel")
-    checkout = root / "checkout"
-    ignored = shutil.ignore_patterns("__pycache__", ".*", "build", "*.egg-info")
-    for name in ("eptc", "passes"):
-        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, checkout / name)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-         "--no-index", "--wheel-dir", root / "out", checkout],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    (path,) = (root / "out").glob("*.whl")
-    return path
-
-
 def _sources() -> Iterator[str]:
     """Every file of the package, by its place in a wheel."""
     for folder, prefix in ((ROOT / "eptc", "eptc"), (ROOT / "passes", "eptc/passes")):
@@ -62,7 +41,8 @@ def test_the_wheel_has_every_file_and_no_other(wheel: Path) -> None:
     assert names == set(_sources())
     assert {"eptc/py.typed", "eptc/passes/fold_pyramid.py"} <= names
     assert "eptc/checkpoint/ept_config.schema.json" in names
-    assert not any("test" in name for name in names)
+    assert not any(re.search(r"(^|/)(tests?/|test_|conftest)", name) for name in names)
+    assert {"eptc/page/templates/page.html", "eptc/pytest_plugin.py"} <= names
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
@@ -73,6 +53,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         metadata = archive.read(f"{info}/METADATA").decode()
         assert any(name.endswith("LICENSE") for name in archive.namelist())
     assert re.search(r"\[console_scripts\]\s+eptc = eptc\.cli:main", entries)
+    assert re.search(r"\[pytest11\]\s+eptc = eptc\.pytest_plugin", entries)
     assert "Provides-Extra: compile" in metadata
     required = re.findall(r"^Requires-Dist: ([\w.-]+)(?![^\n]*extra ==)", metadata, re.MULTILINE)
     assert set(required) <= {

@@ -17,7 +17,7 @@ from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.graph import NumpyArray
 from eptc.runtime.ort_errors import ort_errors
 
-__all__ = ["Extremes", "Moments", "Tap", "Values"]
+__all__ = ["Extremes", "Moments", "Snapshot", "Tap", "Values"]
 
 # What the names of added values begin with.
 _TAP = "eptc.tap."
@@ -157,6 +157,29 @@ class Moments(Tap):
 
     def _add(self, graph: onnx.GraphProto) -> list[str]:
         return _let_out(graph, self.values)
+
+
+class Snapshot(Tap):
+    """The values themselves, of any type, as the last run made them.
+
+    Attributes:
+        found: by name.
+    """
+
+    def __init__(self, folder: Path, file: str, values: Sequence[str]) -> None:
+        super().__init__(folder, file, values)
+        self.found: dict[str, NumpyArray] = {}
+
+    def report(self, found: list[NumpyArray]) -> None:
+        """Keep the values of one run."""
+        self.found = dict(zip(self.values, found, strict=True))
+
+    def _add(self, graph: onnx.GraphProto) -> list[str]:
+        names = _let_out(graph, self.values)
+        for output in graph.output:
+            if output.name.startswith(_TAP):
+                output.ClearField("type")  # the runtime knows
+        return names
 
 
 def _let_out(graph: onnx.GraphProto, values: Sequence[str]) -> list[str]:

@@ -9,97 +9,28 @@ from pathlib import Path
 
 from eptc.errors import InputError, InternalError, ParityError
 from eptc.nn.adapted import ReferenceModel
+from eptc.parity_gate.batches import make_probes
 from eptc.parity_gate.compare import FP32, Bound, Comparison, bound_of, not_run
-from eptc.parity_gate.interface import (
-    Tokenizes,
-    check_layout,
-    check_manifest,
-    check_text,
-    position_limit,
-)
+from eptc.parity_gate.interface import check_manifest
 from eptc.parity_gate.outputs import Decision, check_outputs
-from eptc.parity_gate.probes import (
-    Example,
-    Probe,
-    builtin_examples,
-    odd_examples,
-    synthetic,
-    text_batches,
-)
+from eptc.parity_gate.probes import Example, Probe
 from eptc.parity_gate.report import ParityReport, furthest
 from eptc.parity_gate.weights import check_weights
 from eptc.runtime import Engine
 from eptc.text import TrainingTokenizer
 
 __all__ = [
-    "make_probes", "prove", "prove_outputs", "refuse", "run_probes", "with_outcomes",
-]  # fmt: skip
-
-
-def make_probes(
-    engine: Tokenizes,
-    reference: ReferenceModel,
-    task_id: int,
-    tokenizer: TrainingTokenizer | None,
-    examples: Sequence[Example] | None,
-) -> tuple[list[Probe], int]:
-    """Return the probes of an engine, and how many texts both tokenizers agreed on.
-
-    Args:
-        engine: the engine, or its bundle, for its own tokenizer.
-        reference: the unfolded model, for its vocabulary and its limits.
-        task_id: position of the engine's task in the reference's list.
-        tokenizer: the tokenizer of training; None where there is none.
-        examples: text to use; None for the built-in ones. Where a task only generates, the form
-            of its text is not known: then the built-in ones are tokenized, and seeded tokens
-            stand alone.
-
-    Raises:
-        ParityError: the engine's tokenizer differs from the training tokenizer on a text.
-    """
-    kind, task = engine.manifest.kind, reference.tasks[task_id]
-    probes, agreed = [], 0
-    if tokenizer is not None and engine.manifest.tokenizer is not None:
-        shown = examples if examples is not None else builtin_examples(task)
-        odd = odd_examples(task, engine.manifest.tokenizer.max_length)
-        agreed = check_text(engine, tokenizer, task, [*shown, *odd])
-        if examples is not None or task.kind != "generation":
-            for name, batch in text_batches(shown):
-                feeds = engine.tokenize(batch, truncate=True)
-                check_layout(feeds, kind)
-                probes.append(
-                    Probe(
-                        name,
-                        feeds["input_ids"],
-                        feeds["attention_mask"],
-                        feeds.get("token_type_ids"),
-                    )
-                )
-    config, limit = reference.hf.config, position_limit(reference)
-    if engine.manifest.generation is not None and limit is not None:
-        limit = max(1, limit - engine.manifest.generation.max_new_tokens)
-    reads_types = any(
-        spec.name == "token_type_ids"
-        for graph in engine.manifest.graphs.values()
-        for spec in graph.inputs
-    )
-    probes += synthetic(
-        int(config.vocab_size),
-        limit,
-        token_types=int(config.type_vocab_size) if reads_types else 0,
-        left=kind == "decoder-only",
-        answers=_start(engine) if kind == "encoder-decoder" else None,
-        # T5's prompts may change places where a batch has as many rows.
-        rows=reference.prompts,
-    )
-    return probes, agreed
-
-
-def _start(engine: Tokenizes) -> int:
-    generation = engine.manifest.generation
-    assert generation is not None
-    assert generation.decoder_start_token_id is not None
-    return generation.decoder_start_token_id
+    "bound_on",
+    "make_probes",
+    "prove",
+    "prove_outputs",
+    "refuse",
+    "refuse_decisions",
+    "refuse_tensors",
+    "refuse_unproven",
+    "run_probes",
+    "with_outcomes",
+]
 
 
 def prove(
@@ -192,14 +123,25 @@ def run_probes(
         progress: called with what is being done.
     """
     bound = report.bound
-    lossy_text = bound != FP32 and not all(probe.synthetic for probe in probes)
+    has_text = not all(probe.synthetic for probe in probes)
     for probe in probes:
         progress(f"parity: {probe.name}")
-        allowed = bound.without_text if lossy_text and probe.synthetic else bound
+        allowed = bound_on(probe, bound, has_text=has_text)
         report = with_outcomes(report, probe, _outcomes(engine, reference, task, probe, allowed))
         if not report.agrees:
             break
     return report
+
+
+def bound_on(probe: Probe, bound: Bound, *, has_text: bool) -> Bound:
+    """Return the bound of a probe's tensors.
+
+    Args:
+        probe: it.
+        bound: of the engine's outputs on text.
+        has_text: whether there are probes of text.
+    """
+    return bound.without_text if bound != FP32 and has_text and probe.synthetic else bound
 
 
 def _outcomes(
@@ -249,6 +191,16 @@ def refuse(report: ParityReport, where: str) -> None:
     if report.passed:
         return
     if report.agrees:
+        refuse_unproven(report)
+    bound, tensors = report.judged
+    refuse_tensors(tensors, bound, where)
+    refuse_decisions(report.decisions, where)
+    raise ParityError("no output was compared with the reference's", fix=where)
+
+
+def refuse_unproven(report: ParityReport) -> None:
+    """Raise ParityError where too little was compared to speak of the model."""
+    if report.unproven is not None:
         raise ParityError(
             f"too little was compared: {report.unproven}, since the reference's own choices of "
             "experts there are within rounding of others",
@@ -256,25 +208,34 @@ def refuse(report: ParityReport, where: str) -> None:
             fix="give other texts with --probe; where routes are that close on every text, no "
             "other runtime is sure to choose the same experts",
         )
-    bound, tensors = report.judged
+
+
+def refuse_tensors(tensors: Sequence[Comparison], bound: Bound, where: str) -> None:
+    """Raise ParityError where tensors are off: the first and the worst, what would have passed."""
     failed = [c for c in tensors if not c.passed]
-    flipped = [d for d in report.decisions if d.flipped]
-    if not failed and not flipped:
-        raise ParityError("no output was compared with the reference's", fix=where)
     if not failed:
-        first = flipped[0]
-        raise ParityError(
-            f"{len(flipped)} decisions differ from the reference, first on {first.probe}, row "
-            f"{first.row}, step {first.step}: the reference is sure by {first.margin:.3g}, noise "
-            f"is {first.noise:.3g}",
-            fix=where,
-        )
+        return
     worst = furthest(tensors)
     enough = bound.relative * worst.error / worst.bound if worst.bound else worst.error
     passing = f"; {enough:.2g} would have passed" if math.isfinite(enough) else ""
+    further = "" if worst is failed[0] else f"\nworst: {worst.explain()}"
     raise ParityError(
         f"{len(failed)} of {len(tensors)} output tensors differ from the reference.\n"
-        f"first: {failed[0].explain()}\nworst: {worst.explain()}",
+        f"first: {failed[0].explain()}{further}",
         expected=f"at most {bound.relative:g} of the largest element ({bound.why})" + passing,
+        fix=where,
+    )
+
+
+def refuse_decisions(decisions: Sequence[Decision], where: str) -> None:
+    """Raise ParityError where choices differ of which the reference is sure."""
+    flipped = [d for d in decisions if d.flipped]
+    if not flipped:
+        return
+    first = flipped[0]
+    raise ParityError(
+        f"{len(flipped)} decisions differ from the reference, first on {first.probe}, row "
+        f"{first.row}, step {first.step}: the reference is sure by {first.margin:.3g}, noise "
+        f"is {first.noise:.3g}",
         fix=where,
     )

@@ -192,7 +192,7 @@ def test_flip_on_labelled_data(
         want.scores[39] *= -1
         return dataclasses.replace(want, chosen=want.scores.argmax(axis=1))
 
-    monkeypatch.setattr("eptc.recheck.reference_answers", answers)
+    monkeypatch.setattr("eptc.pair.reference_answers", answers)
     with pytest.raises(ParityError, match="1 of 40 labels change where the reference is sure"):
         check(bundle, data=write(tmp_path / "data.jsonl", *rows))
 

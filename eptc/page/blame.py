@@ -1,0 +1,83 @@
+"""Which pass is to blame for a bundle that is off: the checkpoint is compiled once more."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+from eptc.build import Bundle, export
+from eptc.errors import EptcError, ParityError
+from eptc.pair import Pair
+from eptc.precision import OptimizeFor
+from eptc.runtime.manifest import Manifest
+from eptc.runtime.verify import verify
+
+__all__ = ["blame"]
+
+# What `eptc export` may be asked for again without the data the first build had.
+_PRECISIONS = {"fp32": "fp32", "fp16-weights": "keep", "bf16-weights": "keep"}
+
+
+def blame(pair: Pair) -> str:
+    """Return what is known of the pass that is to blame for a bundle that is off.
+
+    A build of the same checkpoint is proven before it is published: one that fails names the
+    first pass after which the engine is off. Where it passes, the passes are sound, and since two
+    builds of one input are equal to the byte, what differs was changed after the build, or the
+    build was another version's.
+    """
+    manifest = pair.manifest
+    precision = _PRECISIONS.get(manifest.precision)
+    added = [record["name"] for record in manifest.passes if record.get("origin")]
+    if precision is None or manifest.target != "onnx" or manifest.routing.mode == "frozen":
+        return (
+            "the first pass is not known: what the build was given beside the checkpoint "
+            "(calibration text, a budget, a target's options) is not in the bundle"
+        )
+    if added:
+        return f"the first pass is not known: the build used passes of others ({added[0]})"
+    with tempfile.TemporaryDirectory(prefix="eptc-") as folder:
+        try:
+            fresh = export(pair.source.path, out=Path(folder) / "again", **_options(pair))
+        except ParityError as error:
+            return f"compiled once more, it fails as well: {error.fix or error.found}"
+        except EptcError as error:
+            return f"the first pass is not known: compiled once more, it fails: {error.found}"
+        assert isinstance(fresh, Bundle)
+        return _what_differs(pair.folder, manifest, fresh.manifest)
+
+
+def _options(pair: Pair) -> dict[str, Any]:
+    manifest, source = pair.manifest, pair.source
+    mode = manifest.routing.mode
+    options: dict[str, Any] = {
+        "task": pair.task.name,
+        "base": source.base.path,
+        "precision": _PRECISIONS[manifest.precision],
+        "optimize_for": next(p for p in get_args(OptimizeFor) if p == manifest.optimized_for),
+        "routing": mode if mode in ("batch", "per-sample") else "exact",
+        "format": source.format.name,
+    }
+    if not source.format.describes_tasks:
+        options["tasks"] = [task.name for task in source.contents.tasks]
+        options["top_k"] = source.contents.top_k
+    return options
+
+
+def _what_differs(folder: Path, manifest: Manifest, fresh: Manifest) -> str:
+    """Say which files of a bundle are not what a sound build writes."""
+    sound = "compiled once more, it agrees with the reference after every pass: none is to blame"
+    changed = [name for name, why in verify(folder).files.items() if why is not None]
+    if changed:
+        return f"{sound}; {', '.join(changed)} was changed after the build"
+    other = [name for name, found in manifest.files.items() if fresh.files.get(name) != found]
+    if [name for name in other if name != "parity.json"]:
+        tools = [
+            f"{name} {version} (here {fresh.tools.get(name)})"
+            for name, version in manifest.tools.items()
+            if fresh.tools.get(name) != version
+        ]
+        made = f", which {', '.join(tools)} made" if tools else ""
+        return f"{sound}; {', '.join(other)} is another than such a build writes{made}"
+    return f"{sound}, and its files are those of such a build; manifest.json was changed after it"

@@ -1,0 +1,260 @@
+"""What a page says, before it is drawn: every check, every layer, every pass, every route."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eptc.checks import Check, Checks, NotCheckedError
+from eptc.errors import EptcError, InputError, InternalError, ParityError
+from eptc.inspection import route
+from eptc.layer_errors import LayerError, layer_errors
+from eptc.page.blame import blame
+from eptc.pair import Pair
+from eptc.parity_gate.probes import Probe
+from eptc.parity_gate.report import ParityReport
+from eptc.precision_plan import FILE as PLAN
+from eptc.runtime.manifest import Manifest, read_manifest
+
+__all__ = ["Content", "Divergence", "Outcome", "Routes", "collect"]
+
+# What stands beside the bundle where `--precision all` made it.
+_COMPARISON = "comparison.json"
+_SMALL = ("shortest and longest together", "seeded tokens 2x17")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of one check.
+
+    Args:
+        name: what was checked.
+        of: which one.
+        state: `passed`, `failed` or `skipped`.
+        found: what was measured.
+        error: why it failed.
+        why: why it was skipped.
+    """
+
+    name: str
+    of: str
+    state: str
+    found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: EptcError | None = None
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """Where an engine first leaves its reference.
+
+    Args:
+        probe: the batch on which it was looked for.
+        layer: the first layer that is off; None: every layer that could be compared agrees.
+        step: what is known of the pass that is to blame.
+    """
+
+    probe: str
+    layer: LayerError | None
+    step: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """What the checkpoint's tasks use of which expert.
+
+    Args:
+        tasks: their names.
+        scales: size of each expert's kernel; empty where experts have none.
+        experts: how many there are.
+        linears: of each adapted linear, the route of each task: experts, weights, margin; None
+            where it depends on the input.
+    """
+
+    tasks: Sequence[str]
+    scales: Sequence[int]
+    experts: int
+    linears: Mapping[str, Sequence[Mapping[str, Any] | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a page says.
+
+    Args:
+        folder: the bundle's.
+        manifest: its manifest; None where it cannot be read.
+        outcomes: every check.
+        parity: what the outputs came to; None where none was compared.
+        layers: every layer that has a counterpart, on `probe`.
+        probe: name of that batch; empty where there was none.
+        divergence: None where nothing failed.
+        routes: None where the checkpoint cannot be read.
+        plan: what each weight is stored as, by name; None where all are float32.
+        comparison: of precisions, where the bundle is one of them.
+        seconds: wall time of passes, by name, as far as it is known.
+    """
+
+    folder: Path
+    manifest: Manifest | None
+    outcomes: Sequence[Outcome]
+    parity: ParityReport | None
+    layers: Sequence[LayerError]
+    probe: str
+    divergence: Divergence | None
+    routes: Routes | None
+    plan: Mapping[str, str] | None
+    comparison: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """The checks that failed."""
+        return [outcome for outcome in self.outcomes if outcome.state == "failed"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed, and outputs were compared."""
+        return not self.failed and any(
+            outcome.state == "passed" and outcome.name in ("tensors", "blocks")
+            for outcome in self.outcomes
+        )
+
+    def checked(self) -> ParityReport:
+        """Return what `eptc.parity` returns; raise where a check failed.
+
+        Raises:
+            InputError: as for `raise_for_failure`.
+            ParityError: likewise.
+        """
+        self.raise_for_failure()
+        assert self.parity is not None
+        scores = next((o.found for o in self.outcomes if o.name == "scores" and o.found), None)
+        return dataclasses.replace(self.parity, scores=scores)
+
+    def raise_for_failure(self) -> None:
+        """Raise what stands in the way of a comparison, or ParityError where a check failed.
+
+        Raises:
+            InputError: the bundle and the checkpoint cannot be read or do not belong together.
+            ParityError: a check failed; the first is told in full.
+        """
+        for outcome in self.failed:
+            if outcome.name in ("manifest", "origin"):
+                assert outcome.error is not None
+                raise outcome.error
+        if self.passed:
+            return
+        if not self.failed:
+            raise ParityError("no output was compared with the reference's")
+        # A weight that is off says more than the hash of its file.
+        first = next((o for o in self.failed if o.name not in ("files", "graphs")), self.failed[0])
+        assert first.error is not None
+        raise ParityError(
+            f"{len(self.failed)} of {len(self.outcomes)} checks failed; "
+            f"{' '.join((first.name, first.of)).strip()}: {first.error.found}",
+            expected=first.error.expected,
+            fix=self.divergence.step if self.divergence is not None else first.error.fix,
+        )
+
+
+def collect(
+    checks: Checks, *, seconds: Mapping[str, float], progress: Callable[[Any], None]
+) -> Content:
+    """Make every check, and gather what there is to say beside.
+
+    Args:
+        checks: of the bundle.
+        seconds: wall time of passes, by name.
+        progress: called with what is being done.
+    """
+    outcomes = []
+    for check in checks:
+        progress(f"parity: {check.name} {check.of}".rstrip())
+        outcomes.append(_outcome(check))
+    sides = checks.sides
+    try:
+        pair: Pair | None = sides.pair
+    except EptcError:
+        pair = None
+    try:
+        manifest: Manifest | None = read_manifest(sides.folder)
+    except EptcError:
+        manifest = None
+    progress("parity: layers")
+    probe, layers = _layers(checks, outcomes)
+    divergence = None
+    if any(outcome.state == "failed" for outcome in outcomes) and pair is not None:
+        progress("parity: the first pass that is off")
+        first = next((layer for layer in layers if not layer.found.passed), None)
+        divergence = Divergence(probe, first, blame(pair))
+    return Content(
+        sides.folder,
+        manifest,
+        outcomes,
+        sides.report(),
+        layers,
+        probe,
+        divergence,
+        None if pair is None else _routes(pair),
+        (_json(sides.folder / PLAN) or {}).get("weights"),
+        _json(sides.folder.absolute().parent / _COMPARISON),
+        seconds,
+    )
+
+
+def _outcome(check: Check) -> Outcome:
+    try:
+        return Outcome(check.name, check.of, "passed", check.run())
+    except NotCheckedError as error:
+        return Outcome(check.name, check.of, "skipped", why=str(error))
+    except EptcError as error:
+        return Outcome(check.name, check.of, "failed", error=error)
+
+
+def _layers(checks: Checks, outcomes: Sequence[Outcome]) -> tuple[str, list[LayerError]]:
+    """Return every layer's error on the first probe that failed, else on a small one."""
+    tried = [o for o in outcomes if o.name == "tensors" and o.of and o.state != "skipped"]
+    names = [o.of for o in tried if o.state == "failed"]
+    # Every layer's output is in memory at once: two rows, with padding, show what more would.
+    names += [o.of for wanted in _SMALL for o in tried if o.of == wanted]
+    for name in names:
+        try:
+            probe, _ = checks.sides.outcomes(name)
+            return name, _errors(checks, probe)
+        except (InputError, InternalError, ParityError, NotCheckedError):
+            continue  # the engine does not run on it: that is said where it failed
+    return "", []
+
+
+def _errors(checks: Checks, probe: Probe) -> list[LayerError]:
+    sides = checks.sides
+    with sides.whole() as (engine, reference, _):
+        return layer_errors(engine, reference, sides.pair.task.name, probe, sides.bound)
+
+
+def _routes(pair: Pair) -> Routes:
+    contents = pair.source.contents
+    linears = {
+        path: [route(adapter, task_id) for task_id in range(len(contents.tasks))]
+        for path, adapter in contents.adapters.items()
+    }
+    most = max(
+        (1 + max(found["experts"]) for each in linears.values() for found in each if found),
+        default=0,
+    )
+    scales = tuple(contents.kernel_sizes)
+    names = [task.name for task in contents.tasks]
+    return Routes(names, scales, max(most, len(scales)), linears)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """Return what a file beside the graphs says; None where there is none, or another's."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
