@@ -260,6 +260,24 @@ def test_bad_usage(
     assert message in run.output
 
 
+@pytest.mark.parametrize(
+    ("layout", "message"), [("flat", "serves 2 tasks"), ("pack", "is a pack")]
+)
+def test_several_tasks(
+    check: Callable[..., Run], small_native: Any, tmp_path: Path, layout: Any, message: str
+) -> None:
+    out = tmp_path / "several"
+    eptc.export(
+        small_native.ckpt, base=small_native.base, task="tone,score", layout=layout, out=out,
+        verify=False,
+    )  # fmt: skip
+    run = check(out)
+    assert run.code == pytest.ExitCode.USAGE_ERROR
+    assert message in run.output
+    assert "eptc parity" in run.output
+    assert not run.tests
+
+
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """Return a function that runs pytest where eptc is installed: it finds the plugin itself."""

@@ -322,3 +322,22 @@ def test_the_command_that_builds(
     done = cli("export", small_native.ckpt, *given, "--report", tmp_path / "r.html", "--dry-run")
     assert done.code == 2
     assert "--report is about an engine" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"), [("flat", "serves 2 tasks"), ("pack", "is a pack")]
+)
+def test_several_tasks_have_no_page(
+    small_native: Any, tmp_path: Path, cli: Any, layout: str, message: str
+) -> None:
+    given = "--base", small_native.base, "--report", tmp_path / "r.html"
+    several = "--task", "tone,score", "--layout", layout, "-o", tmp_path / "several"
+    done = cli("export", small_native.ckpt, *several, *given)
+    assert done.code == 2
+    assert "--report is about an engine" in done.stderr
+    assert not (tmp_path / "several").exists()
+    assert cli("export", small_native.ckpt, *several, *given[:2], "--no-verify").code == 0
+    done = cli("parity", tmp_path / "several", "--reference", small_native.ckpt, *given)
+    assert done.code == 2
+    assert message in done.stderr
+    assert not (tmp_path / "r.html").exists()
