@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import onnx_ir
 
@@ -69,39 +69,45 @@ class Bundle:
         return Engine.load(self.path, **options)
 
 
+class _Choices(TypedDict, total=False):
+    """What `export` takes whatever it writes."""
+
+    task: TaskChoice
+    base: str | Path | None
+    tasks: Sequence[str] | None
+    top_k: int | None
+    task_spec: str | Path | None
+    probe: str | Path | None
+    precision: Precision
+    precision_plan: str | Path | None
+    calibration: str | Path | None
+    calibration_method: CalibrationMethod
+    block_method: Method
+    data: str | Path | None
+    max_drop: float | None
+    max_flips: float | None
+    search_evaluations: int | None
+    search_minutes: float | None
+    optimize_for: OptimizeFor | None
+    max_memory: int | None
+    verify: bool
+    allow_pickle: bool
+    format: str | None
+    routing: Routing
+    passes: Sequence[str | AdapterPass | GraphPass]
+    max_rank: int | None
+    genai_python: str | Path | None
+    force: bool
+    progress: Progress
+
+
 @overload
 def export(  # type: ignore[overload-overlap]  # `str` has the names of targets yet to be installed
     ckpt: str | Path,
     *,
+    out: str | Path,
     target: Literal["lora", "hf", "genai", "triton"],
-    out: str | Path,
-    task: TaskChoice = ...,
-    base: str | Path | None = ...,
-    tasks: Sequence[str] | None = ...,
-    top_k: int | None = ...,
-    task_spec: str | Path | None = ...,
-    probe: str | Path | None = ...,
-    precision: Precision = ...,
-    precision_plan: str | Path | None = ...,
-    calibration: str | Path | None = ...,
-    calibration_method: CalibrationMethod = ...,
-    block_method: Method = ...,
-    data: str | Path | None = ...,
-    max_drop: float | None = ...,
-    max_flips: float | None = ...,
-    search_evaluations: int | None = ...,
-    search_minutes: float | None = ...,
-    optimize_for: OptimizeFor | None = ...,
-    max_memory: int | None = ...,
-    verify: bool = ...,
-    allow_pickle: bool = ...,
-    format: str | None = ...,
-    routing: Routing = ...,
-    passes: Sequence[str | AdapterPass | GraphPass] = ...,
-    max_rank: int | None = ...,
-    genai_python: str | Path | None = ...,
-    force: bool = ...,
-    progress: Progress = ...,
+    **choices: Unpack[_Choices],
 ) -> Folder: ...
 
 
@@ -109,21 +115,10 @@ def export(  # type: ignore[overload-overlap]  # `str` has the names of targets 
 def export(
     ckpt: str | Path,
     *,
+    out: str | Path,
     layout: Literal["pack"],
-    out: str | Path,
-    task: TaskChoice = ...,
-    base: str | Path | None = ...,
     target: Literal["onnx"] = ...,
-    tasks: Sequence[str] | None = ...,
-    top_k: int | None = ...,
-    task_spec: str | Path | None = ...,
-    optimize_for: OptimizeFor | None = ...,
-    max_memory: int | None = ...,
-    verify: bool = ...,
-    allow_pickle: bool = ...,
-    format: str | None = ...,
-    force: bool = ...,
-    progress: Progress = ...,
+    **choices: Unpack[_Choices],
 ) -> Folder: ...
 
 
@@ -131,36 +126,10 @@ def export(
 def export(
     ckpt: str | Path,
     *,
-    task: TaskChoice = ...,
     out: str | Path,
-    base: str | Path | None = ...,
     target: str = ...,
-    tasks: Sequence[str] | None = ...,
-    top_k: int | None = ...,
-    task_spec: str | Path | None = ...,
-    probe: str | Path | None = ...,
-    precision: Precision = ...,
-    precision_plan: str | Path | None = ...,
-    calibration: str | Path | None = ...,
-    calibration_method: CalibrationMethod = ...,
-    block_method: Method = ...,
-    data: str | Path | None = ...,
-    max_drop: float | None = ...,
-    max_flips: float | None = ...,
-    search_evaluations: int | None = ...,
-    search_minutes: float | None = ...,
-    optimize_for: OptimizeFor | None = ...,
-    max_memory: int | None = ...,
-    verify: bool = ...,
-    allow_pickle: bool = ...,
-    format: str | None = ...,
-    routing: Routing = ...,
-    passes: Sequence[str | AdapterPass | GraphPass] = ...,
-    max_rank: int | None = ...,
     layout: Literal["flat", "optimum"] = ...,
-    genai_python: str | Path | None = ...,
-    force: bool = ...,
-    progress: Progress = ...,
+    **choices: Unpack[_Choices],
 ) -> Bundle: ...
 
 
