@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
-__all__ = ["available_memory"]
+__all__ = ["available_memory", "release_memory"]
 
 _ROOT = Path("/")
 _GROUPS = (
@@ -35,3 +36,10 @@ def available_memory(root: Path = _ROOT) -> int | None:
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return min(found, default=None)
+
+
+def release_memory() -> None:
+    """Give what was freed in small pieces back to the system, where the C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 import eptc
-from eptc import checkpoint
+from eptc import checkpoint, hf_export
 
 MB = 10**6
 # What the build is told it may have resident: the largest linear has 17 MB in float32.
@@ -33,9 +33,28 @@ def test_folding_streams(tmp_path: Path) -> None:
     Once everything is imported and warm, its address space may grow by no more than what is
     left of `max_memory`: it cannot have more resident.
     """
+    report = _in_a_child(tmp_path, "onnx")
+    assert report["weight_bytes"] >= 1.2 * report["room"]
+    assert report["written"] >= report["weight_bytes"]
+    assert report["room_used"] <= report["room"]
+    assert report["peak"] <= LIMIT
+    assert report["control"] == "MemoryError"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="needs /proc")
+def test_a_folder_streams(tmp_path: Path) -> None:
+    """Folded, written and compared with a file's worth of weights in memory, not the model's."""
+    report = _in_a_child(tmp_path, "hf")
+    assert report["mode"] == "weights"
+    assert report["weight_bytes"] > 600 * MB
+    assert report["grown"] <= 250 * MB
+
+
+def _in_a_child(root: Path, target: str) -> dict[str, Any]:
+    """Return what a process of its own reports; the folder is removed."""
     try:
         child = subprocess.run(
-            [sys.executable, __file__, str(tmp_path)],
+            [sys.executable, __file__, str(root), target],
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
@@ -47,14 +66,10 @@ def test_folding_streams(tmp_path: Path) -> None:
             timeout=600,
         )
     finally:
-        shutil.rmtree(tmp_path)
+        shutil.rmtree(root)
     assert child.returncode == 0, child.stderr
-    report = json.loads(child.stdout.splitlines()[-1])
-    assert report["weight_bytes"] >= 1.2 * report["room"]
-    assert report["written"] >= report["weight_bytes"]
-    assert report["room_used"] <= report["room"]
-    assert report["peak"] <= LIMIT
-    assert report["control"] == "MemoryError"
+    report: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return report
 
 
 def write_model(root: Path, width: int, layers: int) -> int:
@@ -177,5 +192,28 @@ def build_within_limits(root: Path) -> dict[str, Any]:
     }
 
 
+def fold_into_files(root: Path) -> dict[str, Any]:
+    """Write a large model as files of 32 MB; must run in a process of its own."""
+    vars(hf_export).update(SHARD=32 * MB, fits=lambda _: False)
+    write_model(root / "tiny", 64, 1)
+    weight_bytes = write_model(root / "large", WIDTH, LAYERS)
+
+    def export(name: str) -> eptc.Folder:
+        return eptc.export(
+            root / name / "ckpt", base=root / name / "base", target="hf", out=root / name / "out"
+        )
+
+    export("tiny")  # imports everything and warms up
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    folder = export("large")
+    return {
+        "weight_bytes": weight_bytes,
+        "grown": _status("VmHWM") - before,
+        "mode": folder.parity["only"]["mode"],
+    }
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(build_within_limits(Path(sys.argv[1]))) + "\n")
+    work = {"onnx": build_within_limits, "hf": fold_into_files}[sys.argv[2]]
+    sys.stdout.write(json.dumps(work(Path(sys.argv[1]))) + "\n")

@@ -79,6 +79,7 @@ def check_folder_weights(
         delta = adapted[name].dense(task_id).numpy() if name in adapted else None
         base = parameters[name]
         worst = max(worst, _check_one(name, path, base, delta, dtypes[name]))
+        del base, delta  # before the next ones are there
     return FolderWeights(len(files), len(adapted), worst)
 
 
