@@ -370,7 +370,7 @@ def _interrupts() -> Iterator[None]:
     "moment",
     ["eptc.checkpoint.read", "eptc.lower.bind", "eptc.lower.write", "eptc.build.describe",
      "eptc.build.write_texts", "eptc.bundle.write_manifest", "eptc.runtime.engine.Engine.load",
-     "eptc.bundle.write_json", "eptc.bundle._sync"],
+     "eptc.bundle.write_json", "eptc.bundle.sync"],
 )  # fmt: skip
 def test_interrupted(
     small_native: Any,
