@@ -132,6 +132,7 @@ def write_folded(job: FolderJob, directory: Path, dtype: str | None) -> Folded:
     with clock.stage("write"):
         write_shards(shards, directory, lambda done, total: job.progress(Written(done, total)))
         write_texts(directory, source, task, model.config, _most(shards), tokenizer)
+    release_memory()
     parity: Mapping[str, Any] = {"verified": False}
     if gate is not None:
         with clock.stage("parity"):
