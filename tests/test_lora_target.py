@@ -563,6 +563,7 @@ def test_two_exports_are_equal(native: Any, tmp_path: Path) -> None:
         )  # fmt: skip
         found.append(contents(folder.path))
     assert found[0] == found[1]
+    assert len({path.stat().st_mode for path in folder.path.glob("score/*")}) == 1
     assert sorted(found[0])[:2] == [PROVENANCE, f"score/{CONFIG}"]
     assert not any(str(tmp_path).encode() in content for content in found[0].values())
 

@@ -16,7 +16,8 @@ import pytest
 import safetensors.numpy
 
 import eptc
-from eptc import checkpoint, hf_export
+from eptc import checkpoint
+from eptc.interop import hf
 
 MB = 10**6
 # What the build is told it may have resident: the largest linear has 17 MB in float32.
@@ -194,7 +195,7 @@ def build_within_limits(root: Path) -> dict[str, Any]:
 
 def fold_into_files(root: Path) -> dict[str, Any]:
     """Write a large model as files of 32 MB; must run in a process of its own."""
-    vars(hf_export).update(SHARD=32 * MB, fits=lambda _: False)
+    vars(hf).update(SHARD=32 * MB, fits=lambda _: False)
     write_model(root / "tiny", 64, 1)
     weight_bytes = write_model(root / "large", WIDTH, LAYERS)
 

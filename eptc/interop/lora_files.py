@@ -85,7 +85,9 @@ def write_adapter(
             b[:, : delta.B.shape[1]] = cast(delta.B.numpy(), "float32")
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = b
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = directory / "adapter_model.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    bundle.share(file)
     linears = [n.removesuffix(".weight") for n, t in model.weights.items() if len(t.shape) == 2]
     bundle.write_json(
         directory / "adapter_config.json",
