@@ -25,7 +25,8 @@ from benchmarks.places import RESULTS, ROOT
 from benchmarks.processes import environment
 from benchmarks.random_checkpoint import TASKS, write_checkpoint
 from benchmarks.routing import once
-from benchmarks.statistics import order_of_rounds, paired_ratio, turn_value
+from benchmarks.statistics import order_of_rounds, paired_ratio
+from benchmarks.turns import difference, turn
 from benchmarks.versions import installed
 
 __all__ = ["main", "measure"]
@@ -34,8 +35,6 @@ SHAPES = ((1, 32), (8, 128))
 SWITCHED, FOLDED, BUNDLE = "pack, factors fed", "pack, folded", "bundle of the task alone"
 # Tokens that are written after the text.
 _NEW = 8
-# A turn lasts this long, seconds, or two calls.
-_TURN = 0.25
 # The processor time of one thread does not count what else the machine is busy with.
 _CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
@@ -200,11 +199,11 @@ def _calls(place: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for order in order_of_rounds(list(calls), options.rounds, seed=options.seed):
             for name in order:
-                seconds[name].append(_turn(calls[name], _CLOCKS[options.clock]))
+                seconds[name].append(turn(calls[name], _CLOCKS[options.clock], at_least=2))
         found.append({
             "batch": batch, "tokens": length,
             "new_tokens": _NEW if engines[BUNDLE].manifest.generation else 0,
-            "off_by": {name: _difference(answers[name], answers[BUNDLE]) for name in calls},
+            "off_by": {name: difference(answers[name], answers[BUNDLE]) for name in calls},
             "milliseconds": {n: round(1e3 * float(np.median(s)), 3) for n, s in seconds.items()},
             "ratio_to_bundle": {
                 name: dataclasses.asdict(
@@ -228,21 +227,6 @@ def _call(engine: Any, batch: int, length: int, seed: int) -> Callable[[], Any]:
     return lambda: np.array(
         [row + [0] * (_NEW - len(row)) for row in engine.generate_ids(feeds, _NEW)]
     )
-
-
-def _difference(a: Any, b: Any) -> float:
-    """Return how far two answers are apart, as a part of the largest number: two digits."""
-    return float(f"{np.abs(a - b).max() / max(1e-30, np.abs(b).max()):.1e}")
-
-
-def _turn(call: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Call for a while; return the median."""
-    seconds: list[float] = []
-    while sum(seconds) < _TURN or len(seconds) < 2:
-        start = clock()
-        call()
-        seconds.append(clock() - start)
-    return turn_value(seconds)
 
 
 if __name__ == "__main__":

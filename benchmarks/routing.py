@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,14 @@ from benchmarks.models import MODELS, Model, write_base
 from benchmarks.places import RESULTS, ROOT
 from benchmarks.routed_checkpoints import PROMPTS, VARIANTS, Variant
 from benchmarks.routed_graphs import write_base_graphs, write_engine, write_exported
-from benchmarks.statistics import order_of_rounds, paired_overheads, paired_ratio, turn_value
+from benchmarks.statistics import order_of_rounds, paired_overheads, paired_ratio
+from benchmarks.turns import difference, random_feeds, session_call, turn
 from benchmarks.versions import installed
 
 __all__ = ["main", "measure", "once", "pairs"]
 
 BASE, ENGINE, EXPORTED = "base model's engine", "eptc engine", "torch.onnx.export of the module"
 SHAPES = ((1, 32), (8, 128))
-# A turn lasts this long, seconds, or three calls.
-_TURN = 0.25
 # Tokens a decoder has written before the step that is measured.
 _PAST = 16
 
@@ -109,11 +107,13 @@ def measure(model: str, variant: Variant, options: argparse.Namespace) -> dict[s
                 name: _feeds(sessions[of], batch, sequence, options.seed)
                 for name, of in ((BASE, BASE), (ENGINE, ENGINE), (EXPORTED, ENGINE))
             }
-            calls = {name: _call(session, feeds[name]) for name, session in sessions.items()}
+            calls = {
+                name: session_call(session, feeds[name]) for name, session in sessions.items()
+            }
             cases.append(
                 {
                     "graph": graph, "batch": batch, "sequence": sequence,
-                    "exported_off_by": _difference(calls[ENGINE](), calls[EXPORTED]()),
+                    "exported_off_by": difference(calls[ENGINE](), calls[EXPORTED]()),
                     **_timed(calls, options.rounds, options.seed),
                 }
             )  # fmt: skip
@@ -168,7 +168,6 @@ def _session(path: Path, threads: int) -> Any:
 
 def _feeds(session: Any, batch: int, sequence: int, seed: int) -> dict[str, Any]:
     """Return inputs of a graph: random tokens; of a decoder the step after some others."""
-    rng = np.random.default_rng(seed)
     decodes = any(node.name.startswith("past_key_values") for node in session.get_inputs())
     sizes = {
         "batch": batch, "sequence": 1 if decodes else sequence, "past_sequence": _PAST,
@@ -177,28 +176,7 @@ def _feeds(session: Any, batch: int, sequence: int, seed: int) -> dict[str, Any]
     if any("mask_sequence" in node.shape for node in session.get_inputs()):
         # The mask is the text's, the encoder's output has the prompts in front.
         sizes |= {"mask_sequence": sequence, "encoder_sequence": PROMPTS + sequence}
-    feeds = {}
-    for node in session.get_inputs():
-        shape = [size if isinstance(size, int) else sizes[size] for size in node.shape]
-        if node.type == "tensor(float)":
-            feeds[node.name] = rng.standard_normal(shape).astype(np.float32)
-        elif "mask" in node.name:
-            feeds[node.name] = np.ones(shape, np.int64)
-        else:
-            feeds[node.name] = rng.integers(4, 60, shape) * (node.name == "input_ids")
-    return feeds
-
-
-def _call(session: Any, feeds: Mapping[str, Any]) -> Callable[[], Any]:
-    wanted = {node.name for node in session.get_inputs()}
-    taken = {name: array for name, array in feeds.items() if name in wanted}
-    first = session.get_outputs()[0].name
-    return lambda: session.run([first], taken)[0]
-
-
-def _difference(a: Any, b: Any) -> float:
-    """Return how far two answers are apart, as a part of the largest number: two digits."""
-    return float(f"{np.abs(a - b).max() / np.abs(b).max():.1e}")
+    return random_feeds(session, sizes, seed)
 
 
 def _timed(calls: Mapping[str, Callable[[], Any]], rounds: int, seed: int) -> dict[str, Any]:
@@ -208,7 +186,7 @@ def _timed(calls: Mapping[str, Callable[[], Any]], rounds: int, seed: int) -> di
         call()
     for order in order_of_rounds(list(calls), rounds, seed=seed):
         for name in order:
-            seconds[name].append(_turn(calls[name]))
+            seconds[name].append(turn(calls[name]))
     ratios = {
         name: dataclasses.asdict(paired_ratio(seconds[name], seconds[BASE], seed=seed))
         for name in (ENGINE, EXPORTED)
@@ -221,16 +199,6 @@ def _timed(calls: Mapping[str, Callable[[], Any]], rounds: int, seed: int) -> di
         "ratio_to_exported": dataclasses.asdict(paired_ratio(ours, theirs, seed=seed)),
         "overhead_to_exported": None if overheads is None else dataclasses.asdict(overheads),
     }
-
-
-def _turn(call: Callable[[], Any]) -> float:
-    """Call for a while; return the median."""
-    seconds: list[float] = []
-    while sum(seconds) < _TURN or len(seconds) < 3:
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return turn_value(seconds)
 
 
 def _row(case: Mapping[str, Any]) -> str:

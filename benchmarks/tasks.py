@@ -23,7 +23,8 @@ from benchmarks.models import MODELS, Model, write_base
 from benchmarks.places import RESULTS, ROOT
 from benchmarks.random_checkpoint import RANK, TASKS, TOP_K, write_checkpoint
 from benchmarks.routing import once
-from benchmarks.statistics import order_of_rounds, paired_ratio, turn_value
+from benchmarks.statistics import order_of_rounds, paired_ratio
+from benchmarks.turns import difference, random_feeds, session_call, turn
 from benchmarks.versions import installed
 
 __all__ = ["main", "measure"]
@@ -32,8 +33,6 @@ ALONE, TOGETHER = "one task's engine", "engine of eight tasks"
 SHAPES = ((1, 32), (8, 128))
 # The linears that are adapted where the model's own checkpoint has other tasks.
 _TARGETS = {"minilm": ("query", "key", "value", "dense")}
-# A turn lasts this long, seconds, or three calls.
-_TURN = 0.25
 # Tokens a decoder has written before the step that is measured.
 _PAST = 16
 _SEED = 0
@@ -80,9 +79,9 @@ def measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
         }
         for batch, sequence in SHAPES:
             feeds = _feeds(sessions[TOGETHER], batch, sequence)
-            calls = {name: _call(session, feeds) for name, session in sessions.items()}
+            calls = {name: session_call(session, feeds) for name, session in sessions.items()}
             own = {**feeds, "task_ids": np.full(batch, _place(model))}
-            off = _difference(_call(sessions[TOGETHER], own)(), calls[ALONE]())
+            off = difference(session_call(sessions[TOGETHER], own)(), calls[ALONE]())
             seconds = _timed(calls, options.rounds, _CLOCKS[options.clock])
             ratio = paired_ratio(seconds[TOGETHER], seconds[ALONE], seed=_SEED)
             medians = {n: round(1e3 * float(np.median(each)), 3) for n, each in seconds.items()}
@@ -142,36 +141,15 @@ def _session(path: Path, threads: int) -> Any:
 
 def _feeds(session: Any, batch: int, sequence: int) -> dict[str, Any]:
     """Return inputs of a graph: random tokens; of a decoder the step after some others."""
-    rng = np.random.default_rng(_SEED)
     decodes = any(node.name.startswith("past_key_values") for node in session.get_inputs())
     sizes = {
         "batch": batch, "sequence": 1 if decodes else sequence, "past_sequence": _PAST,
         "encoder_sequence": sequence,
     }  # fmt: skip
-    feeds: dict[str, Any] = {}
-    for node in session.get_inputs():
-        shape = [size if isinstance(size, int) else sizes[size] for size in node.shape]
-        if node.type == "tensor(float)":
-            feeds[node.name] = rng.standard_normal(shape).astype(np.float32)
-        elif node.name == "task_ids":
-            feeds[node.name] = np.arange(batch) % TASKS
-        elif "mask" in node.name:
-            feeds[node.name] = np.ones(shape, np.int64)
-        else:
-            feeds[node.name] = rng.integers(4, 60, shape) * (node.name == "input_ids")
+    feeds = random_feeds(session, sizes, _SEED)
+    if "task_ids" in feeds:
+        feeds["task_ids"] = np.arange(batch) % TASKS
     return feeds
-
-
-def _call(session: Any, feeds: Mapping[str, Any]) -> Callable[[], Any]:
-    wanted = {node.name for node in session.get_inputs()}
-    taken = {name: array for name, array in feeds.items() if name in wanted}
-    first = session.get_outputs()[0].name
-    return lambda: session.run([first], taken)[0]
-
-
-def _difference(a: Any, b: Any) -> float:
-    """Return how far two answers are apart, as a part of the largest number: two digits."""
-    return float(f"{np.abs(a - b).max() / np.abs(b).max():.1e}")
 
 
 def _timed(
@@ -181,18 +159,8 @@ def _timed(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for order in order_of_rounds(list(calls), rounds, seed=_SEED):
         for name in order:
-            seconds[name].append(_turn(calls[name], clock))
+            seconds[name].append(turn(calls[name], clock))
     return seconds
-
-
-def _turn(call: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Call for a while; return the median."""
-    seconds: list[float] = []
-    while sum(seconds) < _TURN or len(seconds) < 3:
-        start = clock()
-        call()
-        seconds.append(clock() - start)
-    return turn_value(seconds)
 
 
 def _size(folder: Path) -> int:

@@ -251,15 +251,7 @@ def export(
             export, ckpt, options, settings, out=out, force=force, progress=progress
         )
     out = Path(out)
-    bundle.check_place(
-        out,
-        force=force,
-        inputs={
-            "the checkpoint": ckpt, "the base model": base, "the probes": probe,
-            "the task description": task_spec, "the precision plan": precision_plan,
-            "the calibration text": calibration, "the labelled data": data,
-        },
-    )  # fmt: skip
+    bundle.check_place(out, force=force, inputs=options.inputs(ckpt))
     clock = Clock(progress)
     with contextlib.ExitStack() as stack:
         with clock.stage("read the checkpoint"):

@@ -28,7 +28,7 @@ from eptc.stacking import check_stackable, refused_blocks, stack_bytes, stacked_
 from eptc.tasks import Task, chosen, names_several
 from eptc.text import has_tokenizer
 
-__all__ = ["Clock", "Event", "Job", "Progress", "Written"]
+__all__ = ["Clock", "Event", "Job", "Progress", "Written", "read_source"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,20 @@ Event = str | PassRecord | Written
 Progress = Callable[[Event], None]
 
 
+def read_source(ckpt: str | Path, options: Options) -> checkpoint.Checkpoint:
+    """Read a checkpoint and its base as the options say; raises InputError."""
+    return checkpoint.read(
+        Path(ckpt),
+        Path(options.base) if options.base is not None else None,
+        top_k=options.top_k,
+        tasks=options.tasks,
+        task_spec=Path(options.task_spec) if options.task_spec is not None else None,
+        allow_pickle=options.allow_pickle,
+        format=options.format,
+        routing=options.routing,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A build whose inputs were read and go together; no weight was."""
@@ -65,16 +79,7 @@ class Job:
         options.check()
         given = options.precision_plan
         precision_plan = None if given is None else PrecisionPlan.read(Path(given))
-        source = checkpoint.read(
-            Path(ckpt),
-            Path(options.base) if options.base is not None else None,
-            top_k=options.top_k,
-            tasks=options.tasks,
-            task_spec=Path(options.task_spec) if options.task_spec is not None else None,
-            allow_pickle=options.allow_pickle,
-            format=options.format,
-            routing=options.routing,
-        )
+        source = read_source(ckpt, options)
         task_ids = tuple(chosen(options.task, source.contents.tasks))
         for task_id in task_ids:
             options.check_task(source.contents.tasks[task_id])

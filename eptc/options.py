@@ -86,6 +86,14 @@ class Options:
         """Whether what is built depends on text that the float32 engine is run on."""
         return SCHEMES[self.precision].calibrated or self.routing == "frozen"
 
+    def inputs(self, ckpt: str | Path) -> dict[str, str | Path | None]:
+        """Return every file and folder that is read, by what it is called in messages."""
+        return {
+            "the checkpoint": ckpt, "the base model": self.base, "the probes": self.probe,
+            "the task description": self.task_spec, "the precision plan": self.precision_plan,
+            "the calibration text": self.calibration, "the labelled data": self.data,
+        }  # fmt: skip
+
     def check(self) -> None:
         """Raise OptionError for a value that no engine can have, or two that contradict."""
         for name, value, known in (

@@ -27,10 +27,7 @@ class DropDeadExperts(AdapterPass):
 
     def rewrite(self, model: AdaptedModel) -> AdaptedModel:
         """Return the model without dead branches; itself where there are none."""
-        adapters = {path: self._drop(adapter) for path, adapter in model.adapters.items()}
-        if all(adapters[path] is model.adapters[path] for path in adapters):
-            return model
-        return model.replace(adapters=adapters)
+        return model.map_adapters(self._drop)
 
     def _drop(self, adapter: Adapter) -> Adapter:
         alive = tuple(branch for branch in adapter.branches if branch.gate != Constant(0.0))

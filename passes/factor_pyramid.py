@@ -34,10 +34,7 @@ class FactorPyramid(AdapterPass):
 
     def rewrite(self, model: AdaptedModel) -> AdaptedModel:
         """Return the model with at most one branch beside each linear; itself where it is so."""
-        adapters = {path: self._factor(adapter) for path, adapter in model.adapters.items()}
-        if all(adapters[path] is model.adapters[path] for path in adapters):
-            return model
-        return model.replace(adapters=adapters)
+        return model.map_adapters(self._factor)
 
     def _factor(self, adapter: Adapter) -> Adapter:
         gates = [branch.gate for branch in adapter.branches]

@@ -41,10 +41,7 @@ class StackTasks(AdapterPass):
         """Return the model with a branch for each task; itself where there is nothing to do."""
         if model.task_id is not None:
             return model
-        adapters = {path: self._stack(adapter) for path, adapter in model.adapters.items()}
-        if all(adapters[path] is model.adapters[path] for path in adapters):
-            return model
-        return model.replace(adapters=adapters)
+        return model.map_adapters(self._stack)
 
     def _stack(self, adapter: Adapter) -> Adapter:
         gates = [branch.gate for branch in adapter.branches]

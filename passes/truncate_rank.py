@@ -37,10 +37,7 @@ class TruncateRank(AdapterPass):
 
     def rewrite(self, model: AdaptedModel) -> AdaptedModel:
         """Return the model with no rank above the largest; itself where none is."""
-        adapters = {path: self._truncate(adapter) for path, adapter in model.adapters.items()}
-        if all(adapters[path] is model.adapters[path] for path in adapters):
-            return model
-        return model.replace(adapters=adapters)
+        return model.map_adapters(self._truncate)
 
     def _truncate(self, adapter: Adapter) -> Adapter:
         if len(adapter.branches) != 1:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from eptc import bundle, checkpoint
+from eptc import bundle
 from eptc.errors import OptionError
 from eptc.fitting import check_fit, task_config
 from eptc.interop.base import Folder, FolderJob, FolderTarget
 from eptc.interop.genai import GenAi
 from eptc.interop.hf import HuggingFace
 from eptc.interop.lora import Lora
-from eptc.job import Clock, Progress
+from eptc.job import Clock, Progress, read_source
 from eptc.options import Options
 from eptc.packs.export import TaskPack
 from eptc.tasks import chosen, names_several
@@ -61,20 +61,9 @@ def export_folder(
     assert target is not None
     _check(target, options)
     out, clock = Path(out), Clock(progress)
-    bundle.check_place(
-        out, force=force,
-        inputs={
-            "the checkpoint": ckpt, "the base model": options.base,
-            "the task description": options.task_spec, "the probes": options.probe,
-        },
-    )  # fmt: skip
+    bundle.check_place(out, force=force, inputs=options.inputs(ckpt))
     with clock.stage("read the checkpoint"):
-        source = checkpoint.read(
-            Path(ckpt), None if options.base is None else Path(options.base),
-            top_k=options.top_k, tasks=options.tasks,
-            task_spec=None if options.task_spec is None else Path(options.task_spec),
-            allow_pickle=options.allow_pickle, format=options.format,
-        )  # fmt: skip
+        source = read_source(ckpt, options)
         task_ids = tuple(chosen(options.task, source.contents.tasks))
         for task_id in task_ids:
             check_fit(source, task_id, task_config(source, task_id))

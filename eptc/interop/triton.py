@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from eptc import bundle, checkpoint
+from eptc import bundle
 from eptc.errors import BundleError, InputError, OptionError, OutputError, TaskError
 from eptc.interop.base import Folder
 from eptc.interop.triton_config import LABELS, model_config, model_labels
-from eptc.job import Clock, Progress
+from eptc.job import Clock, Progress, read_source
 from eptc.options import Options
 from eptc.pipeline import PassRecord
 from eptc.runtime.manifest import Manifest
@@ -121,22 +121,9 @@ def export_repository(
             fix="leave one out",
         )
     out, clock = Path(out), Clock(progress)
-    bundle.check_place(
-        out, force=force,
-        inputs={
-            "the checkpoint": ckpt, "the base model": options.base, "the probes": options.probe,
-            "the task description": options.task_spec,
-            "the precision plan": options.precision_plan,
-            "the calibration text": options.calibration, "the labelled data": options.data,
-        },
-    )  # fmt: skip
+    bundle.check_place(out, force=force, inputs=options.inputs(ckpt))
     with clock.stage("read the checkpoint"):
-        contents = checkpoint.read(
-            Path(ckpt), None if options.base is None else Path(options.base),
-            top_k=options.top_k, tasks=options.tasks,
-            task_spec=None if options.task_spec is None else Path(options.task_spec),
-            allow_pickle=options.allow_pickle, format=options.format,
-        ).contents  # fmt: skip
+        contents = read_source(ckpt, options).contents
         task_ids = chosen(options.task, contents.tasks)
         named: dict[str, int | list[int]] = dict(_named(contents.tasks, task_ids))
         tasks = tuple(named)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -199,6 +199,13 @@ class AdaptedModel:
     def replace(self, **changes: Any) -> AdaptedModel:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def map_adapters(self, rewrite: Callable[[Adapter], Adapter]) -> AdaptedModel:
+        """Return the model with every adapter rewritten; itself where that changed none."""
+        adapters = {path: rewrite(adapter) for path, adapter in self.adapters.items()}
+        if all(adapters[path] is adapter for path, adapter in self.adapters.items()):
+            return self
+        return self.replace(adapters=adapters)
 
     def validate(self) -> None:
         """Check the invariants every pass must keep.

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from eptc.errors import BundleError, TaskError
 from eptc.runtime.json_fields import Fields
@@ -25,7 +25,7 @@ from eptc.runtime.spec import (
 from eptc.tasks import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -33,9 +33,12 @@ __all__ = [
     "bundle_file",
     "check_sizes",
     "load_manifest",
+    "parsed",
     "plain_file",
     "read_manifest",
 ]
+
+Parsed = TypeVar("Parsed")
 
 SCHEMA_VERSION: Final = 2
 
@@ -261,16 +264,30 @@ def read_manifest(directory: str | Path) -> Manifest:
             expected=f"a {MANIFEST} in it",
             fix="make a bundle from a checkpoint with `eptc export`",
         )
+    return parsed(path, Manifest.from_json, _REBUILD)
+
+
+def parsed(path: Path, read: Callable[[object], Parsed], fix: str) -> Parsed:
+    """Return what a JSON file says.
+
+    Args:
+        path: the file.
+        read: makes it of the JSON value; its BundleError gets the path.
+        fix: what to do about a damaged file, where `read` does not say.
+
+    Raises:
+        BundleError: not a plain file, not JSON, or what `read` refuses.
+    """
     plain_file(path)
     try:
         data = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON: {error}", fix=_REBUILD) from error
+        raise BundleError(f"{path} is not JSON: {error}", fix=fix) from error
     try:
-        return Manifest.from_json(data)
+        return read(data)
     except BundleError as error:
         raise BundleError(
-            f"{path}: {error.found}", expected=error.expected, fix=error.fix or _REBUILD
+            f"{path}: {error.found}", expected=error.expected, fix=error.fix or fix
         ) from error
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from eptc.errors import BundleError
 from eptc.runtime.json_fields import Fields
-from eptc.runtime.manifest import Manifest, plain_file
+from eptc.runtime.manifest import Manifest, parsed
 from eptc.runtime.pack_spec import HeadSpec, LinearSpec, PackTask
 from eptc.runtime.spec import INTERFACES, MANIFEST, PACK, FileRecord, GraphSpec, file_name
 from eptc.tasks import resolve
@@ -230,14 +229,4 @@ def read_pack(directory: str | Path) -> PackManifest:
             expected=f"a folder with a {PACK} in it",
             fix="make one from a checkpoint with `eptc export --layout pack`",
         )
-    plain_file(path)
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON: {error}", fix=_REBUILD) from error
-    try:
-        return PackManifest.from_json(data)
-    except BundleError as error:
-        raise BundleError(
-            f"{path}: {error.found}", expected=error.expected, fix=error.fix or _REBUILD
-        ) from error
+    return parsed(path, PackManifest.from_json, _REBUILD)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tasks
+from benchmarks import tasks, turns
 
 
 @pytest.mark.parametrize("clock", ["wall", "thread"])
 def test_measures(tmp_path: Path, clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_TURN", 0.0)
+    monkeypatch.setattr(turns, "_TURN", 0.0)
     monkeypatch.setattr(tasks, "SHAPES", ((2, 5),))
     tasks.main([
         "--models", "tiny-bert,tiny-t5", "--rounds", "6", "--threads", "1", "--clock", clock,
