@@ -5,29 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eptc.errors import EptcError, OptionError
+from eptc.errors import EptcError
 from eptc.nn.adapted import ReferenceModel
 from eptc.nn.frozen import frozen
 from eptc.pair import Pair
-from eptc.parity_gate.batches import seeded_probes, text_probe, texts_by_probe
-from eptc.parity_gate.compare import Bound, Comparison, bound_of
-from eptc.parity_gate.gate import bound_on, with_outcomes
-from eptc.parity_gate.outputs import Decision, check_outputs
-from eptc.parity_gate.probes import Example, Probe
-from eptc.parity_gate.reference import frozen_gates, stream_reference
+from eptc.parity_gate.compare import Bound, bound_of
+from eptc.parity_gate.reference import frozen_gates
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier
+from eptc.parts import MixedPart, Part, TaskPart
 from eptc.runtime import Engine, verify
 from eptc.runtime.verify import VerifyReport
-from eptc.tasks import resolve
 
 __all__ = ["BothSides", "Limits", "NotCheckedError"]
-
-Outcomes = tuple[Probe, Sequence[Comparison | Decision]]
 
 
 class NotCheckedError(Exception):
@@ -67,7 +61,6 @@ class BothSides:
         self.folder = bundle
         self.limits = limits
         self._options = options
-        self._outcomes: dict[str, Outcomes | EptcError] = {}
         self.by_block: ParityReport | None = None
         self._stack = contextlib.ExitStack()
 
@@ -96,29 +89,32 @@ class BothSides:
         return self._stack.enter_context(self.pair.comparable())
 
     @functools.cached_property
-    def _engine(self) -> Engine:
+    def engine(self) -> Engine:
+        """The engine, of every task it serves."""
         return self._stack.enter_context(Engine.load(self.comparable, providers=["cpu"]))
 
     @functools.cached_property
-    def _texts(self) -> dict[str, list[Example]]:
-        """The rows of each probe of text; none where both sides have no tokenizer."""
-        if self.verifier.tokenizer is None or self.pair.manifest.tokenizer is None:
-            return {}
-        return texts_by_probe(self.pair.task, self.pair.examples)
+    def has_text(self) -> bool:
+        """Whether both sides have a tokenizer."""
+        return None not in (self.verifier.tokenizer, self.pair.manifest.tokenizer)
 
     @functools.cached_property
-    def _seeded(self) -> dict[str, Probe]:
-        """The probes of seeded tokens; the base's weights are read only where they must be."""
-        try:
-            model = stream_reference(self.pair.source).model
-        except OptionError:  # such a reference is in memory as a whole or not at all
-            model = self.verifier.reference
-        return {probe.name: probe for probe in seeded_probes(self.pair.manifest, model)}
+    def parts(self) -> list[Part]:
+        """What is compared by itself.
 
-    @property
-    def probes(self) -> list[str]:
-        """Names of the probes, in the order of `eptc.parity`."""
-        return [*self._texts, *self._seeded]
+        Raises:
+            NotCheckedError: there is no reference.
+        """
+        pair = self.opened()
+        if not pair.manifest.tasks:
+            return [TaskPart(self, "", pair.task)]
+        tasks = [TaskPart(self, task.name, task) for task in pair.tasks]
+        return [*tasks, MixedPart(self, "tasks side by side", tasks)]
+
+    @functools.cached_property
+    def scores(self) -> dict[str, dict[str, Any]] | None:
+        """How both sides answer the labelled examples, by task (`Pair.scores`)."""
+        return self.pair.scores(self.comparable, self.verifier)
 
     @property
     def bound(self) -> Bound:
@@ -138,8 +134,8 @@ class BothSides:
             raise NotCheckedError("there is no reference to compare with: see origin") from error
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[tuple[Engine, ReferenceModel, int]]:
-        """Yield engine and reference, both in memory as wholes, and the task's id.
+    def whole(self) -> Iterator[tuple[Engine, ReferenceModel]]:
+        """Yield engine and reference, both in memory as wholes.
 
         Raises:
             NotCheckedError: there is no reference, or it does not fit.
@@ -148,38 +144,19 @@ class BothSides:
             raise NotCheckedError("the model is compared block by block: see blocks")
         reference = self.verifier.reference
         with frozen(reference, frozen_gates(self.pair.manifest)):
-            yield self._engine, reference, resolve(self.pair.task.name, reference.tasks)
-
-    def outcomes(self, name: str) -> Outcomes:
-        """Return a probe and what was found on it; it runs once.
-
-        Raises:
-            EptcError: the engine does not run on it.
-            NotCheckedError: as for `whole`.
-        """
-        if name not in self._outcomes:
-            with self.whole() as (engine, reference, _):
-                try:
-                    self._outcomes[name] = self._run(name, engine, reference)
-                except EptcError as error:
-                    self._outcomes[name] = error
-        found = self._outcomes[name]
-        if isinstance(found, EptcError):
-            raise found
-        return found
+            yield self.engine, reference
 
     def report(self) -> ParityReport | None:
         """Return what the probes that were run came to; None where none was."""
-        ran = [found for found in self._outcomes.values() if not isinstance(found, EptcError)]
+        try:
+            parts = self.parts
+        except NotCheckedError:
+            return None
+        found = {part.name: part.report() for part in parts}
+        ran = {name: report for name, report in found.items() if report is not None}
         if not ran:
             return self.by_block
-        report = ParityReport((), self.bound, {}, 0.0, (), (), 0)
-        for probe, outcomes in ran:
-            report = with_outcomes(report, probe, outcomes)
-        return report
-
-    def _run(self, name: str, engine: Engine, reference: ReferenceModel) -> Outcomes:
-        texts = self._texts.get(name)
-        probe = self._seeded[name] if texts is None else text_probe(engine, name, texts)
-        bound = bound_on(probe, self.bound, has_text=bool(self._texts))
-        return probe, list(check_outputs(engine, reference, self.pair.task.name, probe, bound))
+        if len(parts) == 1:
+            return ran[parts[0].name]
+        mixed = ran.pop(parts[-1].name, None)
+        return ParityReport((), self.bound, {}, 0.0, (), (), 0).of_tasks(ran, mixed)

@@ -6,7 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
@@ -15,7 +15,7 @@ import onnx_ir
 from eptc import bundle, checkpoint, lower, text
 from eptc.checkpoint import Routing
 from eptc.describe import describe, write_texts
-from eptc.errors import InputError
+from eptc.errors import InputError, ParityError
 from eptc.examples_file import Example, read_task_examples
 from eptc.freezing import freeze, routes_on_input
 from eptc.interop.base import Folder
@@ -34,6 +34,7 @@ from eptc.precision import OptimizeFor, Precision
 from eptc.precision_plan import FILE as PLAN
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
+from eptc.runtime.spec import MANIFEST
 from eptc.tasks import TaskChoice
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class _Choices(TypedDict, total=False):
     genai_python: str | Path | None
     force: bool
     progress: Progress
+    rejected: Callable[[Path], object] | None
 
 
 @overload
@@ -166,6 +168,7 @@ def export(
     genai_python: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
+    rejected: Callable[[Path], object] | None = None,
 ) -> Bundle | Folder:
     """Compile one task of a checkpoint into a verified engine, or write it for other programs.
 
@@ -226,6 +229,8 @@ def export(
         force: replace what lies at `out`.
         progress: called with each stage (a string), each finished pass and, while weights are
             written, how many are.
+        rejected: called with the folder of an engine that was written and did not pass, before it
+            is removed.
 
     Returns:
         The published bundle; for `lora`, `hf`, `genai` and `triton` the published folder.
@@ -276,6 +281,8 @@ def export(
             records += _told(run_graph_passes(graphs, job.graph_passes(), job.origins), progress)
 
         draft = stack.enter_context(bundle.draft(out, force=force))
+        if rejected is not None:
+            stack.enter_context(_shown(draft.path, rejected))
         writer = _Writer(job, model, clock, progress)
         judge = _judge(job, model, verifier, layers, clock, progress)
         routed, frozen_notes = None, tuple[str, ...]()
@@ -361,6 +368,19 @@ def plan(ckpt: str | Path, **options: Any) -> Plan:
         InputError: something about the input.
     """
     return Job.read(ckpt, Options(**options)).plan
+
+
+@contextlib.contextmanager
+def _shown(folder: Path, rejected: Callable[[Path], object]) -> Iterator[None]:
+    """Show the engine in a draft that does not pass; the last that was written as a whole."""
+    try:
+        yield
+    except ParityError:
+        for written in (folder, folder / "exact", folder / "routed"):
+            if (written / MANIFEST).exists():
+                rejected(written)
+                break
+        raise
 
 
 def _judge(

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from eptc.both_sides import BothSides, Limits, NotCheckedError
 from eptc.errors import BundleError, EptcError, ParityError
-from eptc.one_task import check_one_task
+from eptc.no_pack import check_no_pack
 from eptc.parity_gate.batches import check_texts
 from eptc.parity_gate.compare import Comparison
 from eptc.parity_gate.gate import (
@@ -24,8 +24,12 @@ from eptc.parity_gate.gate import (
 from eptc.parity_gate.interface import check_manifest
 from eptc.parity_gate.outputs import Decision
 from eptc.parity_gate.report import ParityReport, furthest
+from eptc.parity_gate.several import check_refused
+from eptc.parity_gate.task_weights import check_task_weights
 from eptc.parity_gate.weights import check_weights
+from eptc.parts import Part, TaskPart
 from eptc.runtime.manifest import read_manifest
+from eptc.tasks import resolve
 
 __all__ = ["Check", "Checks", "Limits", "NotCheckedError"]
 
@@ -45,11 +49,18 @@ class Check:
         of: which one where there are several; empty where there is one.
         run: returns what was found, JSON values by name. Raises EptcError where the check fails,
             NotCheckedError where it cannot be made.
+        part: name of what of the engine it is about; empty for the whole.
     """
 
     name: str
     of: str
     run: Callable[[], Found]
+    part: str = ""
+
+    @property
+    def which(self) -> str:
+        """Which one of its name it is, in words; empty where there is one."""
+        return ": ".join(filter(None, (self.part, self.of)))
 
 
 class Checks:
@@ -64,13 +75,13 @@ class Checks:
         options: the reference and how to read it, as for `eptc.parity`.
 
     Raises:
-        OptionError: what the folder has serves several tasks.
+        OptionError: the folder has a pack.
     """
 
     def __init__(
         self, bundle: str | Path, *, limits: Limits | None = None, **options: Any
     ) -> None:
-        check_one_task(Path(bundle))
+        check_no_pack(Path(bundle))
         self.sides = BothSides(Path(bundle), limits or Limits(), options)
 
     def __enter__(self) -> Self:
@@ -96,32 +107,44 @@ class Checks:
         for role in manifest.graphs:
             yield Check("graphs", role, functools.partial(self._graph, role))
         yield Check("origin", "", self._origin)
-        yield Check("interface", "", self._interface)
+        try:
+            parts = self.sides.parts
+        except NotCheckedError as error:
+            for name in ("interface", "weights", "tokenizer", "coverage", "blocks", "scores"):
+                yield Check(name, "", functools.partial(_failed, error))
+            return
+        tasks = [part for part in parts if isinstance(part, TaskPart)]
+        for part in tasks:
+            yield Check("interface", "", functools.partial(self._interface, part), part.name)
+        if len(tasks) > 1:
+            yield Check("task ids", "", self._task_ids)
         yield Check("weights", "", self._weights)
-        yield Check("tokenizer", "", self._tokenizer)
-        yield from self._of_probes()
+        for part in tasks:
+            yield Check("tokenizer", "", functools.partial(self._tokenizer, part), part.name)
+        for each in parts:
+            yield from self._of_probes(each)
         yield Check("coverage", "", self._coverage)
         yield Check("blocks", "", self._blocks)
-        yield Check("scores", "", self._scores)
+        for part in tasks:
+            yield Check("scores", "", functools.partial(self._scores, part), part.name)
 
-    def _of_probes(self) -> Iterator[Check]:
+    def _of_probes(self, part: Part) -> Iterator[Check]:
         try:
-            self.sides.opened()
-        except NotCheckedError:
-            return  # `origin` says why
-        try:
-            probes = self.sides.probes
+            probes = part.probes
         except EptcError as error:
-            yield Check("tensors", "", functools.partial(_failed, error))
+            yield Check("tensors", "", functools.partial(_failed, error), part.name)
             return
         for name in probes:
-            yield Check("tensors", name, functools.partial(self._tensors, name))
-            yield Check("decisions", name, functools.partial(self._decisions, name))
+            for what, run in (("tensors", self._tensors), ("decisions", self._decisions)):
+                yield Check(what, name, functools.partial(run, part, name), part.name)
 
     def _manifest(self) -> Found:
         manifest = read_manifest(self.sides.folder)
-        task = manifest.task.name if manifest.task else None
-        return {"task": task, "precision": manifest.precision, "target": manifest.target}
+        names = [task.name for task in manifest.tasks or filter(None, (manifest.task,))]
+        return {
+            "task": ", ".join(names) or None, "precision": manifest.precision,
+            "target": manifest.target,
+        }  # fmt: skip
 
     def _file(self, name: str) -> Found:
         verified = self.sides.verified
@@ -143,28 +166,37 @@ class Checks:
         source = self.sides.pair.source
         return {"checkpoint": source.sha256, "base": source.base.sha256}
 
-    def _interface(self) -> Found:
-        with self.sides.whole() as (engine, reference, task_id):
-            check_manifest(engine.manifest, reference, task_id)
+    def _interface(self, part: TaskPart) -> Found:
+        with self.sides.whole() as (_, reference):
+            check_manifest(part.engine.manifest, reference, part.task_id(reference))
         return {}
 
+    def _task_ids(self) -> Found:
+        """Check that graphs refuse rows of tasks that there are not."""
+        with self.sides.whole() as (engine, _):
+            check_refused(engine)
+        return {"tasks": len(engine.tasks)}
+
     def _weights(self) -> Found:
-        with self.sides.whole() as (engine, reference, task_id):
+        with self.sides.whole() as (engine, reference):
             files = [graph.file for graph in engine.manifest.graphs.values()]
-            worst = check_weights(engine.directory, files, reference, task_id)
+            task_ids = [resolve(task.name, reference.tasks) for task in self.sides.pair.tasks]
+            if len(task_ids) > 1:
+                worst = max(check_task_weights(engine.directory, files, reference, task_ids))
+            else:
+                worst = check_weights(engine.directory, files, reference, *task_ids)
         return {"of_its_bound": _digits(worst)}
 
-    def _tokenizer(self) -> Found:
-        with self.sides.whole() as (engine, reference, task_id):
+    def _tokenizer(self, part: TaskPart) -> Found:
+        with self.sides.whole() as (engine, _):
             if engine.manifest.tokenizer is None:
                 raise NotCheckedError("the bundle has no tokenizer")
             if (tokenizer := self.sides.verifier.tokenizer) is None:
                 raise NotCheckedError(_NO_TOKENIZER)
-            task = reference.tasks[task_id]
-            return {"texts": check_texts(engine, task, tokenizer, self.sides.pair.examples)}
+            return {"texts": check_texts(part.engine, part.task, tokenizer, part.examples)}
 
-    def _tensors(self, name: str) -> Found:
-        _, outcomes = self.sides.outcomes(name)
+    def _tensors(self, part: Part, name: str) -> Found:
+        _, outcomes = part.outcomes(name)
         found = [c for c in outcomes if isinstance(c, Comparison)]
         refuse_tensors(found, self.sides.bound, _REBUILD)
         if all(c.shape and c.left_out >= c.shape[0] for c in found):
@@ -174,9 +206,9 @@ class Checks:
         worst = furthest(found)
         return {"error": _digits(worst.error), "bound": _digits(worst.bound)}
 
-    def _decisions(self, name: str) -> Found:
+    def _decisions(self, part: Part, name: str) -> Found:
         try:
-            _, outcomes = self.sides.outcomes(name)
+            _, outcomes = part.outcomes(name)
         except EptcError as error:
             raise NotCheckedError(f"the probe does not run: see tensors of {name}") from error
         found = [d for d in outcomes if isinstance(d, Decision)]
@@ -191,11 +223,14 @@ class Checks:
         if sides.opened().manifest.routing.mode in ("static", "constant", "frozen"):
             raise NotCheckedError("no route depends on the input: every row is compared")
         report = ParityReport((), sides.bound, {}, 0.0, (), (), 0)
-        for name in sides.probes:
-            try:
-                report = with_outcomes(report, *sides.outcomes(name))
-            except EptcError as error:
-                raise NotCheckedError(f"a probe does not run: see tensors of {name}") from error
+        for part in sides.parts:
+            for name in part.probes:
+                try:
+                    report = with_outcomes(report, *part.outcomes(name))
+                except EptcError as error:
+                    raise NotCheckedError(
+                        f"a probe does not run: see tensors of {name}"
+                    ) from error
         refuse_unproven(report)
         return {"rows": report.rows, "rows_left_out": report.left_out}
 
@@ -208,25 +243,24 @@ class Checks:
         worst = report.worst
         return {"error": _digits(worst.error), "bound": _digits(worst.bound)}
 
-    def _scores(self) -> Found:
-        pair, limits = self.sides.opened(), self.sides.limits
-        if pair.examples is None:
+    def _scores(self, part: TaskPart) -> Found:
+        pair, limits = self.sides.pair, self.sides.limits
+        if part.examples is None:
             raise NotCheckedError("no labelled data was given")
-        found = pair.scores(self.sides.comparable, self.sides.verifier)
-        if found is None:
+        if (every := self.sides.scores) is None:
             raise NotCheckedError(_NO_TOKENIZER)
-        scores = found[pair.task.name]
+        found = every[part.task.name]
         given = {"max_drop": limits.max_drop, "max_flips": limits.max_flips}
         budget = dataclasses.replace(
-            pair.budget(pair.task.name),
+            pair.budget(part.task.name),
             **{name: value for name, value in given.items() if value is not None},
         )
-        if reason := budget.exceeded(scores):
+        if reason := budget.exceeded(found):
             raise ParityError(reason, fix=", ".join(pair.fixes) or _REBUILD)
-        return scores
+        return found
 
 
-def _failed(error: EptcError) -> Found:
+def _failed(error: Exception) -> Found:
     raise error
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ from eptc.cli_common import FOLDER, command, json_option, progress_shown, source
 from eptc.errors import BundleError, OptionError
 from eptc.parity_lines import folder_lines, parity_lines
 from eptc.precision import SCHEMES
-from eptc.tasks import names_several
 
 if TYPE_CHECKING:
     from eptc.build import Folder
@@ -245,7 +245,10 @@ def main() -> None:
 )
 @click.option("--no-verify", is_flag=True, help="Skip parity; the manifest records it.")
 @click.option(
-    "--report", "page", type=FOLDER, help="HTML file about the engine, once it is published."
+    "--report",
+    "page",
+    type=FOLDER,
+    help="HTML file about the engine, or about one that was written and did not pass.",
 )
 @click.option("--force", is_flag=True, help="Replace what lies at --out.")
 @click.option("-v", "--verbose", is_flag=True, help="Show stages and passes in a pipe as well.")
@@ -284,11 +287,6 @@ def export(
         return
     if page is not None and (dry_run or _writes_folder(target, options["layout"])):
         raise OptionError("--report is about an engine, and none is made", fix="leave it out")
-    if page is not None and names_several(task):
-        raise OptionError(
-            f"--report is about an engine of one task, and --task is {task}",
-            fix="leave it out, or export each task by itself",
-        )
     if dry_run:
         plan = eptc.plan(ckpt, **options)
         click.echo(json.dumps(plan.to_json()) if as_json else _predicted(plan))
@@ -296,13 +294,17 @@ def export(
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'.")
     with progress_shown(as_json, verbose) as progress:
-        bundle = eptc.export(ckpt, out=out, force=force, progress=progress, **options)
-        if page is not None and isinstance(bundle, eptc.Bundle):
-            seconds = {record.name: record.seconds for record in bundle.passes}
-            eptc.report(
-                bundle.path, out=page, reference=ckpt, seconds=seconds, progress=progress,
-                **{name: options[name] for name in _SOURCE},
-            )  # fmt: skip
+        write_page: Callable[..., object] | None = None
+        if page is not None:
+            given = {name: options[name] for name in _SOURCE} | {"reference": ckpt, "out": page}
+            write_page = functools.partial(
+                eptc.report, called=out.name, progress=progress, **given
+            )
+        bundle = eptc.export(
+            ckpt, out=out, force=force, progress=progress, rejected=write_page, **options
+        )
+        if write_page is not None and isinstance(bundle, eptc.Bundle):
+            write_page(bundle.path, seconds={r.name: r.seconds for r in bundle.passes})
     if not isinstance(bundle, eptc.Bundle):
         _print_folder(bundle, as_json)
         return

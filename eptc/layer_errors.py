@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,11 @@ class LayerError:
 
 
 def layer_errors(
-    engine: Engine, reference: ReferenceModel, task: str, probe: Probe, bound: Bound
+    engine: Engine,
+    reference: ReferenceModel,
+    task: str | Sequence[str],
+    probe: Probe,
+    bound: Bound,
 ) -> list[LayerError]:
     """Compare what each layer gives on a probe, in the order in which the graphs run.
 
@@ -63,7 +67,8 @@ def layer_errors(
     Args:
         engine: the engine.
         reference: the unfolded model.
-        task: the engine's.
+        task: the engine's; with a probe that names its rows' tasks, the same for all, those of the
+            engine by their places.
         probe: a batch on which the engine runs.
         bound: of the engine's outputs; a layer's is the same part of its own largest element.
     """

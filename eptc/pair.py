@@ -24,6 +24,7 @@ from eptc.parity_gate.verifier import LocalVerifier, Subject
 from eptc.precision import SCHEMES
 from eptc.runtime import Engine, Manifest, load_manifest
 from eptc.runtime.pack import Pack, only_task, open_engine
+from eptc.runtime.row_tasks import of_task
 from eptc.runtime.spec import PACK
 from eptc.stacking import refused_blocks
 from eptc.tasks import Task
@@ -132,6 +133,14 @@ class Pair:
         """The task of an engine that has one."""
         (task,) = self.tasks
         return task
+
+    def manifest_of(self, task: Task) -> Manifest:
+        """Return the manifest of the engine as one of a single task."""
+        return (
+            of_task(self.manifest, self.tasks.index(task))
+            if self.manifest.tasks
+            else self.manifest
+        )
 
     @property
     def examples(self) -> Sequence[Example] | None:

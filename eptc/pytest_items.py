@@ -46,7 +46,7 @@ class _Bundle(pytest.Collector):
     def collect(self) -> Iterator[_CheckItem]:
         """Yield a test for each check."""
         for check in self.checks:
-            name = f"{check.name}[{_plain(check.of)}]" if check.of else check.name
+            name = f"{check.name}[{_plain(check.which)}]" if check.which else check.name
             item = _CheckItem.from_parent(self, name=name)
             item.check = check
             item.add_marker("eptc")
@@ -73,7 +73,7 @@ class _CheckItem(pytest.Item):
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Say what was found, expected and what to do; a traceback is for bugs alone."""
         if isinstance(excinfo.value, EptcError):
-            return f"{self.check.name} {self.check.of}".strip() + f": {excinfo.value}"
+            return f"{self.check.name} {self.check.which}".strip() + f": {excinfo.value}"
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int, str]:

@@ -59,10 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--eptc-{name} is {path}, which does not exist")
     _limits(config)
     from eptc.errors import OptionError
-    from eptc.one_task import check_one_task
+    from eptc.no_pack import check_no_pack
 
     try:
-        check_one_task(given["bundle"])
+        check_no_pack(given["bundle"])
     except OptionError as error:
         raise pytest.UsageError(f"--eptc-bundle: {error}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -260,20 +261,38 @@ def test_bad_usage(
     assert message in run.output
 
 
-@pytest.mark.parametrize(
-    ("layout", "message"), [("flat", "serves 2 tasks"), ("pack", "is a pack")]
-)
-def test_several_tasks(
-    check: Callable[..., Run], small_native: Any, tmp_path: Path, layout: Any, message: str
-) -> None:
-    out = tmp_path / "several"
+def test_several_tasks(check: Callable[..., Run], small_native: Any, tmp_path: Path) -> None:
+    """A test for each task's batches, and for those whose rows are of several."""
+    out, data = tmp_path / "several", tmp_path / "data.jsonl"
+    eptc.export(small_native.ckpt, base=small_native.base, task="tone,score", out=out)
+    data.write_text(
+        '{"task": "tone", "text": "a good film", "label": "good"}\n'
+        '{"task": "tone", "text": "very dull", "label": "bad"}\n'
+    )
+    run = check(out, data=data)
+    assert run.code == 0, run.output
+    assert {"interface[tone]", "interface[score]", "tokenizer[score]", "task ids"} <= set(
+        run.tests
+    )
+    assert run.tests["scores[tone]"][0] == "passed"
+    assert "no labelled data was given" in run.tests["scores[score]"][1]
+    built = json.loads((out / "parity.json").read_text())
+    for part, found in (*built["tasks"].items(), ("tasks-side-by-side", built["mixed"])):
+        for entry in found["probes"]:
+            if part != "tone" or entry["synthetic"]:  # the data are tone's texts
+                plain = re.sub(r"[^\w.]+", "-", entry["name"]).strip("-")
+                assert run.tests[f"tensors[{part}-{plain}]"][0] == "passed"
+
+
+def test_a_pack(check: Callable[..., Run], small_native: Any, tmp_path: Path) -> None:
+    out = tmp_path / "pack"
     eptc.export(
-        small_native.ckpt, base=small_native.base, task="tone,score", layout=layout, out=out,
+        small_native.ckpt, base=small_native.base, task="tone,score", layout="pack", out=out,
         verify=False,
     )  # fmt: skip
     run = check(out)
     assert run.code == pytest.ExitCode.USAGE_ERROR
-    assert message in run.output
+    assert "is a pack" in run.output
     assert "eptc parity" in run.output
     assert not run.tests
 

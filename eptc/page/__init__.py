@@ -22,6 +22,7 @@ def report(
     reference: str | Path,
     base: str | Path | None = None,
     seconds: Mapping[str, float] | None = None,
+    called: str | None = None,
     progress: Callable[[Any], None] = lambda _: None,
     **options: Any,
 ) -> Content:
@@ -36,6 +37,7 @@ def report(
         reference: the checkpoint it was made from.
         base: the base model's folder.
         seconds: wall time of passes by name, as far as it is known; a bundle records none.
+        called: what the page calls the bundle; None: its folder's name.
         progress: called with what is being done.
         options: the others of `eptc.parity`.
 
@@ -59,7 +61,12 @@ def report(
             f"the report {out} cannot be written there", expected="a file in a folder that exists"
         )
     with Checks(bundle, reference=reference, base=base, **options) as checks:
-        content = collect(checks, seconds=seconds or {}, progress=progress)
+        content = collect(
+            checks,
+            called=called or Path(bundle).resolve().name,
+            seconds=seconds or {},
+            progress=progress,
+        )
     draft = out.with_name(f".{out.name}.draft")
     try:
         draft.write_text(render(content), "utf-8")

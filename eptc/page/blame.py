@@ -52,7 +52,7 @@ def _options(pair: Pair) -> dict[str, Any]:
     manifest, source = pair.manifest, pair.source
     mode = manifest.routing.mode
     options: dict[str, Any] = {
-        "task": pair.task.name,
+        "task": [task.name for task in pair.tasks] if pair.manifest.tasks else pair.task.name,
         "base": source.base.path,
         "precision": _PRECISIONS[manifest.precision],
         "optimize_for": next(p for p in get_args(OptimizeFor) if p == manifest.optimized_for),

@@ -11,10 +11,10 @@ from typing import Any
 from eptc.checks import Check, Checks, NotCheckedError
 from eptc.errors import EptcError, InputError, InternalError, ParityError
 from eptc.inspection import route
-from eptc.layer_errors import LayerError, layer_errors
+from eptc.layer_errors import LayerError
 from eptc.page.blame import blame
 from eptc.pair import Pair
-from eptc.parity_gate.probes import Probe
+from eptc.parity_gate.compare import Comparison
 from eptc.parity_gate.report import ParityReport
 from eptc.precision_plan import FILE as PLAN
 from eptc.runtime.manifest import Manifest, read_manifest
@@ -32,11 +32,12 @@ class Outcome:
 
     Args:
         name: what was checked.
-        of: which one.
+        of: which one of its name.
         state: `passed`, `failed` or `skipped`.
         found: what was measured.
         error: why it failed.
         why: why it was skipped.
+        part: what of the engine it is about (`Check.part`).
     """
 
     name: str
@@ -45,6 +46,12 @@ class Outcome:
     found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     error: EptcError | None = None
     why: str = ""
+    part: str = ""
+
+    @property
+    def which(self) -> str:
+        """Which one of its name it is, in words (`Check.which`)."""
+        return ": ".join(filter(None, (self.part, self.of)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +92,12 @@ class Content:
     """What a page says.
 
     Args:
-        folder: the bundle's.
+        called: the bundle's name.
         manifest: its manifest; None where it cannot be read.
         outcomes: every check.
         parity: what the outputs came to; None where none was compared.
         layers: every layer that has a counterpart, on `probe`.
-        probe: name of that batch; empty where there was none.
+        probe: which batch that is; empty where there was none.
         divergence: None where nothing failed.
         routes: None where the checkpoint cannot be read.
         plan: what each weight is stored as, by name; None where all are float32.
@@ -98,7 +105,7 @@ class Content:
         seconds: wall time of passes, by name, as far as it is known.
     """
 
-    folder: Path
+    called: str
     manifest: Manifest | None
     outcomes: Sequence[Outcome]
     parity: ParityReport | None
@@ -132,8 +139,24 @@ class Content:
         """
         self.raise_for_failure()
         assert self.parity is not None
-        scores = next((o.found for o in self.outcomes if o.name == "scores" and o.found), None)
-        return dataclasses.replace(self.parity, scores=scores)
+        found = {o.part: o.found for o in self.outcomes if o.name == "scores" and o.found}
+        scores = found if self.parity.tasks else found.get("")
+        return dataclasses.replace(self.parity, scores=scores or None)
+
+    @property
+    def compared(self) -> list[tuple[str, Comparison]]:
+        """Every comparison of outputs, and what it is called."""
+        if self.parity is None:
+            return []
+        if not self.parity.tasks:
+            return [(found.what, found) for found in self.parity.tensors]
+        parts = [*self.parity.tasks.items(), ("side by side", self.parity.mixed)]
+        return [
+            (f"{name}: {found.what}", found)
+            for name, part in parts
+            if part
+            for found in part.tensors
+        ]
 
     def raise_for_failure(self) -> None:
         """Raise what stands in the way of a comparison, or ParityError where a check failed.
@@ -155,25 +178,26 @@ class Content:
         assert first.error is not None
         raise ParityError(
             f"{len(self.failed)} of {len(self.outcomes)} checks failed; "
-            f"{' '.join((first.name, first.of)).strip()}: {first.error.found}",
+            f"{' '.join((first.name, first.which)).strip()}: {first.error.found}",
             expected=first.error.expected,
             fix=self.divergence.step if self.divergence is not None else first.error.fix,
         )
 
 
 def collect(
-    checks: Checks, *, seconds: Mapping[str, float], progress: Callable[[Any], None]
+    checks: Checks, *, called: str, seconds: Mapping[str, float], progress: Callable[[Any], None]
 ) -> Content:
     """Make every check, and gather what there is to say beside.
 
     Args:
         checks: of the bundle.
+        called: the bundle's name.
         seconds: wall time of passes, by name.
         progress: called with what is being done.
     """
     outcomes = []
     for check in checks:
-        progress(f"parity: {check.name} {check.of}".rstrip())
+        progress(f"parity: {check.name} {check.which}".rstrip())
         outcomes.append(_outcome(check))
     sides = checks.sides
     try:
@@ -192,7 +216,7 @@ def collect(
         first = next((layer for layer in layers if not layer.found.passed), None)
         divergence = Divergence(probe, first, blame(pair))
     return Content(
-        sides.folder,
+        called,
         manifest,
         outcomes,
         sides.report(),
@@ -207,33 +231,29 @@ def collect(
 
 
 def _outcome(check: Check) -> Outcome:
+    outcome = Outcome(check.name, check.of, "passed", part=check.part)
     try:
-        return Outcome(check.name, check.of, "passed", check.run())
+        return dataclasses.replace(outcome, found=check.run())
     except NotCheckedError as error:
-        return Outcome(check.name, check.of, "skipped", why=str(error))
+        return dataclasses.replace(outcome, state="skipped", why=str(error))
     except EptcError as error:
-        return Outcome(check.name, check.of, "failed", error=error)
+        return dataclasses.replace(outcome, state="failed", error=error)
 
 
 def _layers(checks: Checks, outcomes: Sequence[Outcome]) -> tuple[str, list[LayerError]]:
     """Return every layer's error on the first probe that failed, else on a small one."""
     tried = [o for o in outcomes if o.name == "tensors" and o.of and o.state != "skipped"]
-    names = [o.of for o in tried if o.state == "failed"]
+    shown = [o for o in tried if o.state == "failed"]
     # Every layer's output is in memory at once: two rows, with padding, show what more would.
-    names += [o.of for wanted in _SMALL for o in tried if o.of == wanted]
-    for name in names:
+    shown += [o for wanted in _SMALL for o in tried if o.of == wanted]
+    for outcome in shown:
+        part = next(part for part in checks.sides.parts if part.name == outcome.part)
         try:
-            probe, _ = checks.sides.outcomes(name)
-            return name, _errors(checks, probe)
+            if layers := part.layers(outcome.of):
+                return outcome.which, layers
         except (InputError, InternalError, ParityError, NotCheckedError):
             continue  # the engine does not run on it: that is said where it failed
     return "", []
-
-
-def _errors(checks: Checks, probe: Probe) -> list[LayerError]:
-    sides = checks.sides
-    with sides.whole() as (engine, reference, _):
-        return layer_errors(engine, reference, sides.pair.task.name, probe, sides.bound)
 
 
 def _routes(pair: Pair) -> Routes:

@@ -9,6 +9,7 @@ import eptc
 from eptc.page import charts, tables
 from eptc.page.content import Content, Routes
 from eptc.parity_lines import parity_lines
+from eptc.runtime.manifest import Manifest
 
 __all__ = ["render"]
 
@@ -40,7 +41,7 @@ def render(content: Content) -> str:
 
 def _view(content: Content) -> dict[str, Any]:
     manifest = content.manifest
-    task = manifest.task.name if manifest is not None and manifest.task is not None else None
+    tasks = _tasks(manifest)
     counts = {
         state: sum(outcome.state == state for outcome in content.outcomes)
         for state in ("passed", "failed", "skipped")
@@ -48,7 +49,7 @@ def _view(content: Content) -> dict[str, Any]:
     found = content.parity
     return {
         "content": content,
-        "task": task or content.folder.name,
+        "title": ", ".join(tasks) or content.called,
         "counts": counts,
         "facts": _facts(content),
         "summary": list(parity_lines(found.summary())) if found and content.passed else [],
@@ -59,7 +60,7 @@ def _view(content: Content) -> dict[str, Any]:
         "layer_chart": _layer_chart(content) if content.layers else None,
         "passes": tables.passes(manifest.passes, content.seconds) if manifest else None,
         "pass_charts": _pass_charts(manifest.passes, content.seconds) if manifest else [],
-        "routes": _routes(content.routes, task) if content.routes else None,
+        "routes": _routes(content.routes, tasks) if content.routes else None,
         "plan": tables.plan(content.plan) if content.plan else None,
         "levels": _levels(content.plan or {}),
         "files": tables.files(content) if manifest else None,
@@ -69,6 +70,13 @@ def _view(content: Content) -> dict[str, Any]:
     }
 
 
+def _tasks(manifest: Manifest | None) -> list[str]:
+    """Return the names of the engine's tasks."""
+    if manifest is None:
+        return []
+    return [task.name for task in manifest.tasks or filter(None, (manifest.task,))]
+
+
 def _facts(content: Content) -> list[tuple[str, str]]:
     """Return what the bundle is, in short."""
     manifest = content.manifest
@@ -76,8 +84,11 @@ def _facts(content: Content) -> list[tuple[str, str]]:
         return []
     total = sum(record.size for record in manifest.files.values())
     facts = [
-        ("task", manifest.task.name if manifest.task else "none"),
-        ("labels", ", ".join(manifest.task.labels) if manifest.task else ""),
+        ("tasks" if manifest.tasks else "task", ", ".join(_tasks(manifest)) or "none"),
+        *(
+            (f"labels of {task.name}" if manifest.tasks else "labels", ", ".join(task.labels))
+            for task in manifest.tasks or filter(None, (manifest.task,))
+        ),
         ("kind", manifest.kind),
         ("precision", manifest.precision),
         ("target", f"{manifest.target}, fused for {manifest.optimized_for}"),
@@ -94,9 +105,8 @@ def _facts(content: Content) -> list[tuple[str, str]]:
 
 
 def _tensor_chart(content: Content) -> charts.Chart:
-    assert content.parity is not None
     found = [
-        (c.what, c.error / c.bound if c.bound else float("inf")) for c in content.parity.tensors
+        (what, c.error / c.bound if c.bound else float("inf")) for what, c in content.compared
     ]
     return charts.errors("tensors-chart", "Error of each output over its bound", found)
 
@@ -142,9 +152,9 @@ def _change(record: Mapping[str, Any], key: str, seconds: float | None) -> str:
     return said if seconds is None else f"{said}, {seconds * 1e3:.1f} ms"
 
 
-def _routes(found: Routes, task: str | None) -> dict[str, Any]:
-    """Return the map of the engine's task, and a table for each task, its own first."""
-    order = sorted(range(len(found.tasks)), key=lambda number: found.tasks[number] != task)
+def _routes(found: Routes, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return a map and a table for each task, the engine's own first."""
+    order = sorted(range(len(found.tasks)), key=lambda number: found.tasks[number] not in tasks)
     looks = [tables.look(found, expert) for expert in range(found.experts)]
     scales = sorted(set(found.scales))
     if scales:
@@ -160,7 +170,7 @@ def _routes(found: Routes, task: str | None) -> dict[str, Any]:
             rows.append((path, used))
         maps.append({
             "task": found.tasks[number],
-            "own": found.tasks[number] == task,
+            "own": found.tasks[number] in tasks,
             "static": any(each[number] for each in found.linears.values()),
             "chart": charts.map_of_routes(
                 f"map-{number}", f"Experts of {found.tasks[number]}", found.experts, rows, looks,

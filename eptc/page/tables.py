@@ -83,7 +83,7 @@ def checks(outcomes: Sequence[Outcome]) -> Table:
         )
         if outcome.error is not None:
             said = outcome.error.found
-        rows.append([Cell(outcome.name), Cell(outcome.of), _state(outcome.state), Cell(said)])
+        rows.append([Cell(outcome.name), Cell(outcome.which), _state(outcome.state), Cell(said)])
     return Table("checks", "Every check", ["check", "of", "outcome", "what was found"], rows)
 
 
@@ -94,14 +94,13 @@ def _value(value: Any) -> str:
 
 def tensors(content: Content) -> Table:
     """Return every comparison of outputs."""
-    assert content.parity is not None
     rows = [
         [
-            Cell(found.what), Cell("x".join(map(str, found.shape))), number(found.error),
+            Cell(what), Cell("x".join(map(str, found.shape))), number(found.error),
             number(found.bound), number(found.error / found.bound if found.bound else math.inf),
             number(found.cosine, 6), _state("passed" if found.passed else "failed"),
         ]
-        for found in content.parity.tensors
+        for what, found in content.compared
     ]  # fmt: skip
     heads = ["output", "shape", "largest error", "bound", "error / bound", "cosine", "outcome"]
     return Table("tensors", "Outputs beside the reference's", heads, rows)

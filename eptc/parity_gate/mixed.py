@@ -16,7 +16,7 @@ from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.probes import Probe
 from eptc.runtime import Engine
 
-__all__ = ["MixedModel", "mixed_seeds", "mixed_texts"]
+__all__ = ["MixedModel", "mixed_rows", "mixed_seeds", "mixed_text"]
 
 # Rows of each task in batches of text.
 _TEXTS = 3
@@ -71,11 +71,12 @@ class MixedModel:
         return mixed
 
 
-def mixed_texts(engine: Engine, examples: Mapping[str, Sequence[Example]]) -> Iterator[Probe]:
-    """Yield batches of text of several tasks, side by side.
+def mixed_rows(
+    examples: Mapping[str, Sequence[Example]],
+) -> dict[str, list[tuple[str, Example]]]:
+    """Return batches of text of several tasks, side by side: task and text of each row, by name.
 
     Args:
-        engine: an engine of several tasks.
         examples: texts of each task, by its name.
     """
     rows = [
@@ -84,18 +85,31 @@ def mixed_texts(engine: Engine, examples: Mapping[str, Sequence[Example]]) -> It
         for task, given in examples.items()
     ]
     batches = math.ceil(len(rows) / _ROWS)
+    found = {}
     for number in range(batches):
         some = rows[number::batches]
-        feeds = engine.tokenize(
-            [example for _, example in some], tasks=[task for task, _ in some], truncate=True
-        )
-        yield Probe(
-            f"texts of {len({task for task, _ in some})} tasks, batch {number}",
-            feeds["input_ids"],
-            feeds["attention_mask"],
-            feeds.get("token_type_ids"),
-            task_ids=feeds["task_ids"],
-        )
+        found[f"texts of {len({task for task, _ in some})} tasks, batch {number}"] = some
+    return found
+
+
+def mixed_text(engine: Engine, name: str, rows: Sequence[tuple[str, Example]]) -> Probe:
+    """Return a batch of text of several tasks, tokenized as the engine does it.
+
+    Args:
+        engine: an engine of several tasks.
+        name: of the batch.
+        rows: task and text of each.
+    """
+    feeds = engine.tokenize(
+        [example for _, example in rows], tasks=[task for task, _ in rows], truncate=True
+    )
+    return Probe(
+        name,
+        feeds["input_ids"],
+        feeds["attention_mask"],
+        feeds.get("token_type_ids"),
+        task_ids=feeds["task_ids"],
+    )
 
 
 def mixed_seeds(probes: Sequence[Probe], tasks: int) -> Iterator[Probe]:

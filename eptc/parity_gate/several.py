@@ -13,7 +13,7 @@ from eptc.nn.adapted import ReferenceModel
 from eptc.parity_gate.compare import bound_of
 from eptc.parity_gate.gate import make_probes, prove_outputs, run_probes
 from eptc.parity_gate.interface import check_manifest
-from eptc.parity_gate.mixed import mixed_seeds, mixed_texts
+from eptc.parity_gate.mixed import mixed_rows, mixed_seeds, mixed_text
 from eptc.parity_gate.probes import Example, Probe, builtin_examples
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.task_weights import check_task_weights
@@ -21,7 +21,7 @@ from eptc.runtime import Engine
 from eptc.runtime.spec import TASK_IDS
 from eptc.text import TrainingTokenizer
 
-__all__ = ["prove_tasks"]
+__all__ = ["check_refused", "prove_tasks"]
 
 
 def prove_tasks(
@@ -69,9 +69,7 @@ def prove_tasks(
     progress("parity: weights")
     files = [graph.file for graph in manifest.graphs.values()]
     weights = check_task_weights(directory, files, reference, task_ids)
-    for name in manifest.graphs:
-        for place in (-1, len(tasks)):
-            _check_refused(engine, name, place)
+    check_refused(engine)
     empty = ParityReport((), bound_of(manifest.precision), {}, 0.0, (), (), 0)
     parts: dict[str, ParityReport] = {}
     report = dataclasses.replace(empty, layers=dict(layers or {}), weights=max(weights))
@@ -88,19 +86,25 @@ def prove_tasks(
     }
     probes: list[Probe] = []
     if tokenizer is not None and manifest.tokenizer is not None:
-        probes += mixed_texts(engine, given)
+        probes += [mixed_text(engine, name, rows) for name, rows in mixed_rows(given).items()]
     probes += mixed_seeds(make_probes(views[0], reference, task_ids[0], None, None)[0], len(tasks))
     names = [task.name for task in tasks]
     mixed = run_probes(engine, reference, names, probes, empty, progress)
     return report.of_tasks(parts, mixed)
 
 
-def _check_refused(engine: Engine, name: str, place: int) -> None:
-    """Check that a graph fails where a row names no task, for callers that do not look.
+def check_refused(engine: Engine) -> None:
+    """Check that graphs fail where a row names no task, for callers that do not look.
 
     Raises:
-        ParityError: it answers.
+        ParityError: one answers.
     """
+    for name in engine.manifest.graphs:
+        for place in (-1, len(engine.tasks)):
+            _check_refused(engine, name, place)
+
+
+def _check_refused(engine: Engine, name: str, place: int) -> None:
     sizes = {"past_sequence": 0}
     feeds = {
         spec.name: np.zeros(

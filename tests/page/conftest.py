@@ -31,6 +31,14 @@ def damaged(tone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def several(small_native: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of every task of the same checkpoint."""
+    out = tmp_path_factory.mktemp("several") / "all"
+    eptc.export(small_native.ckpt, base=small_native.base, task="all", out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
 def page(small_native: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Return a function that writes a page about a bundle; gives its path and its content."""
 

@@ -17,6 +17,7 @@ import safetensors.numpy
 
 import eptc
 from eptc.errors import BundleError, MissingExtraError, OutputError, ParityError
+from eptc.lower.weights import STACKED
 from eptc.passes.fold_transposes import FoldTransposes
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -134,10 +135,8 @@ def test_a_graph_that_was_changed(page: Callable[..., Any], tone: Path, tmp_path
         content.checked()
 
 
-def test_a_pass_that_is_wrong(
-    page: Callable[..., Any], small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Built without a check; the page names the pass and the layer."""
+def break_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a pass change an activation."""
     sound = FoldTransposes.rewrite
 
     def broken(self: FoldTransposes, model: onnx_ir.Model) -> int:
@@ -149,6 +148,13 @@ def test_a_pass_that_is_wrong(
         return changed
 
     monkeypatch.setattr(FoldTransposes, "rewrite", broken)
+
+
+def test_a_pass_that_is_wrong(
+    page: Callable[..., Any], small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built without a check; the page names the pass and the layer."""
+    break_a_pass(monkeypatch)
     out = tmp_path / "tone"
     eptc.export(small_native.ckpt, base=small_native.base, task="tone", out=out, verify=False)
     _, content = page(out)
@@ -324,20 +330,82 @@ def test_the_command_that_builds(
     assert "--report is about an engine" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("layout", "message"), [("flat", "serves 2 tasks"), ("pack", "is a pack")]
-)
-def test_several_tasks_have_no_page(
-    small_native: Any, tmp_path: Path, cli: Any, layout: str, message: str
-) -> None:
+def test_several_tasks(page: Callable[..., Any], several: Path, small_native: Any) -> None:
+    """Each task's outputs, and those of batches of several, as the build found them."""
+    path, content = page(several)
+    assert content.passed
+    written, built = Page(path), json.loads((several / "parity.json").read_text())
+    names = [task["name"] for task in json.loads((several / "manifest.json").read_text())["tasks"]]
+    assert f"<h1>{', '.join(names)}</h1>" in written.text
+    outputs = {row[0]: row for row in written.tables["tensors"][1:]}
+    parts = [*built["tasks"].items(), ("side by side", built["mixed"])]
+    wanted = {
+        f"{part}: {e['what']}": e["error"] for part, found in parts for e in found["tensors"]
+    }
+    assert {what: float(row[2]) for what, row in outputs.items()} == wanted
+    checks = {(row[0], row[1]) for row in written.tables["checks"][1:] if row[2] == "passed"}
+    assert {("interface", name) for name in names} <= checks
+    assert ("task ids", "") in checks
+    adapted = {row[1] for row in written.tables["layers"][1:] if row[3] == "adapted"}
+    assert adapted == set(content.routes.linears)
+    plain = eptc.parity(several, reference=small_native.ckpt, base=small_native.base)
+    assert content.checked().summary() == plain.summary()
+
+
+def test_factors_of_another_task(page: Callable[..., Any], several: Path, tmp_path: Path) -> None:
+    """The rows of one linear's factors change places: task, layer and file are named."""
+    copy = Path(shutil.copytree(several, tmp_path / "all"))
+    graph = onnx_ir.load(copy / "model.onnx").graph
+    (name,) = [name for name in graph.initializers if name.startswith(f"{QUERY}{STACKED}B")]
+    tensor = graph.initializers[name].const_value
+    assert isinstance(tensor, onnx_ir.ExternalTensor)
+    assert tensor.offset is not None
+    rows = tensor.numpy()[[1, 0, *range(2, tensor.shape.numpy()[0])]]
+    data = bytearray((copy / "weights.bin").read_bytes())
+    data[tensor.offset : tensor.offset + rows.nbytes] = rows.tobytes()
+    (copy / "weights.bin").write_bytes(bytes(data))
+    _, content = page(copy)
+    failed = {(outcome.name, outcome.part) for outcome in content.failed}
+    names = [task.name for task in content.manifest.tasks]
+    assert {
+        ("tensors", names[0]),
+        ("tensors", names[1]),
+        ("tensors", "tasks side by side"),
+    } <= failed
+    assert ("tensors", names[2]) not in failed
+    assert content.divergence.layer.layer == QUERY
+    assert content.divergence.probe.startswith(f"{names[0]}: ")
+    assert content.divergence.step.endswith("weights.bin was changed after the build")
+    with pytest.raises(ParityError, match="checks failed"):
+        content.checked()
+
+
+def test_a_pack_has_no_page(small_native: Any, tmp_path: Path, cli: Any) -> None:
     given = "--base", small_native.base, "--report", tmp_path / "r.html"
-    several = "--task", "tone,score", "--layout", layout, "-o", tmp_path / "several"
-    done = cli("export", small_native.ckpt, *several, *given)
+    pack = "--task", "tone,score", "--layout", "pack", "-o", tmp_path / "pack"
+    done = cli("export", small_native.ckpt, *pack, *given)
     assert done.code == 2
     assert "--report is about an engine" in done.stderr
-    assert not (tmp_path / "several").exists()
-    assert cli("export", small_native.ckpt, *several, *given[:2], "--no-verify").code == 0
-    done = cli("parity", tmp_path / "several", "--reference", small_native.ckpt, *given)
+    assert not (tmp_path / "pack").exists()
+    assert cli("export", small_native.ckpt, *pack, *given[:2], "--no-verify").code == 0
+    done = cli("parity", tmp_path / "pack", "--reference", small_native.ckpt, *given)
     assert done.code == 2
-    assert message in done.stderr
+    assert "is a pack" in done.stderr
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_build_that_fails_has_a_page(
+    cli: Any, small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is published, and the page names the layer and the pass."""
+    break_a_pass(monkeypatch)
+    given = ("--base", small_native.base, "--task", "tone", "-o", tmp_path / "tone")
+    done = cli("export", small_native.ckpt, *given, "--report", tmp_path / "r.html")
+    assert done.code == 1
+    assert "fold-transposes" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+    text = (tmp_path / "r.html").read_text()
+    assert "Failed: " in text
+    assert GELU in text[text.index("First divergence") :][:400]
+    assert "the pass fold-transposes" in text
+    assert "from tone." in text
