@@ -88,7 +88,9 @@ class BothSides:
     @functools.cached_property
     def verifier(self) -> LocalVerifier:
         """The reference side."""
-        return self._stack.enter_context(contextlib.closing(LocalVerifier(self.pair.subject)))
+        return self._stack.enter_context(
+            contextlib.closing(LocalVerifier(self.pair.subject, self.pair.engine_options))
+        )
 
     @functools.cached_property
     def comparable(self) -> Path:
@@ -97,7 +99,7 @@ class BothSides:
 
     @functools.cached_property
     def _engine(self) -> Engine:
-        return self._stack.enter_context(Engine.load(self.comparable, providers=["cpu"]))
+        return self._stack.enter_context(Engine.load(self.comparable, **self.pair.engine_options))
 
     @functools.cached_property
     def _texts(self) -> dict[str, list[Example]]:

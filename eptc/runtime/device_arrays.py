@@ -29,6 +29,7 @@ __all__ = ["DeviceArray", "check_whole", "on_device", "shared"]
 _CPU: Final = 1
 _CUDA: Final = 2
 _CUDA_MANAGED: Final = 13
+_REFUSALS: Final = (BufferError, RuntimeError, TypeError, ValueError)
 
 
 class DeviceArray:
@@ -174,9 +175,10 @@ def _value(array: Any, tensor: TensorSpec, device: tuple[str, int]) -> Any:
         value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
     else:
         _check_device(array, tensor, device)
+        refusals: tuple[type[Exception], ...] = (*ort_errors(), *_REFUSALS)
         try:
             value = from_dlpack(array)
-        except (*ort_errors(), BufferError, RuntimeError, TypeError, ValueError) as error:
+        except refusals as error:
             raise InputError(
                 f"{tensor.name!r} cannot be shared by DLPack: {str(error).splitlines()[0]}",
                 expected=f"a contiguous {tensor.dtype} array that needs no gradient",
