@@ -180,7 +180,7 @@ def _value(array: Any, tensor: TensorSpec, device: tuple[str, int]) -> Any:
             value = from_dlpack(array)
         except refusals as error:
             raise InputError(
-                f"{tensor.name!r} cannot be shared by DLPack: {str(error).splitlines()[0]}",
+                f"{tensor.name!r} cannot be shared by DLPack: {_why(error)}",
                 expected=f"a contiguous {tensor.dtype} array that needs no gradient",
                 fix="pass .contiguous(), and .detach() where it has a gradient",
             ) from error
@@ -192,6 +192,12 @@ def _value(array: Any, tensor: TensorSpec, device: tuple[str, int]) -> Any:
             fix=f"convert it first, in PyTorch .to(torch.{tensor.dtype})",
         )
     return value
+
+
+def _why(error: Exception) -> str:
+    """Return what an error says, without the place in ONNX Runtime's source that it was found."""
+    said = str(error).rpartition(" was false. ")[2].strip().splitlines()
+    return said[-1] if said else type(error).__name__
 
 
 def _check_device(array: Any, tensor: TensorSpec, device: tuple[str, int]) -> None:
