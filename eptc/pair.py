@@ -64,7 +64,7 @@ class Pair:
     by_block: bool
     pack: Pack | None = None
     packed: str = ""
-    engine_options: Mapping[str, Any] = ON_CPU
+    engine_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: ON_CPU)
 
     @classmethod
     def open(
