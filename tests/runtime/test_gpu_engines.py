@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,12 @@ def test_parity_of_precisions(
 ) -> None:
     """16-bit engines are compared themselves, not their twins: a GPU computes in 16 bits."""
     assert cuda
-    out = tmp_path / precision
+    out, rows = tmp_path / precision, tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS))
     folders: dict[str, Any] = {"base": small_native.base}
     eptc.export(
         small_native.ckpt, **folders, task="tone", out=out, optimize_for="cuda",
-        precision=precision,
+        precision=precision, calibration=rows if precision == "int8-static" else None,
     )  # fmt: skip
     eptc.parity(out, reference=small_native.ckpt, **folders, providers=["cuda"])
 
