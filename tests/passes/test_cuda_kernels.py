@@ -8,7 +8,7 @@ ONNX Runtime matches versions exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx.defs
@@ -64,12 +64,12 @@ def lowered(graphs: dict[str, ir.Model], precision: Precision) -> None:
     if precision == "fp32":
         return
     ranges = {
-        key: {value.name: (-4.0, 4.0) for node in model.graph for value in node.outputs}
+        key: {str(value.name): (-4.0, 4.0) for node in model.graph for value in node.outputs}
         for key, model in graphs.items()
     }
     for step in lossy_passes(precision, "cuda", ranges=ranges):
         for key, model in graphs.items():
-            (step[key] if isinstance(step, dict) else step).rewrite(model)
+            (step[key] if isinstance(step, Mapping) else step).rewrite(model)
 
 
 def why_not(node: ir.Node, opset: int) -> str | None:

@@ -9,7 +9,9 @@ import onnxruntime
 import pytest
 
 from eptc.errors import OptionError
+from eptc.runtime import Engine
 from eptc.runtime.assignment import RECORD, Assigned, assigned, check_assignment, fallback
+from eptc.runtime.pack import open_engine
 
 CPU, CUDA, TENSORRT = (
     f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt")
@@ -82,3 +84,19 @@ def test_a_session_that_does_not_say_is_refused() -> None:
     with pytest.raises(OptionError, match="does not say which nodes") as refusal:
         check_assignment(session(record=False), [(CUDA, {}), (CPU, {})])
     assert "upgrade onnxruntime-gpu" in str(refusal.value)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_every_session_is_judged(
+    classifier: Any, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    """Loading asks where nodes run, unless the caller takes it as it is."""
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "eptc.runtime.session.check_assignment", lambda *given: asked.append(given)
+    )
+    # A number of threads that no other test shares its session with.
+    with Engine.load(classifier.path, ["cpu"], threads=7, allow_fallback=allowed):
+        assert len(asked) == (0 if allowed else 1)
+    with open_engine(classifier.path, providers=["cpu"], threads=6, allow_fallback=allowed):
+        assert len(asked) == (0 if allowed else 2)

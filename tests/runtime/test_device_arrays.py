@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from eptc.errors import InputError
 from eptc.runtime import Engine
@@ -36,7 +37,7 @@ def test_the_same_answers_as_numpy(engine: Engine) -> None:
     assert list(found) == ["logits"]
     logits = found["logits"]
     assert (logits.shape, logits.dtype, logits.device) == ((2, 3), "float32", "cpu")
-    np.testing.assert_array_equal(torch.from_dlpack(logits).numpy(), expected["logits"])
+    np.testing.assert_array_equal(from_dlpack(logits).numpy(), expected["logits"])
     np.testing.assert_array_equal(np.from_dlpack(logits), expected["logits"])
     np.testing.assert_array_equal(np.asarray(logits), expected["logits"])
     assert np.array(logits, dtype=np.float64).dtype == np.float64
@@ -53,7 +54,7 @@ def test_nothing_is_copied(engine: Engine) -> None:
         name: tensor.data_ptr() for name, tensor in FEEDS.items()
     }
     logits = engine.run_device(FEEDS)["logits"]
-    assert torch.from_dlpack(logits).data_ptr() == logits.numpy().ctypes.data
+    assert from_dlpack(logits).data_ptr() == logits.numpy().ctypes.data
     with pytest.raises(BufferError, match="never copied"):
         logits.__dlpack__(copy=True)
     with pytest.raises(BufferError, match="never copied"):
@@ -76,7 +77,7 @@ def test_feeds_may_go_once_they_are_given() -> None:
 
 def test_outputs_outlive_the_engine(classifier: Any) -> None:
     engine = Engine.load(classifier.path, ["cpu"], threads=1)
-    logits = torch.from_dlpack(engine.run_device(FEEDS)["logits"])
+    logits = from_dlpack(engine.run_device(FEEDS)["logits"])
     expected = logits.clone()
     engine.close()
     del engine

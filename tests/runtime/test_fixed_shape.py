@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from eptc.errors import InputError, OptionError, TaskError
 from eptc.runtime import Engine
@@ -54,8 +55,8 @@ def test_answers_are_copies(engine: Engine, sentences: Any) -> None:
 def test_buffers_are_written_from_outside(engine: Engine, sentences: Any) -> None:
     """Another library writes the inputs in place, and reads the outputs where they are."""
     fixed = engine.fixed(batch=2, sequence=16)
-    logits = torch.from_dlpack(fixed.outputs["logits"])
-    inputs = {name: torch.from_dlpack(array) for name, array in fixed.inputs.items()}
+    logits = from_dlpack(fixed.outputs["logits"])
+    inputs = {name: from_dlpack(array) for name, array in fixed.inputs.items()}
     for chosen in (sentences[:2], sentences[2:4]):
         feeds = engine.tokenize(chosen, truncate=True)
         expected = engine.run(feeds)["logits"]
