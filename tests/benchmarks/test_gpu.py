@@ -33,6 +33,26 @@ def test_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert ratio["rounds"] == 6
 
 
+def test_ratios_are_the_others_by_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2: the engine is twice as fast."""
+
+    def timed(calls: dict[str, gpu.Call], rounds: int) -> dict[str, list[float]]:
+        return {name: [1.0 if name == gpu.ENGINE else 2.0] * rounds for name in calls}
+
+    monkeypatch.setattr(gpu, "_timed", timed)
+    out = tmp_path / "gpu.json"
+    gpu.main([
+        "--device", "cpu", "--models", "tiny-bert", "--precisions", "fp32", "--batches", "1",
+        "--lengths", "4", "--contestants", "engine;PyTorch eager", "--out", str(out),
+        "--folder", str(tmp_path / "bench"),
+    ])  # fmt: skip
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["milliseconds"] == {"engine": 1000.0, "PyTorch eager": 2000.0}
+    assert case["ratios"]["PyTorch eager"]["estimate"] == 2.0
+
+
 def test_answers_that_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
