@@ -6,6 +6,7 @@
 # make bench-routing  measure experts that are chosen by the input (SYSTEMS=mept,smop, MODELS=t5-base)
 # make bench-tasks  measure eight tasks in one engine beside one task's own (MODELS=minilm)
 # make bench-packs  measure a pack of eight tasks beside a bundle for each (MODEL=t5-base)
+# make bench-gpu  measure engines on an NVIDIA GPU beside PyTorch (MODELS=minilm)
 # make bench-precisions  score every precision on the example's four tasks
 # Each sets up what it needs in .venv first; a second run starts at once.
 
@@ -28,7 +29,7 @@ SIDE := .cache/tests
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo serve test lint bench bench-routing bench-tasks bench-packs bench-precisions clean
+.PHONY: demo serve test lint bench bench-routing bench-tasks bench-packs bench-gpu bench-precisions clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (once)"
@@ -101,6 +102,9 @@ bench-tasks: .venv/.bench
 bench-packs: .venv/.bench
 	@echo "measuring eight tasks in one pack: some minutes"
 	$(BIN)/python -m benchmarks.packs $(if $(MODEL),--model $(MODEL))
+
+bench-gpu: .venv/.bench
+	$(BIN)/python -m benchmarks.gpu $(if $(MODELS),--models '$(MODELS)')
 
 bench-precisions: .venv/.bench
 	$(BIN)/python -m benchmarks.precisions

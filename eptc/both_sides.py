@@ -81,7 +81,9 @@ class BothSides:
     @functools.cached_property
     def verifier(self) -> LocalVerifier:
         """The reference side."""
-        return self._stack.enter_context(contextlib.closing(LocalVerifier(self.pair.subject)))
+        return self._stack.enter_context(
+            contextlib.closing(LocalVerifier(self.pair.subject, self.pair.engine_options))
+        )
 
     @functools.cached_property
     def comparable(self) -> Path:
@@ -91,7 +93,7 @@ class BothSides:
     @functools.cached_property
     def engine(self) -> Engine:
         """The engine, of every task it serves."""
-        return self._stack.enter_context(Engine.load(self.comparable, providers=["cpu"]))
+        return self._stack.enter_context(Engine.load(self.comparable, **self.pair.engine_options))
 
     @functools.cached_property
     def has_text(self) -> bool:

@@ -17,6 +17,7 @@ import click
 
 import eptc
 from eptc.cli_common import FOLDER, command, json_option, progress_shown, source_options
+from eptc.cli_providers import provider_options
 from eptc.errors import BundleError, OptionError
 from eptc.parity_lines import folder_lines, parity_lines
 from eptc.precision import SCHEMES
@@ -24,7 +25,7 @@ from eptc.precision import SCHEMES
 if TYPE_CHECKING:
     from eptc.build import Folder
     from eptc.planning import Plan
-    from eptc.runtime import Engine
+    from eptc.runtime import Engine, Provider
 
 __all__ = ["main"]
 
@@ -433,6 +434,7 @@ def convert(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--task", help="Of a pack: the task that is compared.")
 @source_options
 @click.option("--data", type=FOLDER, help="JSON lines file with labelled examples to score on.")
+@provider_options
 @click.option(
     "--report",
     "page",
@@ -502,7 +504,7 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--stop", multiple=True, help="String or special token that ends an answer.")
 @click.option("--chat", is_flag=True, help="Put each text into the model's chat template.")
 @click.option("--stream", is_flag=True, help="Print text while it is written.")
-@click.option("--provider", "providers", multiple=True, help="cpu, cuda or tensorrt, in order.")
+@provider_options
 @json_option
 @command
 def run(
@@ -514,7 +516,8 @@ def run(
     folded: bool,
     truncate: bool,
     stream: bool,
-    providers: tuple[str, ...],
+    providers: list[Provider] | None,
+    allow_fallback: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -532,8 +535,9 @@ def run(
         raise OptionError("--stream and --json are both given", fix="leave one of them out")
     # What was given; 0 is a value too.
     writing = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
-    given_providers = list(providers) or None
-    with open_engine(bundle, task=task, folded=folded, providers=given_providers) as engine:
+    with open_engine(
+        bundle, task=task, folded=folded, providers=providers, allow_fallback=allow_fallback
+    ) as engine:
         examples, tasks = _with_tasks(engine, examples)
         if stream:
             for i, example in enumerate(examples):
@@ -593,7 +597,7 @@ def _all_labelled(engine: Engine, tasks: list[str] | None) -> bool:
 @click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
 @click.option("--repeat", default=20, show_default=True, help="Calls of each shape.")
 @click.option("--threads", type=int, help="CPU threads one operator may use.")
-@click.option("--provider", "providers", multiple=True, help="cpu, cuda or tensorrt, in order.")
+@provider_options
 @json_option
 @command
 def bench(
@@ -601,7 +605,6 @@ def bench(
     batch: list[int],
     length: list[int],
     max_new_tokens: int | None,
-    providers: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -610,9 +613,8 @@ def bench(
     The inputs are token ids drawn at random. Needs no torch and no transformers.
     """
     report = eptc.bench(
-        bundle, batches=batch, lengths=length, new_tokens=max_new_tokens,
-        providers=list(providers) or None, **options,
-    )  # fmt: skip
+        bundle, batches=batch, lengths=length, new_tokens=max_new_tokens, **options
+    )
     if as_json:
         click.echo(json.dumps(report))
         return

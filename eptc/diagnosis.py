@@ -17,14 +17,14 @@ __all__ = ["doctor"]
 _PACKAGES = (
     "ept-compiler", "numpy", "onnxruntime-gpu", "onnxruntime", "tokenizers", "torch",
     "transformers", "onnx", "onnx-ir", "onnxscript", "optimum", "safetensors", "sentencepiece",
-    "jsonschema", "ml_dtypes",
+    "jsonschema", "ml_dtypes", "tensorrt",
 )  # fmt: skip
 _COMPILER = ("jsonschema", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "safetensors",
              "sentencepiece", "torch", "transformers")  # fmt: skip
 
 
 def doctor() -> dict[str, dict[str, Any]]:
-    """Return versions, execution providers and targets, each as name to finding.
+    """Return versions, execution providers, GPUs and targets, each as name to finding.
 
     A provider is listed as it really starts on this machine, not as the package was built.
     """
@@ -42,10 +42,36 @@ def doctor() -> dict[str, dict[str, Any]]:
             name: "starts" if reason is None else f"does not start: {reason}"
             for name, reason in probe_providers().items()
         },
+        "gpu": _gpu(),
         "targets": {**_targets(missing), **_plugins("eptc.targets", missing)},
         "readers": _plugins("eptc.readers", missing),
         "passes": _plugins("eptc.passes", missing),
     }
+
+
+def _gpu() -> dict[str, str]:
+    """Return the driver, the GPUs and the libraries, and what ONNX Runtime was built for."""
+    import onnxruntime
+
+    from eptc.runtime.gpu import find_driver, tensorrt_version
+    from eptc.runtime.providers import tensorrt_major
+
+    major = tensorrt_major()
+    built = f"CUDA {getattr(onnxruntime, 'cuda_version', '') or 'unknown'}"
+    found = {
+        "onnxruntime is built for": built + (f", TensorRT {major}" if major else ""),
+        "tensorrt": tensorrt_version(None) or "not found: pip install tensorrt",
+    }
+    driver = find_driver()
+    if isinstance(driver, str):
+        return {"driver": driver, **found}
+    devices = {
+        f"device {number}": f"{device.name}, compute capability {device.compute_capability}, "
+        f"{device.memory / 2**30:.0f} GiB"
+        for number, device in enumerate(driver.devices)
+    }
+    version = driver.version or "version unknown"
+    return {"driver": f"{version}, runs CUDA up to {driver.cuda}", **devices, **found}
 
 
 def _targets(missing: Sequence[str]) -> dict[str, str]:

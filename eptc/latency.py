@@ -30,6 +30,7 @@ def bench(
     repeat: int = 20,
     threads: int | None = None,
     providers: Sequence[Provider] | None = None,
+    allow_fallback: bool = False,
 ) -> dict[str, Any]:
     """Measure an engine on token ids drawn at random, without padding.
 
@@ -48,6 +49,7 @@ def bench(
         repeat: calls of each shape that are counted, after a few that are not.
         threads: as for `Engine.load`.
         providers: likewise.
+        allow_fallback: likewise.
 
     Returns:
         What was measured, as JSON values: the engine, how it ran, and `shapes`, each with batch,
@@ -68,7 +70,12 @@ def bench(
         if not values or min(values) < 1:
             raise OptionError(f"{name} is {list(values)}", expected="integers, 1 or more")
     with open_engine(
-        Path(bundle), task=task, folded=folded, providers=providers, threads=threads
+        Path(bundle),
+        task=task,
+        folded=folded,
+        providers=providers,
+        threads=threads,
+        allow_fallback=allow_fallback,
     ) as engine:
         if new_tokens is not None and engine.manifest.generation is None:
             raise OptionError("this engine writes no tokens", fix="leave new_tokens out")

@@ -20,11 +20,12 @@ from eptc.parity_gate.answers import Budget, answers, compare_answers, right_ans
 from eptc.parity_gate.compare import FP32, bound_of
 from eptc.parity_gate.memory import verified_by_block, whole_model_bytes
 from eptc.parity_gate.reference_answers import reference_answers
-from eptc.parity_gate.verifier import LocalVerifier, Subject
+from eptc.parity_gate.verifier import ON_CPU, LocalVerifier, Subject
 from eptc.precision import SCHEMES
 from eptc.runtime import Engine, Manifest, load_manifest
 from eptc.runtime.pack import Pack, only_task, open_engine
 from eptc.runtime.row_tasks import of_task
+from eptc.runtime.providers import CPU, Provider
 from eptc.runtime.spec import PACK
 from eptc.stacking import refused_blocks
 from eptc.tasks import Task
@@ -53,6 +54,7 @@ class Pair:
         by_block: whether one block of the model at a time is compared.
         pack: the pack; None where it is a bundle.
         packed: the task's name in the pack.
+        engine_options: how the engine is loaded, as for `Engine.load`.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Pair:
     by_block: bool
     pack: Pack | None = None
     packed: str = ""
+    engine_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: ON_CPU)
 
     @classmethod
     def open(
@@ -78,6 +81,8 @@ class Pair:
         data: str | Path | None = None,
         allow_pickle: bool = False,
         format: str | None = None,
+        providers: Sequence[Provider] | None = None,
+        allow_fallback: bool = False,
     ) -> Pair:
         """Read both; arguments as for `eptc.parity`.
 
@@ -86,7 +91,11 @@ class Pair:
                 made from another checkpoint or base.
         """
         folder = Path(bundle)
-        pack = _pack(folder, task)
+        options: dict[str, Any] = {
+            "providers": providers or ["cpu"],
+            "allow_fallback": allow_fallback,
+        }
+        pack = _pack(folder, task, options)
         packed = "" if pack is None else only_task(pack.manifest, task, folder)
         manifest = load_manifest(folder) if pack is None else pack.manifest.engine(packed)
         tasks_of = manifest.tasks or (() if manifest.task is None else (manifest.task,))
@@ -126,7 +135,12 @@ class Pair:
         by_block = pack is None and _by_block(folder, manifest.precision, source)
         if by_block and manifest.tasks:
             raise refused_blocks(source, manifest.precision)
-        return cls(folder, manifest, tasks_of, source, labelled, by_block, pack, packed)
+        if by_block and not _on_cpu(options["providers"]):
+            raise OptionError(
+                f"{folder} is compared block by block, which runs on the CPU",
+                fix="leave --provider out, or compare it where there is more memory",
+            )
+        return cls(folder, manifest, tasks_of, source, labelled, by_block, pack, packed, options)
 
     @property
     def task(self) -> Task:
@@ -182,10 +196,13 @@ class Pair:
     def comparable(self) -> Iterator[Path]:
         """Yield the folder that is compared: of a 16-bit engine its twin, removed afterwards.
 
+        On another provider than the CPU's it is the engine itself: there it computes in 16 bits.
+
         Raises:
             OutputError: there is no room for it where temporary files are kept.
         """
-        if self.manifest.precision not in _SIMULATED:
+        on_cpu = _on_cpu(self.engine_options["providers"])
+        if self.manifest.precision not in _SIMULATED or not on_cpu:
             yield self.folder
             return
         with contextlib.ExitStack() as stack:
@@ -206,17 +223,23 @@ class Pair:
         """
         if self.labelled is None or verifier.tokenizer is None:
             return None
-        with open_engine(folder, task=self.packed or None, providers=["cpu"]) as engine:
+        with open_engine(folder, task=self.packed or None, **self.engine_options) as engine:
             return {
                 name: _scores(engine.for_task(name), verifier, rows)
                 for name, rows in self.labelled.items()
             }
 
 
-def _pack(folder: Path, task: str | None) -> Pack | None:
+def _on_cpu(providers: Sequence[Provider]) -> bool:
+    """Return whether nothing but the CPU's provider is asked for."""
+    names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+    return all(name.lower() in ("cpu", CPU.lower()) for name in names)
+
+
+def _pack(folder: Path, task: str | None, options: Mapping[str, Any]) -> Pack | None:
     """Return the pack in a folder; None where it is a bundle, of which every task is compared."""
     if (folder / PACK).exists():
-        return Pack.load(folder, providers=["cpu"])
+        return Pack.load(folder, **options)
     if task is not None:
         raise OptionError(
             f"--task {task} was given for {folder}, which is no pack",

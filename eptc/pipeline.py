@@ -32,6 +32,7 @@ from eptc.passes.quantize_int8_dynamic import QuantizeInt8Dynamic
 from eptc.passes.quantize_int8_static import QuantizeInt8Static
 from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.passes.specialize_router import SpecializeRouter
+from eptc.passes.split_equal import SplitEqual
 from eptc.passes.stable_names import StableNames
 from eptc.passes.stack_tasks import StackTasks
 from eptc.passes.truncate_rank import TruncateRank
@@ -143,6 +144,7 @@ def graph_passes(
             FuseAttention(only_cached=True),
         ],
         "cuda": [
+            SplitEqual(),  # anywhere: nothing else knows comparisons
             PackProjections(),  # after transposes are folded: it joins columns
             FuseRotary(),  # as above
             FuseAttention(),

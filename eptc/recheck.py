@@ -15,6 +15,7 @@ from eptc.parity_gate.gate import refuse
 from eptc.parity_gate.packs import PackGate
 from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier
+from eptc.runtime import Provider
 
 __all__ = ["parity"]
 
@@ -31,6 +32,8 @@ def parity(
     data: str | Path | None = None,
     allow_pickle: bool = False,
     format: str | None = None,
+    providers: Sequence[Provider] | None = None,
+    allow_fallback: bool = False,
     progress: Callable[[Any], None] = lambda _: None,
 ) -> ParityReport:
     """Compare a bundle with the unfolded PyTorch model.
@@ -52,6 +55,9 @@ def parity(
             engine serves several tasks each row names its own in `task`.
         allow_pickle: read `.bin` files (weights only).
         format: of the checkpoint; None: the manifest's.
+        providers: where the engine runs, as for `Engine.load`; None: on the CPU, for which all
+            bounds were measured.
+        allow_fallback: as for `Engine.load`.
         progress: called with what is being done.
 
     Returns:
@@ -66,6 +72,7 @@ def parity(
     pair = Pair.open(
         bundle, reference=reference, task=task, base=base, tasks=tasks, top_k=top_k,
         task_spec=task_spec, data=data, allow_pickle=allow_pickle, format=format,
+        providers=providers, allow_fallback=allow_fallback,
     )  # fmt: skip
     with pair.comparable() as folder, contextlib.ExitStack() as stack:
         verifier: LocalVerifier | PackGate
@@ -75,7 +82,9 @@ def parity(
                 pair.pack, pair.packed, examples=pair.examples, progress=progress
             )
         else:
-            verifier = stack.enter_context(contextlib.closing(LocalVerifier(pair.subject)))
+            verifier = stack.enter_context(
+                contextlib.closing(LocalVerifier(pair.subject, pair.engine_options))
+            )
             report = verifier.prove(folder, {}, progress)
             refuse(report, "build the bundle again; if it fails again, report it")
         if data is not None:

@@ -21,6 +21,7 @@ PASSES: dict[str, str] = {
     "fold-pyramid": "eptc.passes.fold_pyramid:FoldPyramid",
     "fold-transposes": "eptc.passes.fold_transposes:FoldTransposes",
     "gather-early": "eptc.passes.gather_early:GatherEarly",
+    "split-equal": "eptc.passes.split_equal:SplitEqual",
     "pack-projections": "eptc.passes.pack_projections:PackProjections",
     "fuse-rotary": "eptc.passes.fuse_rotary:FuseRotary",
     "fuse-attention": "eptc.passes.fuse_attention:FuseAttention",

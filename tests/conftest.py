@@ -51,6 +51,17 @@ def golden() -> Path:
     return GOLDEN
 
 
+@pytest.fixture(scope="session")
+def cuda() -> str:
+    """The CUDA provider, where it starts: tests marked gpu run by themselves on such a machine."""
+    from eptc.runtime import probe_providers
+
+    name = "CUDAExecutionProvider"
+    if (reason := probe_providers().get(name, "this ONNX Runtime was built without it")) is None:
+        return name
+    pytest.skip(f"needs CUDA: {reason}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Describe the marks that only some tests have."""
     config.addinivalue_line("markers", "slow: takes long, in an environment of its own")

@@ -70,6 +70,22 @@ def single(
     return give
 
 
+@pytest.mark.parametrize("way", ["on the device", "at one shape"])
+def test_rows_of_several_tasks_on_the_device(engine: Engine, way: str) -> None:
+    """Rows of several tasks stay on the device too; a view of one task says what to call."""
+    feeds = engine.tokenize(WORDS[:3], tasks=["tone", "score", "tone"])
+    expected = engine.run(feeds)["logits"]
+    if way == "on the device":
+        found = engine.run_device(feeds)["logits"].numpy()
+    else:
+        found = engine.fixed(batch=4, sequence=24).run(feeds)["logits"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    view = engine.for_task("tone")
+    call = view.run_device if way == "on the device" else lambda _: view.fixed(4, 24)
+    with pytest.raises(OptionError, match="one task of an engine of several"):
+        call(feeds)
+
+
 WORDS = ("the film was good", "bad", "a very long and quiet film", "not dull and not short")
 ROWS: list[tuple[str, Any]] = [
     ("tone", WORDS[0]), ("score", WORDS[2]), ("same", (WORDS[1], WORDS[3])), ("tone", WORDS[1]),

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Final, Protocol
 
 from eptc import checkpoint, text
 from eptc.errors import BundleError, EptcError, InternalError, OptionError, ParityError
@@ -32,7 +33,10 @@ from eptc.parity_gate.several import prove_tasks
 from eptc.runtime import Engine, load_manifest
 from eptc.tasks import chosen
 
-__all__ = ["LocalVerifier", "RemoteVerifier", "Subject", "Verifier", "serve"]
+__all__ = ["ON_CPU", "LocalVerifier", "RemoteVerifier", "Subject", "Verifier", "serve"]
+
+# How an engine is loaded that is compared: bounds were measured on the CPU.
+ON_CPU: Final[Mapping[str, Any]] = MappingProxyType({"providers": ("cpu",)})
 
 Progress = Callable[[str], None]
 
@@ -80,10 +84,16 @@ class Verifier(Protocol):
 
 
 class LocalVerifier:
-    """Compares in this process."""
+    """Compares in this process.
 
-    def __init__(self, subject: Subject) -> None:
+    Args:
+        subject: what the bundle is compared with.
+        engine_options: how the engine is loaded, as for `Engine.load`.
+    """
+
+    def __init__(self, subject: Subject, engine_options: Mapping[str, Any] = ON_CPU) -> None:
         self._subject = subject
+        self._engine_options = engine_options
 
     @functools.cached_property
     def reference(self) -> ReferenceModel:
@@ -130,7 +140,7 @@ class LocalVerifier:
                 self.tokenizer, **options,
             )  # fmt: skip
         try:
-            engine = Engine.load(directory, providers=["cpu"])
+            engine = Engine.load(directory, **self._engine_options)
         except BundleError as error:
             raise ParityError(f"the engine that was written does not load: {error}") from error
         task_ids = chosen(subject.task, self.reference.tasks)

@@ -7,7 +7,9 @@
 """
 
 from eptc.runtime.chat import Conversation
+from eptc.runtime.device_arrays import DeviceArray
 from eptc.runtime.engine import Engine
+from eptc.runtime.fixed_shape import FixedShape
 from eptc.runtime.inputs import Example
 from eptc.runtime.manifest import SCHEMA_VERSION, Manifest, load_manifest, read_manifest
 from eptc.runtime.pack import Pack
@@ -35,9 +37,11 @@ __all__ = [
     "SCHEMA_VERSION",
     "Classification",
     "Conversation",
+    "DeviceArray",
     "Engine",
     "Example",
     "FileRecord",
+    "FixedShape",
     "Generation",
     "GenerationSpec",
     "GraphSpec",

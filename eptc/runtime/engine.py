@@ -12,8 +12,11 @@ from eptc.runtime.batches import in_batches
 from eptc.runtime.chat import chat_template, rendered
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.decoding import Steps, begin, sound
+from eptc.runtime.device_arrays import DeviceArray, check_whole, on_device, shared
 from eptc.runtime.feeds import check_vocabulary, checked, checked_prompt
+from eptc.runtime.fixed_shape import FixedShape, fixed_shape
 from eptc.runtime.generation import greedy, limited, planned, sampled, stream, write
+from eptc.runtime.gpu import wait_for_device
 from eptc.runtime.inputs import Example, listed, positive, prepare
 from eptc.runtime.loading import open_graphs, open_tokenizer
 from eptc.runtime.manifest import Manifest, load_manifest
@@ -77,6 +80,7 @@ class Engine:
         *,
         cache: bool | str | Path = False,
         warm_up: bool = False,
+        allow_fallback: bool = False,
     ) -> Self:
         """Load a bundle.
 
@@ -86,8 +90,9 @@ class Engine:
         Args:
             directory: the bundle's folder.
             providers: execution providers in order of preference, `cpu`, `cuda`, `tensorrt` or
-                ONNX Runtime's names, each alone or with its options. None: the best that start
-                here, TensorRT before CUDA before CPU; `engine.providers` says which did.
+                ONNX Runtime's names, each alone or with its options (TensorRT's: see
+                `eptc.runtime.tensorrt`). None: the best that start here and run the whole
+                graph, TensorRT before CUDA before CPU; `engine.providers` says which did.
             threads: CPU threads one operator may use. None: the CPUs this process may use, by its
                 CPU set and its control group's quota.
             cache: a folder to keep optimised graphs and packed weights in, so that later loads
@@ -97,10 +102,14 @@ class Engine:
                 removed at any time; where it cannot be used the log says why, and the engine
                 loads without it.
             warm_up: whether to call `warm_up` before returning.
+            allow_fallback: whether what the first provider has no kernel for may run on the
+                CPU. Without it that is an error: such an engine names a GPU and waits for the
+                CPU. The arithmetic of shapes belongs there and is none.
 
         Raises:
             BundleError: not a bundle, damaged, or newer than this version.
-            OptionError: a provider that does not start, or a wrong number of threads.
+            OptionError: a provider that does not start or does not run the whole graph, or a
+                wrong number of threads.
         """
         folder = Path(directory)
         count = usable_cpus() if threads is None else positive("threads", threads)
@@ -114,6 +123,7 @@ class Engine:
             count,
             strict=providers is not None,
             cache=kept_in(cache),
+            allow_fallback=allow_fallback,
         )
         engine = cls(folder, manifest, graphs, tokenizer)
         if warm_up:
@@ -359,18 +369,64 @@ class Engine:
         Raises:
             InputError: no such graph, or feeds that do not fit it; the batch may not be empty.
         """
-        if graph is None and len(self.manifest.graphs) > 1:
-            raise InputError(
-                "the engine has several graphs", expected=", ".join(self.manifest.graphs)
-            )
-        name = graph if graph is not None else next(iter(self.manifest.graphs))
-        if name not in self.manifest.graphs:
-            raise InputError(
-                f"there is no graph {name!r}", expected=", ".join(self.manifest.graphs)
-            )
-        opened = self._graph(name)
-        arrays = checked(feeds, name, opened.spec, self.manifest.vocab_size, self.manifest.tasks)
+        opened = self._named_graph(graph)
+        arrays = checked(
+            feeds, opened.name, opened.spec, self.manifest.vocab_size, self.manifest.tasks
+        )
         return opened.run(arrays)
+
+    def run_device(
+        self, feeds: Mapping[str, Any], graph: str | None = None, *, synchronize: bool = True
+    ) -> dict[str, DeviceArray]:
+        """Run one graph on arrays that stay where they are, and leave its outputs on the device.
+
+        Nothing is copied or converted. The call returns when the outputs are complete.
+
+        Args:
+            feeds: per input an array that speaks DLPack (PyTorch, CuPy, JAX, a `DeviceArray`)
+                of the declared type, on the engine's device or in the CPU's memory. The values
+                of those on a GPU are not looked at: a token outside the vocabulary reads zeros.
+            graph: as for `run`.
+            synchronize: whether to wait until the device has written the feeds. False: the
+                caller has waited, or writes them on the stream that the engine was given
+                (`user_compute_stream` among the provider's options).
+
+        Returns:
+            Every output by name; `torch.from_dlpack` and its like take them without a copy.
+
+        Raises:
+            InputError: as for `run`; an array of another type or device.
+            OptionError: the engine is a view of one task (`for_task`).
+        """
+        opened = self._named_graph(graph)
+        check_whole(opened, "run_device")
+        values = shared(
+            feeds, opened.name, opened.spec, opened.device, self.manifest.vocab_size,
+            self.manifest.tasks,
+        )  # fmt: skip
+        if synchronize and on_device(feeds):
+            wait_for_device(opened.device[1])
+        outputs = opened.run_bound(values, stay=True)
+        return {name: DeviceArray(value) for name, value in outputs.items()}
+
+    def fixed(self, batch: int, sequence: int) -> FixedShape:
+        """Return the engine at one shape, on buffers of its own; on CUDA it can be captured.
+
+        Load the engine with `providers=[("cuda", {"enable_cuda_graph": "1"})]` and each shape is
+        captured at its first run, and replayed from then on.
+
+        Args:
+            batch: rows of every run; fewer are padded.
+            sequence: tokens of every row; fewer are padded.
+
+        Raises:
+            OptionError: a shape that the model refuses, answers that padding would change, or a
+                view of one task (`for_task`).
+            TaskError: the engine writes text.
+        """
+        return fixed_shape(
+            self._graph(next(iter(self.manifest.graphs))), self.manifest, batch, sequence
+        )
 
     def warm_up(self, shapes: Iterable[tuple[int, int]] = ((1, 8),)) -> None:
         """Run every graph now, so that the first request does not wait for what happens once.
@@ -465,6 +521,18 @@ class Engine:
         feeds = self._text_tokenizer().pad(rows)
         check_vocabulary(feeds["input_ids"], self.manifest.vocab_size)
         return feeds | self._rows.feeds(places)
+
+    def _named_graph(self, graph: str | None) -> Graph:
+        if graph is None and len(self.manifest.graphs) > 1:
+            raise InputError(
+                "the engine has several graphs", expected=", ".join(self.manifest.graphs)
+            )
+        name = graph if graph is not None else next(iter(self.manifest.graphs))
+        if name not in self.manifest.graphs:
+            raise InputError(
+                f"there is no graph {name!r}", expected=", ".join(self.manifest.graphs)
+            )
+        return self._graph(name)
 
     def _graph(self, name: str) -> Graph:
         # One read of the dict: another thread may be closing the engine.

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from eptc.runtime.manifest import Manifest
     from eptc.tasks import Task
 
-__all__ = ["check_vocabulary", "checked", "checked_prompt"]
+__all__ = [
+    "check_given",
+    "check_shapes",
+    "check_values",
+    "check_vocabulary",
+    "checked",
+    "checked_prompt",
+]
 
 _MAY_BE_EMPTY = "past_sequence"
 _PROMPT = GraphSpec(
@@ -51,6 +58,20 @@ def checked(
             integer (Gather would count it from the end), a token outside the vocabulary, the place
             of no task.
     """
+    check_given(feeds, name, spec)
+    arrays = {tensor.name: _cast(feeds[tensor.name], tensor) for tensor in spec.inputs}
+    check_shapes({key: array.shape for key, array in arrays.items()}, spec)
+    for tensor in spec.inputs:
+        check_values(arrays[tensor.name], tensor, vocab_size, tasks)
+    return arrays
+
+
+def check_given(feeds: Mapping[str, Any], name: str, spec: GraphSpec) -> None:
+    """Refuse feeds that are not exactly a graph's inputs.
+
+    Raises:
+        InputError: an input that is missing, or one that the graph does not have.
+    """
     declared = [tensor.name for tensor in spec.inputs]
     if not isinstance(feeds, Mapping):
         raise InputError(
@@ -61,17 +82,36 @@ def checked(
     if wrong or missing:
         found = f"no input {missing[0]!r}" if missing else f"the unknown input {wrong[0]!r}"
         raise InputError(f"graph {name!r} got {found}", expected=", ".join(declared))
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], spec: GraphSpec) -> None:
+    """Refuse shapes that do not fit a graph's inputs, or one another.
+
+    Raises:
+        InputError: with the input, its shape and the one it should have.
+    """
     sizes: dict[str, tuple[int, str]] = {}
-    arrays = {}
     for tensor in spec.inputs:
-        array = _cast(feeds[tensor.name], tensor)
-        _check_shape(array, tensor, sizes)
-        if tensor.name == TASK_IDS:
-            check_task_ids(array, tasks)
-        _check_values(array, tensor, vocab_size)
-        arrays[tensor.name] = array
+        _check_shape(shapes[tensor.name], tensor, sizes)
     _check_total(sizes)
-    return arrays
+
+
+def check_values(
+    array: NumpyArray, tensor: TensorSpec, vocab_size: int | None, tasks: Sequence[Task] = ()
+) -> None:
+    """Refuse what a graph would read somewhere else than it means.
+
+    Raises:
+        InputError: a negative integer, a token outside the vocabulary, the place of no task.
+    """
+    if tensor.name == TASK_IDS:
+        check_task_ids(array, tasks)
+    if array.dtype.kind != "i" or array.size == 0:
+        return
+    if array.min() < 0:
+        raise InputError(f"{tensor.name!r} has the negative value {array.min()}")
+    if tensor.name == "input_ids":
+        check_vocabulary(array, vocab_size)
 
 
 def checked_prompt(feeds: Mapping[str, Any], manifest: Manifest) -> dict[str, NumpyArray]:
@@ -123,12 +163,14 @@ def _cast(value: Any, tensor: TensorSpec) -> NumpyArray:
     )
 
 
-def _check_shape(array: NumpyArray, tensor: TensorSpec, sizes: dict[str, tuple[int, str]]) -> None:
-    shape = f"{tensor.name!r} has shape {list(array.shape)}"
+def _check_shape(
+    found: tuple[int, ...], tensor: TensorSpec, sizes: dict[str, tuple[int, str]]
+) -> None:
+    shape = f"{tensor.name!r} has shape {list(found)}"
     expected = f"[{', '.join(map(str, tensor.shape))}]"
-    if array.ndim != len(tensor.shape):
+    if len(found) != len(tensor.shape):
         raise InputError(shape, expected=expected)
-    for size, dim in zip(array.shape, tensor.shape, strict=True):
+    for size, dim in zip(found, tensor.shape, strict=True):
         if isinstance(dim, int):
             if size != dim:
                 raise InputError(shape, expected=expected)
@@ -140,15 +182,6 @@ def _check_shape(array: NumpyArray, tensor: TensorSpec, sizes: dict[str, tuple[i
             raise InputError(
                 f"{shape}: {dim} is {size}", expected=f"{known}, as in {first!r} ({expected})"
             )
-
-
-def _check_values(array: NumpyArray, tensor: TensorSpec, vocab_size: int | None) -> None:
-    if array.dtype.kind != "i" or array.size == 0:
-        return
-    if array.min() < 0:
-        raise InputError(f"{tensor.name!r} has the negative value {array.min()}")
-    if tensor.name == "input_ids":
-        check_vocabulary(array, vocab_size)
 
 
 def check_vocabulary(ids: NumpyArray, vocab_size: int | None) -> None:

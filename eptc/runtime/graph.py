@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import os
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,15 +17,15 @@ from eptc.runtime.providers import CUDA, TENSORRT
 from eptc.runtime.spec import TASK_IDS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from eptc.runtime.spec import GraphSpec, TensorSpec
 
-__all__ = ["Graph", "NumpyArray", "signature"]
+__all__ = ["DTYPE_OF_ORT", "Graph", "NumpyArray", "element_type", "signature"]
 
 NumpyArray = np.ndarray[Any, Any]
 
-_DTYPE_OF_ORT: Final = {
+DTYPE_OF_ORT: Final = {
     "tensor(bfloat16)": "bfloat16",
     "tensor(bool)": "bool",
     "tensor(double)": "float64",
@@ -31,6 +34,7 @@ _DTYPE_OF_ORT: Final = {
     "tensor(int32)": "int32",
     "tensor(int64)": "int64",
 }
+_UNCAPTURED: Final = "-1"
 _BFLOAT16: Final = 16  # its number in onnx.TensorProto.DataType; numpy has no such type
 
 
@@ -58,10 +62,17 @@ class Graph:
         self._shared: Graph | None = None
         self._process = os.getpid()
         self._place: int | None = None
-        self._device = ("cpu", 0)
+        self.device = ("cpu", 0)
+        self.captures = False
         if (started := self.providers[0]) in (CUDA, TENSORRT):
             options = session.get_provider_options()[started]
-            self._device = ("cuda", int(options.get("device_id", 0)))
+            self.device = ("cuda", int(options.get("device_id", 0)))
+            self.captures = options.get("enable_cuda_graph", "0").lower() in ("1", "true")
+        # A session that captures does so for every run that is not told otherwise, and may run
+        # in one thread at a time.
+        self._options = _run_options(_UNCAPTURED) if self.captures else None
+        self._one_at_a_time = threading.Lock() if self.captures else contextlib.nullcontext()
+        self._captured_ids = itertools.count(1)
 
     def with_fixed(self, arrays: Mapping[str, NumpyArray]) -> Graph:
         """Return the same session with optional inputs that every run is given besides.
@@ -73,7 +84,7 @@ class Graph:
 
         found = copy.copy(self)
         found._fixed = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, *self.device)
             for name, array in arrays.items()
         }
         found._shared = self  # who opens it again finds this one while either is in use
@@ -90,6 +101,11 @@ class Graph:
         found.spec, found._place = spec, place
         found.inputs = {tensor.name: tensor for tensor in spec.inputs}
         return found
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it is the graph of several tasks seen as that of one (`of_task`)."""
+        return self._place is not None
 
     def _fed(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         given = {**self._fixed, **feeds}
@@ -111,7 +127,8 @@ class Graph:
         self._check_process()
         names = [tensor.name for tensor in self.spec.outputs]
         try:
-            values = self._session.run(names, self._fed(feeds))
+            with self._one_at_a_time:
+                values = self._session.run(names, self._fed(feeds), self._options)
         except ort_errors() as error:
             raise self._refused(error) from error
         return {
@@ -119,7 +136,9 @@ class Graph:
             for tensor, value in zip(self.spec.outputs, values, strict=True)
         }
 
-    def run_bound(self, feeds: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    def run_bound(
+        self, feeds: Mapping[str, Any], without: Collection[str] = (), *, stay: bool = False
+    ) -> dict[str, Any]:
         """Run on arrays and OrtValues; return OrtValues, the `present.*` ones on the device.
 
         What one step caches is the next step's input without a copy or a conversion.
@@ -127,6 +146,7 @@ class Graph:
         Args:
             feeds: a value per input.
             without: outputs nobody reads, which then never leave the device.
+            stay: whether every output stays on the device.
         """
         self._check_process()
         binding = self._session.io_binding()
@@ -137,13 +157,42 @@ class Graph:
                 binding.bind_ortvalue_input(name, value)
         names = [tensor.name for tensor in self.spec.outputs if tensor.name not in without]
         for name in names:
-            device = self._device if name.startswith("present.") else ("cpu", 0)
+            device = self.device if stay or name.startswith("present.") else ("cpu", 0)
             binding.bind_output(name, *device)
         try:
-            self._session.run_with_iobinding(binding)
+            with self._one_at_a_time:
+                self._session.run_with_iobinding(binding, self._options)
         except ort_errors() as error:
             raise self._refused(error) from error
         return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def bound_to(
+        self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> Callable[[], None]:
+        """Return what runs the graph on the same OrtValues each time.
+
+        Where the session captures, the first call does, and later ones replay what it captured.
+
+        Args:
+            inputs: a value per input, on the device.
+            outputs: likewise, to be written.
+        """
+        binding = self._session.io_binding()
+        for name, value in {**self._fixed, **inputs}.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        options = _run_options(str(next(self._captured_ids))) if self.captures else None
+
+        def run() -> None:
+            self._check_process()
+            try:
+                with self._one_at_a_time:
+                    self._session.run_with_iobinding(binding, options)
+            except ort_errors() as error:
+                raise self._refused(error) from error
+
+        return run
 
     def empty(self, name: str, batch: int) -> Any:
         """Return an OrtValue without elements for a cache input: past length 0."""
@@ -152,8 +201,7 @@ class Graph:
         spec = self.inputs[name]
         shape = [dim if isinstance(dim, int) else 0 for dim in spec.shape]
         shape[0] = batch
-        element = _BFLOAT16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).type
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element)
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type(spec.dtype))
 
     def _check_process(self) -> None:
         """Refuse to run in a child: the session's threads and locks stayed with the parent."""
@@ -167,13 +215,27 @@ class Graph:
         return InputError(f"ONNX Runtime cannot run graph {self.name!r} on these inputs: {error}")
 
 
+def element_type(dtype: str) -> Any:
+    """Return what ONNX Runtime calls a type of elements."""
+    return _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
+
+
+def _run_options(captured: str) -> Any:
+    """Return the options of a run that is captured under a number, or of one that is not."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", captured)
+    return options
+
+
 def signature(session: Any, spec: GraphSpec) -> str | None:
     """Return the first difference between a session's interface and the declared one."""
     for side, nodes, declared in (
         ("inputs", session.get_inputs(), spec.inputs),
         ("outputs", session.get_outputs(), spec.outputs),
     ):
-        found = [(node.name, _DTYPE_OF_ORT.get(node.type, node.type)) for node in nodes]
+        found = [(node.name, DTYPE_OF_ORT.get(node.type, node.type)) for node in nodes]
         wanted = [(tensor.name, tensor.dtype) for tensor in declared]
         if found != wanted:
             pair = next(

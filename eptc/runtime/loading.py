@@ -9,10 +9,10 @@ import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eptc.errors import BundleError, OptionError
+from eptc.runtime.engine_cache import open_with_engines
 from eptc.runtime.graph import Graph
 from eptc.runtime.manifest import Manifest, bundle_file
 from eptc.runtime.prepacked import open_prepacked
-from eptc.runtime.session import open_session
 from eptc.runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def open_graphs(
     *,
     strict: bool,
     cache: Path | None = None,
+    allow_fallback: bool = False,
 ) -> dict[str, Graph]:
     """Open every graph; unless `strict`, go on without a provider that fails after all.
 
@@ -55,15 +56,16 @@ def open_graphs(
         threads: threads one operator may use.
         strict: whether a provider that fails is an error.
         cache: where optimised graphs are kept; None: nowhere.
+        allow_fallback: whether nodes that the first provider cannot run may run on the CPU.
 
     Raises:
         BundleError: a graph that does not load or differs from the manifest.
-        OptionError: a provider that was asked for did not start.
+        OptionError: a provider that was asked for did not start, or does not run a graph.
     """
 
     def opened(requests: Sequence[Request]) -> dict[str, Graph]:
         return {
-            name: _open(folder, manifest, name, requests, threads, cache)
+            name: _open(folder, manifest, name, requests, threads, cache, allow_fallback)
             for name in manifest.graphs
         }
 
@@ -85,7 +87,7 @@ def on_best(
     except (BundleError, OptionError) as error:
         if strict or len(requests) < 2:
             raise
-        logger.info("going on without %s: %s", requests[0][0], error)
+        logger.warning("going on without %s: %s", requests[0][0], error)
         return on_best(requests[1:], opened, strict=strict)
 
 
@@ -96,18 +98,21 @@ def _open(
     requests: Sequence[Request],
     threads: int,
     cache: Path | None,
+    allow_fallback: bool,
 ) -> Graph:
     spec = manifest.graphs[name]
     files = written(folder, sorted(manifest.files))
     options = json.dumps(list(requests), sort_keys=True, default=str)
-    key = (os.getpid(), name, spec, files, options, threads, cache)
+    key = (os.getpid(), name, spec, files, options, threads, cache, allow_fallback)
     graph = _graphs.get(key)
     if graph is None:
         session = None
         if cache is not None:
             session = open_prepacked(cache, folder, manifest, name, requests, threads)
         if session is None:
-            session = open_session(bundle_file(folder, spec.file), requests, threads)
+            session = open_with_engines(
+                folder, manifest, name, requests, threads, allow_fallback=allow_fallback
+            )
         graph = _graphs.setdefault(key, Graph(name, spec, session))
     return graph
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from eptc.errors import BundleError, OptionError, TaskError
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.engine import Engine
+from eptc.runtime.engine_cache import uncached
 from eptc.runtime.graph import Graph
 from eptc.runtime.inputs import positive
 from eptc.runtime.loading import on_best, open_graphs, open_tokenizer, written
@@ -47,6 +48,7 @@ class Pack:
         threads: CPU threads one operator may use.
         strict: whether a provider that fails is an error.
         cache: where optimised graphs are kept; None: nowhere.
+        allow_fallback: as for `Engine.load`.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Pack:
         *,
         strict: bool = True,
         cache: Path | None = None,
+        allow_fallback: bool = False,
     ) -> None:
         self.directory = directory
         self.manifest = manifest
@@ -65,6 +68,7 @@ class Pack:
         self._threads = threads
         self._strict = strict
         self._cache = cache
+        self._allow_fallback = allow_fallback
         self._written = written(directory, sorted(manifest.files))
         self._graphs: Mapping[str, Graph] = {}
         self._folded: weakref.WeakValueDictionary[tuple[str, str], Graph]
@@ -78,6 +82,7 @@ class Pack:
         threads: int | None = None,
         *,
         cache: bool | str | Path = False,
+        allow_fallback: bool = False,
     ) -> Self:
         """Load a pack.
 
@@ -86,6 +91,7 @@ class Pack:
             providers: as for `Engine.load`.
             threads: as for `Engine.load`.
             cache: as for `Engine.load`; of the graphs that all tasks share.
+            allow_fallback: as for `Engine.load`.
 
         Raises:
             BundleError: not a pack, damaged, or newer than this version.
@@ -96,7 +102,10 @@ class Pack:
         manifest = read_pack(folder)
         check_sizes(folder, manifest.files)
         strict = providers is not None
-        return cls(folder, manifest, choose(providers), count, strict=strict, cache=kept_in(cache))
+        return cls(
+            folder, manifest, choose(providers), count,
+            strict=strict, cache=kept_in(cache), allow_fallback=allow_fallback,
+        )  # fmt: skip
 
     @property
     def tasks(self) -> Mapping[str, Task]:
@@ -154,7 +163,7 @@ class Pack:
             shared = dataclasses.replace(any_task, files=self.manifest.files)
             self._graphs = open_graphs(
                 self.directory, shared, self._requests, self._threads,
-                strict=self._strict, cache=self._cache,
+                strict=self._strict, cache=self._cache, allow_fallback=self._allow_fallback,
             )  # fmt: skip
         return self._graphs
 
@@ -169,8 +178,9 @@ class Pack:
             graphs = {}
             for role, spec in self.manifest.engine(name, folded=True).graphs.items():
                 session = open_session(
-                    bundle_file(self.directory, spec.file), requests, self._threads,
+                    bundle_file(self.directory, spec.file), uncached(requests), self._threads,
                     weights=folded_weights(self.directory, self.manifest, tensors, [role]),
+                    allow_fallback=self._allow_fallback,
                 )  # fmt: skip
                 graphs[role] = Graph(role, spec, session)
             return graphs
@@ -213,6 +223,7 @@ def open_engine(
     folded: bool = False,
     providers: Sequence[Provider] | None = None,
     threads: int | None = None,
+    allow_fallback: bool = False,
 ) -> Engine:
     """Return the engine in a folder: a bundle's, or of a pack the one of a task.
 
@@ -222,6 +233,7 @@ def open_engine(
         folded: of a pack, whether the engine has sessions of its own.
         providers: as for `Engine.load`.
         threads: likewise.
+        allow_fallback: likewise.
 
     Raises:
         BundleError: neither a bundle nor a pack, or damaged.
@@ -234,9 +246,13 @@ def open_engine(
                 f"--folded was given for {directory}, which is no pack",
                 fix="leave it out: a bundle has sessions of its own",
             )
-        engine = Engine.load(directory, providers=providers, threads=threads)
+        engine = Engine.load(
+            directory, providers=providers, threads=threads, allow_fallback=allow_fallback
+        )
         return engine if task is None else engine.for_task(task)
-    pack = Pack.load(directory, providers=providers, threads=threads)
+    pack = Pack.load(
+        directory, providers=providers, threads=threads, allow_fallback=allow_fallback
+    )
     return pack.engine(only_task(pack.manifest, task, directory), folded=folded)
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from eptc.runtime.providers import Request
 
-__all__ = ["kept_in", "open_prepacked", "sha256"]
+__all__ = ["check_bundle", "kept_in", "open_prepacked", "sha256", "sources"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def open_prepacked(
     except OSError as error:
         return _without(entry, error)
     if not kept:
-        _check_bundle(folder, manifest, name)
+        check_bundle(folder, manifest, name)
     try:
         if not kept:
             path = bundle_file(folder, manifest.graphs[name].file)
@@ -119,7 +119,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sources(manifest: Manifest, name: str) -> list[str]:
+def sources(manifest: Manifest, name: str) -> list[str]:
     """Return the graph's file and every file it may take weights from."""
     graphs = {spec.file for spec in manifest.graphs.values()} - {manifest.graphs[name].file}
     return sorted(f for f in manifest.files if f not in graphs and not f.endswith(".json"))
@@ -131,7 +131,7 @@ def _identity(manifest: Manifest, name: str, requests: Sequence[Request], kind: 
     values = {
         "format": _FORMAT,
         "graph": manifest.graphs[name].file,
-        "files": {file: manifest.files[file].sha256 for file in _sources(manifest, name)},
+        "files": {file: manifest.files[file].sha256 for file in sources(manifest, name)},
         "onnxruntime": [onnxruntime.__version__, onnxruntime.get_build_info()],
         "cpu": kind,
         "provider": [str(item) for _, given in requests for item in sorted(given.items())],
@@ -139,9 +139,9 @@ def _identity(manifest: Manifest, name: str, requests: Sequence[Request], kind: 
     return json.dumps(values, sort_keys=True)
 
 
-def _check_bundle(folder: Path, manifest: Manifest, name: str) -> None:
+def check_bundle(folder: Path, manifest: Manifest, name: str) -> None:
     """Refuse to keep a damaged bundle: what is kept outlives it, under the sound one's name."""
-    for file in _sources(manifest, name):
+    for file in sources(manifest, name):
         if sha256(bundle_file(folder, file)) != manifest.files[file].sha256:
             raise BundleError(
                 f"{folder / file} is not what was written when the bundle was built",

@@ -8,18 +8,27 @@ driver or libraries are missing is asked to start all the same, prints to stderr
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import io
-import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from eptc.errors import OptionError
+from eptc.runtime.gpu import built_for_tensorrt, find_driver, load_tensorrt
 from eptc.runtime.ort_errors import ort_errors
 
-__all__ = ["Provider", "Request", "choose", "probe_providers", "why_not"]
+__all__ = [
+    "Provider",
+    "Request",
+    "choose",
+    "missing_library",
+    "probe_providers",
+    "tensorrt_major",
+    "too_old",
+    "why_not",
+]
 
 Provider = str | tuple[str, Mapping[str, Any]]
 Request = tuple[str, dict[str, Any]]
@@ -34,7 +43,6 @@ _ON_CUDA: Final = (TENSORRT, CUDA)
 # From ONNX Runtime's documentation; not measured. TF32 is on by default there and keeps 10 bits of
 # a float32's mantissa: an engine that was verified in float32 would answer otherwise on a GPU.
 _OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {CUDA: {"use_tf32": "0"}}
-_TENSORRT_MAJORS: Final = (10, 11, 12)
 
 # The ONNX model y = Identity(x), opset 13: something to start a provider with.
 _IDENTITY: Final = (
@@ -110,20 +118,36 @@ def _startable() -> str:
 @functools.cache
 def _no_cuda() -> str | None:
     """Return why CUDA cannot start: no driver, no device, or libraries that do not load."""
-    driver_name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        driver = ctypes.CDLL(driver_name)
-    except OSError:
-        return f"there is no NVIDIA driver ({driver_name})"
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return "the NVIDIA driver does not start"
-    if count.value == 0:
-        return "there is no NVIDIA device"
-    return _no_cuda_libraries()
+    driver = find_driver()
+    if isinstance(driver, str):
+        return driver
+    import onnxruntime
+
+    needed = getattr(onnxruntime, "cuda_version", "")
+    return too_old(driver.cuda, needed, driver.version) or _no_cuda_libraries(needed)
 
 
-def _no_cuda_libraries() -> str | None:
+def too_old(runs: str, needed: str, driver: str | None) -> str | None:
+    """Return why a driver does not run what ONNX Runtime was built with, or None.
+
+    A driver runs every minor version of the major one it knows.
+
+    Args:
+        runs: the newest CUDA the driver runs, `12.8`.
+        needed: the CUDA that ONNX Runtime was built with; empty where it does not say.
+        driver: the driver's own version, for the message.
+    """
+    major = needed.partition(".")[0]
+    if not major or int(major) <= int(runs.partition(".")[0]):
+        return None
+    named = f"the NVIDIA driver {driver}" if driver else "the NVIDIA driver"
+    return (
+        f"{named} runs CUDA up to {runs}, and this ONNX Runtime is built for CUDA {needed}: "
+        "install a newer driver"
+    )
+
+
+def _no_cuda_libraries(needed: str) -> str | None:
     import onnxruntime
 
     if not hasattr(onnxruntime, "preload_dlls"):  # older than 1.21: the session will tell
@@ -132,18 +156,38 @@ def _no_cuda_libraries() -> str | None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         onnxruntime.preload_dlls()
-    failures = [line for line in printed.getvalue().splitlines() if "Failed to load" in line]
-    return failures[0].strip() if failures else None
+    return missing_library(printed.getvalue(), needed)
+
+
+def missing_library(printed: str, needed: str) -> str | None:
+    """Return which libraries of CUDA did not load and what would bring them, or None.
+
+    Args:
+        printed: what ONNX Runtime said when it tried.
+        needed: the CUDA that it was built with; empty where it does not say.
+    """
+    failures = [line for line in printed.splitlines() if "Failed to load" in line]
+    if not failures:
+        return None
+    extra = "" if len(failures) == 1 else f", and {len(failures) - 1} more"
+    version = f"CUDA {needed} and cuDNN 9" if needed else "its CUDA and cuDNN"
+    return (
+        f"{failures[0].strip()}{extra}: install {version}, for instance with "
+        "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    )
 
 
 @functools.cache
 def _no_tensorrt() -> str | None:
-    for major in _TENSORRT_MAJORS:
-        name = f"nvinfer_{major}.dll" if sys.platform == "win32" else f"libnvinfer.so.{major}"
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(name)
-            return None
-    return "the TensorRT libraries (nvinfer) are not found"
+    return load_tensorrt(tensorrt_major())
+
+
+@functools.cache
+def tensorrt_major() -> int | None:
+    """Return the major version of TensorRT that ONNX Runtime is built for; None if unknown."""
+    import onnxruntime
+
+    return built_for_tensorrt(Path(onnxruntime.__file__).parent / "capi")
 
 
 @functools.cache

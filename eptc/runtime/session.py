@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from eptc.errors import BundleError, OptionError
+from eptc.runtime.assignment import RECORD, check_assignment
 from eptc.runtime.cpus import saturates
 from eptc.runtime.ort_errors import ort_errors
 
@@ -38,6 +39,7 @@ def open_session(
     save_as: Path | None = None,
     external_from: int = 0,
     weights: Iterable[tuple[str, NumpyArray]] = (),
+    allow_fallback: bool = False,
 ) -> Any:
     """Open a session.
 
@@ -53,10 +55,11 @@ def open_session(
         save_as: where to write the graph as it will run, with packed weights in `NAME.data`.
         external_from: the smallest tensor in bytes that `NAME.data` gets.
         weights: names of initializers in the weights file, and what stands in their place.
+        allow_fallback: whether nodes that the first provider cannot run may run on the CPU.
 
     Raises:
         BundleError: the graph or its weights cannot be loaded.
-        OptionError: the first provider asked for did not start.
+        OptionError: a provider that was asked for did not start, or does not run the graph.
     """
     import onnxruntime
 
@@ -68,6 +71,7 @@ def open_session(
     options.enable_mem_pattern = False
     for key, value in _CONFIG.items():
         options.add_session_config_entry(key, value)
+    options.add_session_config_entry(*RECORD)
     keep_products_exact(options)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -96,6 +100,8 @@ def open_session(
             expected=f"what did: {', '.join(session.get_providers())}",
             fix="look at ONNX Runtime's log, or ask for fewer providers",
         )
+    if not allow_fallback:
+        check_assignment(session, requests)
     return session
 
 

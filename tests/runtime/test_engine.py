@@ -103,10 +103,9 @@ def test_starting_a_provider() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda(request: pytest.FixtureRequest, sentences: Any) -> None:
+def test_cuda(cuda: str, request: pytest.FixtureRequest, sentences: Any) -> None:
     """On a CUDA device the same tokens are written, the cache staying on the device."""
-    if (reason := probe_providers().get("CUDAExecutionProvider", "not built in")) is not None:
-        pytest.skip(f"needs CUDA: {reason}")
+    assert cuda
     lowered_llama = request.getfixturevalue("lowered_llama")  # made only where it is used
     with Engine.load(lowered_llama.path, ["cpu"]) as engine:
         expected = engine.generate(sentences)

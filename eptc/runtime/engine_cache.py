@@ -1,0 +1,299 @@
+"""TensorRT's engines, kept under what they were built from and for.
+
+An engine runs on the kind of GPU and the version of TensorRT that built it, and ONNX Runtime takes
+one that it finds by its file's name. Beside each there is a record: the GPU, its compute
+capability, the driver, TensorRT, ONNX Runtime, the graph and weights (SHA-256), the provider's
+options. What differs in any of them is never used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from eptc.errors import OptionError
+from eptc.runtime.gpu import find_driver, tensorrt_version
+from eptc.runtime.manifest import bundle_file
+from eptc.runtime.prepacked import check_bundle, sources
+from eptc.runtime.providers import TENSORRT, tensorrt_major
+from eptc.runtime.session import open_session
+from eptc.runtime.tensorrt import TensorRtOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from eptc.runtime.manifest import Manifest
+    from eptc.runtime.providers import Request
+
+__all__ = ["Builder", "Kept", "keep", "open_with_engines", "this_builder", "uncached"]
+
+_FORMAT: Final = 1
+_RECORD: Final = "record.json"
+_TIMING: Final = "timing"
+# How a record calls what an engine depends on, in the order that a difference is named.
+_CALLED: Final = {
+    "gpu": "GPU", "compute_capability": "compute capability", "tensorrt": "TensorRT",
+    "driver": "driver", "onnxruntime": "ONNX Runtime",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """What an engine was, or would be, built on.
+
+    Args:
+        gpu: the GPU's name.
+        compute_capability: its own, `8.6`.
+        driver: the driver's version; the newest CUDA it runs where it does not say.
+        tensorrt: TensorRT's version.
+        onnxruntime: ONNX Runtime's.
+    """
+
+    gpu: str
+    compute_capability: str
+    driver: str
+    tensorrt: str
+    onnxruntime: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a session is opened from, and where its engine is kept.
+
+    Args:
+        graph: the file to open: the bundle's, or the EP-context model.
+        options: the TensorRT provider's.
+        record: what an engine that is made now is recorded as; None where none is.
+        place: the file of the record; None likewise.
+        model: the EP-context model that is to be written; None likewise.
+    """
+
+    graph: Path
+    options: Mapping[str, Any]
+    record: Mapping[str, Any] | None = None
+    place: Path | None = None
+    model: Path | None = None
+
+
+def this_builder(device: int) -> Builder:
+    """Return what engines are built on here.
+
+    Args:
+        device: the number of the GPU.
+
+    Raises:
+        OptionError: there is no such GPU, no driver or no TensorRT.
+    """
+    import onnxruntime
+
+    driver = find_driver()
+    if isinstance(driver, str):
+        raise OptionError(f"TensorRT's engines cannot be kept: {driver}")
+    if device >= len(driver.devices):
+        raise OptionError(
+            f"device_id is {device}", expected=f"0 to {len(driver.devices) - 1}, the GPUs here"
+        )
+    version = tensorrt_version(tensorrt_major())
+    if version is None:
+        raise OptionError("TensorRT's engines cannot be kept: its libraries are not found")
+    gpu = driver.devices[device]
+    return Builder(
+        gpu.name, gpu.compute_capability, driver.version or f"for CUDA {driver.cuda}", version,
+        onnxruntime.__version__,
+    )  # fmt: skip
+
+
+def keep(
+    settings: TensorRtOptions, folder: Path, manifest: Manifest, name: str, builder: Builder
+) -> Kept:
+    """Return what one graph's session is opened from, and where its engine is kept.
+
+    Args:
+        settings: what the engine was told about TensorRT.
+        folder: the bundle's folder.
+        manifest: its manifest.
+        name: the graph.
+        builder: what engines are built on here.
+
+    Raises:
+        OptionError: profiles that do not fit; an engine that is another machine's, another
+            bundle's, or nobody's.
+        BundleError: the bundle's bytes are not those of its manifest.
+    """
+    spec = manifest.graphs[name]
+    graph = bundle_file(folder, spec.file)
+    options = settings.for_graph(folder, name, spec, manifest.precision)
+    record = {
+        "format": _FORMAT,
+        "builder": dataclasses.asdict(builder),
+        "graph": spec.file,
+        "files": {f: manifest.files[f].sha256 for f in [spec.file, *sources(manifest, name)]},
+        # A stream is a number of this process; it changes nothing in what is built.
+        "options": {k: str(v) for k, v in sorted(options.items()) if "compute_stream" not in k},
+    }
+    if settings.cache is not None:
+        return _cached(settings.cache, graph, options, record)
+    if settings.context is not None:
+        return _with_context(settings.context, graph, options, record)
+    return Kept(graph, options)
+
+
+def open_with_engines(
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    requests: Sequence[Request],
+    threads: int,
+    *,
+    allow_fallback: bool = False,
+) -> Any:
+    """Open a graph's session, with engines that are kept where TensorRT is told to keep them.
+
+    Args:
+        folder: the bundle's folder.
+        manifest: its manifest.
+        name: the graph.
+        requests: providers in order of preference.
+        threads: threads one operator may use.
+        allow_fallback: as for `open_session`.
+
+    Raises:
+        BundleError: the graph cannot be loaded.
+        OptionError: as `keep` and `open_session`; a folder that cannot be written.
+    """
+    given = dict(requests).get(TENSORRT)
+    kept = Kept(bundle_file(folder, manifest.graphs[name].file), {})
+    if given is not None:
+        settings = TensorRtOptions.read(given)
+        if settings.cache is None and settings.context is None:
+            spec = manifest.graphs[name]
+            options = settings.for_graph(folder, name, spec, manifest.precision)
+            kept = dataclasses.replace(kept, options=options)
+        else:
+            kept = keep(settings, folder, manifest, name, this_builder(settings.device))
+            if kept.record is not None:
+                check_bundle(folder, manifest, name)
+    own = [(n, dict(kept.options) if n == TENSORRT else options) for n, options in requests]
+    session = open_session(kept.graph, own, threads, allow_fallback=allow_fallback)
+    if kept.record is not None and kept.place is not None:
+        if kept.model is not None and not kept.model.is_file():
+            raise OptionError(
+                f"TensorRT wrote no EP-context model of graph {name!r}",
+                expected="a graph that it runs as a whole: export it with --target tensorrt",
+            )
+        _write(kept.place, kept.record)
+    return session
+
+
+def uncached(requests: Sequence[Request]) -> list[Request]:
+    """Return requests for a session whose weights are not a bundle's: no engine of it is kept.
+
+    Raises:
+        OptionError: engines were to be kept.
+    """
+    found = []
+    for name, options in requests:
+        own = dict(options)
+        if name == TENSORRT:
+            settings = TensorRtOptions.read(options)
+            if settings.cache or settings.context or settings.profiles:
+                raise OptionError(
+                    "engines of a folded task cannot be kept: its weights are in no file",
+                    fix="leave 'cache', 'context' and 'profiles' out, or load a bundle",
+                )
+            own = dict(settings.own)
+        found.append((name, own))
+    return found
+
+
+def _cached(cache: Path, graph: Path, options: dict[str, Any], record: Mapping[str, Any]) -> Kept:
+    entry = cache / _key(record)
+    place = entry / _RECORD
+    _check(place, record, there=entry.is_dir() and any(entry.iterdir()))
+    timing = cache / f"{_TIMING}-{_key(record['builder'])}"
+    try:
+        for folder in (entry, timing):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Before any engine is there: what is in the folder is always known.
+        _write(place, record)
+    except OSError as error:
+        raise OptionError(f"the engine cache {cache} cannot be written: {error}") from error
+    where = {
+        "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(entry),
+        "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(timing),
+    }  # fmt: skip
+    return Kept(graph, options | where, record, place)
+
+
+def _with_context(
+    context: Path, graph: Path, options: dict[str, Any], record: Mapping[str, Any]
+) -> Kept:
+    """Return the EP-context model to open, or the graph and where to write one."""
+    model = context / f"{graph.stem}_ctx.onnx"
+    place = model.with_suffix(".json")
+    if _check(place, record, there=model.exists()):
+        if not model.is_file():
+            raise OptionError(f"{place} is there, and {model} is not", fix=f"remove {place}")
+        return Kept(model, options)
+    if "trt_profile_min_shapes" not in options:
+        raise OptionError(
+            "an EP-context model has one engine, and there are no shapes to build it for",
+            fix="give 'profiles', or export the bundle with --target tensorrt",
+        )
+    try:
+        context.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"the folder {context} cannot be written: {error}") from error
+    # The engine inside the model: one file, which a record can speak for.
+    dump = {
+        "trt_dump_ep_context_model": "1", "trt_ep_context_file_path": str(model.absolute()),
+        "trt_ep_context_embed_mode": "1",
+    }  # fmt: skip
+    return Kept(graph, options | dump, record, place, model)
+
+
+def _check(place: Path, record: Mapping[str, Any], *, there: bool) -> bool:
+    """Return whether something is kept that fits; raise OptionError where it does not."""
+    if not place.exists():
+        if there:
+            raise OptionError(
+                f"{place.parent} has an engine, and {place.name} does not say what it is for",
+                fix="remove the engine: it is built again",
+            )
+        return False
+    try:
+        found = json.loads(place.read_bytes())
+        built = found["builder"]
+        builder = {key: str(built[key]) for key in _CALLED}
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise OptionError(f"{place} cannot be read: {error!r}", fix="remove the engine") from error
+    for key, called in _CALLED.items():
+        if builder[key] != record["builder"][key]:
+            raise OptionError(
+                f"the engine of {place} was built for another {called}: {builder[key]}",
+                expected=f"{called} {record['builder'][key]}, as it is here",
+                fix="give another folder, or remove the engine: it is built again",
+            )
+    if found != record:
+        raise OptionError(
+            f"the engine of {place} was built from another bundle, or with other options",
+            fix="give another folder, or remove the engine: it is built again",
+        )
+    return True
+
+
+def _write(place: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    unfinished = place.with_name(f"{place.name}.unfinished")
+    try:
+        unfinished.write_text(text, "utf-8")
+        unfinished.replace(place)
+    except OSError as error:
+        raise OptionError(f"{place} cannot be written: {error}") from error
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

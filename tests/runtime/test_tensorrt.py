@@ -1,0 +1,277 @@
+"""Options of the TensorRT provider, and engines kept by what they are for: plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eptc.errors import BundleError, OptionError
+from eptc.runtime import GraphSpec, TensorSpec, load_manifest
+from eptc.runtime.engine_cache import Builder, keep, this_builder, uncached
+from eptc.runtime.gpu import find_driver
+from eptc.runtime.tensorrt import TensorRtOptions, profile_options, read_profiles
+
+SPEC = GraphSpec(
+    "model.onnx",
+    (
+        TensorSpec("input_ids", "int64", ("batch", "sequence")),
+        TensorSpec("past", "float32", ("batch", 2, "past_sequence", 8)),
+        TensorSpec("scale", "float32", (1,)),
+    ),
+    (),
+)
+SHAPES = {
+    "input_ids": {"min": [1, 1], "opt": [8, 64], "max": [32, 128]},
+    "past": {"min": [1, 2, 0, 8], "opt": [8, 2, 10, 8], "max": [32, 2, 20, 8]},
+}
+# Of the toy classifier's three inputs.
+TEXTS = {
+    name: {"min": [1, 1], "opt": [8, 8], "max": [32, 16]}
+    for name in ("input_ids", "attention_mask", "token_type_ids")
+}
+HERE = Builder("NVIDIA A10G", "8.6", "570.86.10", "10.9.0", "1.31.1")
+
+
+def test_profiles_as_options() -> None:
+    assert profile_options(SHAPES, SPEC) == {
+        "trt_profile_min_shapes": "input_ids:1x1,past:1x2x0x8",
+        "trt_profile_opt_shapes": "input_ids:8x64,past:8x2x10x8",
+        "trt_profile_max_shapes": "input_ids:32x128,past:32x2x20x8",
+    }
+
+
+PROFILES: dict[str, tuple[dict[str, Any], str]] = {
+    "one too few": ({"past": None}, "lacks the input 'past'"),
+    "one too many": ({"scale": SHAPES["input_ids"]}, "has the input 'scale'"),
+    "no opt": ({"input_ids": {"min": [1, 1], "max": [2, 2]}}, "the profile of 'input_ids' is"),
+    "no dict": ({"input_ids": 3}, "the profile of 'input_ids' is 3"),
+    "rank": ({"input_ids": {k: [1] for k in ("min", "opt", "max")}}, "has [1]"),
+    "text": ({"input_ids": {k: ["1", "2"] for k in ("min", "opt", "max")}}, "has ['1', '2']"),
+    "negative": ({"input_ids": {k: [1, -1] for k in ("min", "opt", "max")}}, "has [1, -1]"),
+    "a fixed size": (
+        {"past": {k: [1, 3, 4, 8] for k in ("min", "opt", "max")}}, "has [1, 3, 4, 8]",
+    ),
+    "out of order": (
+        {"input_ids": {"min": [1, 9], "opt": [8, 8], "max": [8, 16]}}, "[1, 9]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "message"), PROFILES.values(), ids=PROFILES)
+def test_wrong_profiles(changed: dict[str, Any], message: str) -> None:
+    shapes = {key: value for key, value in {**SHAPES, **changed}.items() if value is not None}
+    with pytest.raises(OptionError) as refusal:
+        profile_options(shapes, SPEC)
+    assert message in refusal.value.found
+
+
+def test_options_of_a_graph(tmp_path: Path) -> None:
+    """Friendly names become the provider's; kernels follow the precision that was verified."""
+    settings = TensorRtOptions.read({
+        "workspace_gb": 1.5, "profiles": {"model": SHAPES}, "trt_builder_optimization_level": 5,
+        "device_id": 1,
+    })  # fmt: skip
+    assert settings.device == 1
+    found = settings.for_graph(tmp_path, "model", SPEC, "fp16")
+    assert found == {
+        "trt_fp16_enable": "1", "trt_max_workspace_size": str(3 << 29),
+        **profile_options(SHAPES, SPEC), "trt_builder_optimization_level": 5, "device_id": 1,
+    }  # fmt: skip
+    plain = TensorRtOptions.read({})
+    assert plain.for_graph(tmp_path, "model", SPEC, "fp32") == {}
+    assert plain.for_graph(tmp_path, "model", SPEC, "int8-static") == {"trt_int8_enable": "1"}
+    assert plain.for_graph(tmp_path, "model", SPEC, "bf16") == {"trt_bf16_enable": "1"}
+    with pytest.raises(OptionError, match="no profile of graph 'decoder'"):
+        settings.for_graph(tmp_path, "decoder", SPEC, "fp32")
+
+
+def test_profiles_of_the_bundle(tmp_path: Path) -> None:
+    """Where `--target tensorrt` wrote shapes they are taken, unless others are given."""
+    assert read_profiles(tmp_path) is None
+    data = {"schema_version": 1, "graphs": {"model": {"file": "model.onnx", "inputs": SHAPES}}}
+    (tmp_path / "profiles.json").write_text(json.dumps(data))
+    found = TensorRtOptions.read({}).for_graph(tmp_path, "model", SPEC, "fp32")
+    assert found == profile_options(SHAPES, SPEC)
+    (tmp_path / "profiles.json").write_text('{"graphs": {"model": {}}}')
+    with pytest.raises(OptionError, match=r"profiles\.json cannot be read"):
+        read_profiles(tmp_path)
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "misspelt": ({"cahce": "x"}, "no option 'cahce': did you mean 'cache'?", "trt_"),
+    "unknown": ({"fast": 1}, "no option 'fast'", "workspace_gb"),
+    "its own cache": (
+        {"trt_engine_cache_path": "x"}, "without saying what they are for", "give 'cache'",
+    ),
+    "its own context": ({"trt_dump_ep_context_model": "1"}, "without saying", "give 'context'"),
+    "both": ({"cache": "x", "context": "y"}, "both given", "leave one out"),
+    "no memory": ({"workspace_gb": 0}, "workspace_gb is 0", "above 0"),
+    "memory in words": ({"workspace_gb": "2"}, "workspace_gb is '2'", "above 0"),
+    "no folder": ({"cache": 3}, "'cache' is 3", "a folder"),
+    "an empty folder": ({"context": ""}, "'context' is ''", "a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "found", "rest"), OPTIONS.values(), ids=OPTIONS)
+def test_wrong_options(options: dict[str, Any], found: str, rest: str) -> None:
+    with pytest.raises(OptionError) as refusal:
+        TensorRtOptions.read(options)
+    assert found in refusal.value.found
+    assert rest in str(refusal.value)
+
+
+@pytest.fixture
+def bundle(classifier: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    shutil.copytree(classifier.path, folder)
+    return folder
+
+
+def kept(bundle: Path, builder: Builder = HERE, **options: Any) -> Any:
+    manifest = load_manifest(bundle)
+    return keep(TensorRtOptions.read(options), bundle, manifest, "model", builder)
+
+
+def test_a_cache_for_each_machine(bundle: Path, tmp_path: Path) -> None:
+    """Another GPU, driver, TensorRT, bundle or option finds an empty folder of its own."""
+    cache = tmp_path / "engines"
+    first = kept(bundle, cache=cache)
+    assert first.graph == bundle / "model.onnx"
+    entry = Path(first.options["trt_engine_cache_path"])
+    assert entry.parent == cache
+    assert first.options["trt_engine_cache_enable"] == "1"
+    assert first.options["trt_timing_cache_enable"] == "1"
+    assert Path(first.options["trt_timing_cache_path"]).is_dir()
+    record = json.loads((entry / "record.json").read_text())
+    assert record["builder"] == dataclasses.asdict(HERE)
+    assert set(record["files"]) >= {"model.onnx", "weights.bin"}
+    (entry / "model.engine").write_bytes(b"built")
+    assert kept(bundle, cache=cache) == first
+    others = {entry}
+    for change in (
+        {"gpu": "NVIDIA L4"}, {"compute_capability": "8.9"}, {"driver": "550.1"},
+        {"tensorrt": "10.3.0"}, {"onnxruntime": "1.24.0"},
+    ):  # fmt: skip
+        other = kept(bundle, dataclasses.replace(HERE, **change), cache=cache)
+        others.add(Path(other.options["trt_engine_cache_path"]))
+    others.add(Path(kept(bundle, cache=cache, workspace_gb=1).options["trt_engine_cache_path"]))
+    assert len(others) == 7
+    stream = kept(bundle, cache=cache, user_compute_stream="123")
+    assert stream.options["trt_engine_cache_path"] == str(entry)
+
+
+def test_a_cache_that_was_moved(bundle: Path, tmp_path: Path) -> None:
+    """Engines copied to where others would be looked for are refused, and named."""
+    cache = tmp_path / "engines"
+    theirs = kept(bundle, dataclasses.replace(HERE, gpu="NVIDIA L4"), cache=cache)
+    ours = kept(bundle, cache=cache)
+    place = Path(ours.options["trt_engine_cache_path"])
+    shutil.rmtree(place)
+    shutil.copytree(theirs.options["trt_engine_cache_path"], place)
+    with pytest.raises(OptionError, match="built for another GPU: NVIDIA L4") as refusal:
+        kept(bundle, cache=cache)
+    assert "GPU NVIDIA A10G" in str(refusal.value)
+    (place / "record.json").write_text("{")
+    with pytest.raises(OptionError, match="cannot be read"):
+        kept(bundle, cache=cache)
+    (place / "record.json").unlink()
+    (place / "model.engine").write_bytes(b"whose?")
+    with pytest.raises(OptionError, match="does not say what it is for"):
+        kept(bundle, cache=cache)
+
+
+def test_a_context_is_made_once(bundle: Path, tmp_path: Path) -> None:
+    """The first time TensorRT is told to write one; from then on it is what is opened."""
+    options: dict[str, Any] = {
+        "context": tmp_path / "contexts", "profiles": {"model": TEXTS},
+    }  # fmt: skip
+    first = kept(bundle, **options)
+    model = tmp_path / "contexts" / "model_ctx.onnx"
+    assert first.graph == bundle / "model.onnx"
+    assert first.model == model
+    assert first.place == model.with_suffix(".json")
+    assert first.options["trt_dump_ep_context_model"] == "1"
+    assert first.options["trt_ep_context_file_path"] == str(model)
+    assert first.options["trt_ep_context_embed_mode"] == "1"
+    model.write_bytes(b"written by TensorRT")
+    first.place.write_text(json.dumps(first.record))
+    second = kept(bundle, **options)
+    assert second.graph == model
+    assert second.record is None
+    assert "trt_dump_ep_context_model" not in second.options
+    model.unlink()
+    with pytest.raises(OptionError, match=r"model_ctx\.json is there, and"):
+        kept(bundle, **options)
+
+
+CHANGES = {
+    "gpu": ("NVIDIA L4", "another GPU: NVIDIA A10G"),
+    "compute_capability": ("8.9", "another compute capability: 8.6"),
+    "tensorrt": ("10.3.0", "another TensorRT: 10.9.0"),
+    "driver": ("550.54.15", "another driver: 570.86.10"),
+    "onnxruntime": ("1.24.0", "another ONNX Runtime: 1.31.1"),
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_context_of_another_machine(bundle: Path, tmp_path: Path, field: str) -> None:
+    value, message = CHANGES[field]
+    options: dict[str, Any] = {"context": tmp_path / "c", "profiles": {"model": TEXTS}}
+    first = kept(bundle, **options)
+    first.model.write_bytes(b"written by TensorRT")
+    first.place.write_text(json.dumps(first.record))
+    with pytest.raises(OptionError, match=message) as refusal:
+        kept(bundle, dataclasses.replace(HERE, **{field: value}), **options)
+    assert value in str(refusal.value)
+    assert "it is built again" in str(refusal.value)
+
+
+def test_a_context_of_another_bundle(bundle: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"context": tmp_path / "c", "profiles": {"model": TEXTS}}
+    first = kept(bundle, **options)
+    first.model.write_bytes(b"written by TensorRT")
+    first.place.write_text(json.dumps({**first.record, "files": {"weights.bin": "0" * 64}}))
+    with pytest.raises(OptionError, match="another bundle, or with other options"):
+        kept(bundle, **options)
+    first.place.unlink()
+    with pytest.raises(OptionError, match="does not say what it is for"):
+        kept(bundle, **options)
+
+
+def test_a_context_without_shapes(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no shapes to build it for") as refusal:
+        kept(bundle, context=tmp_path / "c")
+    assert "--target tensorrt" in str(refusal.value)
+
+
+def test_a_folder_that_cannot_be_written(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match="cannot be written"):
+        kept(bundle, cache=tmp_path / "file")
+    with pytest.raises(OptionError, match="cannot be written"):
+        kept(bundle, context=tmp_path / "file" / "c", profiles={"model": TEXTS})
+
+
+def test_folded_engines_are_not_kept() -> None:
+    tensorrt = "TensorrtExecutionProvider"
+    assert uncached([(tensorrt, {"trt_fp16_enable": "1"}), ("CPUExecutionProvider", {})]) == [
+        (tensorrt, {"trt_fp16_enable": "1"}), ("CPUExecutionProvider", {}),
+    ]  # fmt: skip
+    with pytest.raises(OptionError, match="a folded task"):
+        uncached([(tensorrt, {"cache": "x"})])
+
+
+def test_this_builder() -> None:
+    """On a machine with a GPU it is named; without one the reason is."""
+    driver = find_driver()
+    if isinstance(driver, str):
+        with pytest.raises(OptionError, match="TensorRT's engines cannot be kept"):
+            this_builder(0)
+        return
+    with pytest.raises((OptionError, BundleError), match=r"device_id is 99|libraries"):
+        this_builder(99)
