@@ -136,7 +136,7 @@ class Job:
         """
         if self.options.precision == "keep":
             return None
-        return "float64" if self.scheme.integers else "float32"
+        return "float64" if self.scheme.quantized else "float32"
 
     @property
     def needs_exact(self) -> bool:

@@ -107,7 +107,10 @@ def _open(
         if cache is not None:
             session = open_prepacked(cache, folder, manifest, name, requests, threads)
         if session is None:
-            session = open_session(bundle_file(folder, spec.file), requests, threads)
+            session = open_session(
+                bundle_file(folder, spec.file), requests, threads,
+                fuse=manifest.fusible,
+            )  # fmt: skip
         graph = _graphs.setdefault(key, Graph(name, spec, session))
     return graph
 
