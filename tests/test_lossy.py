@@ -41,6 +41,8 @@ BUILT: dict[str, tuple[dict[str, Any], float, str]] = {
     "bf16": ({"optimize_for": "cuda"}, 0.51, "bf16"),
     "int8": ({}, 0.30, "int8"),
     "int8-static": ({"calibration": True}, 0.30, "int8"),
+    # The table of words, and of positions, is most of this model.
+    "fp8": ({"calibration": True, "optimize_for": "any"}, 0.65, "fp8"),
     "int4": ({}, 0.31, "int4"),  # rows of 34 numbers are filled up to two blocks of 32
 }
 
@@ -108,7 +110,7 @@ def test_built_and_judged(
     assert {path.name for path in one.path.iterdir()} == {*one.manifest.files, "manifest.json"}
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-static", "int4", "fp16"])
+@pytest.mark.parametrize("precision", ["int8", "int8-static", "fp8", "int4", "fp16"])
 def test_engines_answer(build: Any, small_rows: Any, tmp_path: Path, precision: str) -> None:
     """An engine loads where it was optimised for and answers nearly as float32 does."""
     rows = [json.loads(line) for line in small_rows.values.read_text().splitlines()]
