@@ -211,8 +211,8 @@ class Options:
             )
         if self.precision in WITH_RANGES and self.calibration is None:
             raise OptionError(
-                f"--precision {self.precision} fixes the range of every activation, and was given no "
-                "text to see them on",
+                f"--precision {self.precision} fixes the range of every activation, and was given "
+                "no text to see them on",
                 expected="--calibration FILE: JSON lines with the task's fields, some hundred "
                 "rows as they come in production",
             )

@@ -14,7 +14,15 @@ TENSORRT: Final = "tensorrt"
 
 OptimizeFor = Literal["any", "cpu", "cuda"]
 Precision = Literal[
-    "fp32", "keep", "fp16", "bf16", "int8", "int8-static", "fp8", "int8-weights", "int4",
+    "fp32",
+    "keep",
+    "fp16",
+    "bf16",
+    "int8",
+    "int8-static",
+    "fp8",
+    "int8-weights",
+    "int4",
     "auto",
 ]
 
@@ -108,8 +116,7 @@ def check_runs(precision: Precision, optimize_for: OptimizeFor, target: str = "o
         )
     if scheme.targets is not None and target not in scheme.targets:
         raise OptionError(
-            f"--precision {precision} was given together with --target {target}: "
-            f"{scheme.why_not}",
+            f"--precision {precision} was given together with --target {target}: {scheme.why_not}",
             expected=f"--target {' or '.join(scheme.targets)}",
         )
     if optimize_for not in scheme.runs_on:

@@ -136,4 +136,3 @@ class QuantizeQdq(QuantizingPass):
         if not product.transposed:
             return weight
         return node(product.node, "Transpose", [weight], [_FLOAT], {"perm": [1, 0]})[0]
-

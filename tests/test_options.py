@@ -108,9 +108,11 @@ def test_what_tensorrt_does_not_read(precision: Any) -> None:
         {},
         {"precision": "fp8", "calibration": "x", "optimize_for": "any"},
         {
-            "precision": "fp8", "calibration": "x", "optimize_for": "any",
+            "precision": "fp8",
+            "calibration": "x",
+            "optimize_for": "any",
             "calibration_method": "percentile",
-        },  # fmt: skip
+        },
         {"precision": "fp16"},
         {"precision": "bf16", "optimize_for": "cuda"},
         {"precision": "int8-static", "calibration": "x", "optimize_for": "any"},

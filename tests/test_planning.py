@@ -52,7 +52,8 @@ def test_no_weight_of_the_base_is_read(
     ("precision", "least", "most"),
     [
         ("fp32", 1.0, 1.0), ("fp16", 0.5, 0.505), ("bf16", 0.5, 0.505), ("int8", 0.25, 0.26),
-        ("int8-static", 0.25, 0.26), ("fp8", 0.25, 0.26), ("int8-weights", 0.25, 0.27), ("int4", 0.125, 0.18),
+        ("int8-static", 0.25, 0.26), ("fp8", 0.25, 0.26), ("int8-weights", 0.25, 0.27),
+        ("int4", 0.125, 0.18),
     ],
 )  # fmt: skip
 def test_sizes_of_precisions(golden: Path, precision: Any, least: float, most: float) -> None:

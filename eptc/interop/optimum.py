@@ -41,8 +41,8 @@ def check_layout(job: Job) -> None:
     """Refuse what optimum cannot run, or what cannot be compared here; nothing is built yet.
 
     Raises:
-        OptionError: heads of another width than optimum takes them to have, bfloat16, fp8, or a graph
-            that does not fit into memory to be compared.
+        OptionError: heads of another width than optimum takes them to have, bfloat16, fp8, or a
+            graph that does not fit into memory to be compared.
     """
     options, source = job.options, job.source
     if options.precision == "bf16":

@@ -76,4 +76,3 @@ def _wrong_scale(node: ir.Node, x: ir.Value, scale: ir.Value, zero: ir.Value) ->
     ):
         return "makes 8-bit numbers that something else than DequantizeLinear reads"
     return None
-

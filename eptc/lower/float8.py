@@ -70,7 +70,9 @@ def quantize_float8(weight: Array, *, name: str = "the weight") -> tuple[Array, 
     Raises:
         BaseModelError: a number is not finite.
     """
-    largest = max((float(np.abs(weight[rows]).max(initial=0)) for rows in _rows(weight)), default=0)
+    largest = max(
+        (float(np.abs(weight[rows]).max(initial=0)) for rows in _rows(weight)), default=0
+    )
     finite = all(np.isfinite(weight[rows]).all() for rows in _rows(weight))
     with np.errstate(over="ignore"):
         scale = np.asarray(np.float32(largest / LARGEST))

@@ -157,11 +157,7 @@ def quantized(graph: ir.Graph) -> Iterator[Quantized]:
             found.setdefault(weight)
     for name, value in graph.initializers.items():
         known = any(name == other.name for other in found)
-        if (
-            value.dtype in _EIGHT_BITS
-            and f"{name}{PART}scale" in graph.initializers
-            and not known
-        ):
+        if value.dtype in _EIGHT_BITS and f"{name}{PART}scale" in graph.initializers and not known:
             found.setdefault(_plain(value, graph))
     yield from found
 

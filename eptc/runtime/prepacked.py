@@ -219,9 +219,7 @@ def _save(
     for smallest in _SMALLEST_MAPPED:
         for file in _FILES:
             (graph.parent / file).unlink(missing_ok=True)
-        open_session(
-            path, requests, threads, fuse=fuse, save_as=graph, external_from=smallest
-        )
+        open_session(path, requests, threads, fuse=fuse, save_as=graph, external_from=smallest)
         offsets = _offsets(graph.read_bytes())
         if offsets and all(offset % _ALIGNMENT == 0 for offset in offsets):
             return

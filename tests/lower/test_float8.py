@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 from hypothesis import example, given
@@ -18,7 +19,9 @@ from eptc.errors import BaseModelError, OptionError
 from eptc.lower.float8 import FLOAT8, LARGEST, activation_scale, encode, float8, quantize_float8
 from eptc.lower.weights import bound
 from eptc.parity_gate.float8 import numbers, spacing
-from eptc.tensors import Array, ArrayTensor
+from eptc.tensors import ArrayTensor
+
+Array = npt.NDArray[Any]
 
 # Every number of the type but NaN, from the gate's own table, -0 left out.
 KNOWN = np.array([n for c, n in enumerate(numbers(np.arange(256))) if n == n and c != 128])
@@ -72,7 +75,7 @@ def test_what_is_no_number() -> None:
 @example(x=np.array([np.nan, 448, 449, -464, 465, 2**-9, 2**-10, 0], np.float32), exponent=0)
 def test_as_the_reference_evaluator_rounds(x: Array, exponent: int) -> None:
     """ONNX's own QuantizeLinear, the division exact: the same bytes."""
-    scale = np.float32(2.0**exponent)
+    scale = 2.0**exponent
     graph = helper.make_graph(
         [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])], "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [8])],
@@ -83,11 +86,11 @@ def test_as_the_reference_evaluator_rounds(x: Array, exponent: int) -> None:
         ],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
-    want = np.asarray(ReferenceEvaluator(model).run(None, {"x": x * scale})[0]).view(np.uint8)
-    got = encode((x * scale).astype(np.float64) / float(scale)).view(np.uint8)
-    no_number = np.isnan(x)
-    np.testing.assert_array_equal(numbers(got), numbers(want))
-    assert np.isnan(numbers(got)[no_number]).all()
+    evaluator: Any = ReferenceEvaluator(model)
+    want = np.asarray(evaluator.run(None, {"x": x * np.float32(scale)})[0])
+    got = encode((x * np.float32(scale)).astype(np.float64) / scale).view(np.uint8)
+    np.testing.assert_array_equal(numbers(got), numbers(want.view(np.uint8)))
+    assert np.isnan(numbers(got)).tolist() == np.isnan(x).tolist()
 
 
 def matrices() -> st.SearchStrategy[Array]:
@@ -102,7 +105,7 @@ def matrices() -> st.SearchStrategy[Array]:
 def test_a_weight(weight: Array) -> None:
     """Half a step from what it was; the largest is 448, so that nothing is beyond."""
     stored, scale = quantize_float8(weight)
-    assert (stored.shape, scale.shape, scale.dtype) == (weight.shape, (), np.float32)
+    assert (stored.shape, scale.shape, scale.dtype.name) == (weight.shape, (), "float32")
     assert scale > 0
     codes = stored.view(np.uint8)
     with np.errstate(invalid="ignore"):

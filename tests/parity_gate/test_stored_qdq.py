@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 Change = Callable[[ir.Graph], None]
 
 Q = "model.layers.1.self_attn.q_proj.weight"  # [64, 64], adapted
-O = Q.replace("q_proj", "o_proj")
+OUTPUT = Q.replace("q_proj", "o_proj")
 UP = "model.layers.0.mlp.up_proj.weight"
 NUMBERS = {"int8-static": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
@@ -63,7 +63,7 @@ def test_sound(precision: str, written: Any, check: Any) -> None:
     graph = ir.load(written(precision) / "model.onnx").graph
     found = {weight.name for weight in quantized(graph)}
     assert found == {n for n, v in graph.initializers.items() if _stored(v, precision)}
-    assert {Q, O, UP} <= found
+    assert {Q, OUTPUT, UP} <= found
     assert 0.5 < check(written(precision)) <= 1.0
 
 
@@ -91,7 +91,7 @@ def _other_axis(graph: ir.Graph) -> None:
 
 
 def _scale_of_another(graph: ir.Graph) -> None:
-    _reader(graph, Q).replace_input_with(1, graph.initializers[f"{O}@scale"])
+    _reader(graph, Q).replace_input_with(1, graph.initializers[f"{OUTPUT}@scale"])
 
 
 def _asymmetric(graph: ir.Graph) -> None:
@@ -99,8 +99,10 @@ def _asymmetric(graph: ir.Graph) -> None:
     assert zero is not None
     assert zero.const_value is not None
     array = zero.const_value.numpy()
-    other = ir.Value(name="zero", const_value=ir.tensor((array.astype("f") + 1).astype(array.dtype)))
-    other.dtype, other.shape = zero.dtype, zero.shape
+    other = ir.Value(
+        name="zero", const_value=ir.tensor((array.astype("f") + 1).astype(array.dtype))
+    )
+    other.type, other.shape = zero.type, zero.shape
     graph.register_initializer(other)
     _reader(graph, Q).replace_input_with(2, other)
 

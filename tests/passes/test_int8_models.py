@@ -125,8 +125,7 @@ def steps(exact: Any, first_step: Any, tmp_path: Path) -> Callable[[str, str], l
         if kind == "packed":
             return [PackProjections(), QuantizeInt8Dynamic(), StableNames()]
         by_graph: dict[str, GraphPass] = {
-            key: QuantizeInt8Static(found)
-            for key, found in ranges(name).items()
+            key: QuantizeInt8Static(found) for key, found in ranges(name).items()
         }
         return [by_graph, StableNames()]
 

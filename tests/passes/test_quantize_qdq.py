@@ -22,7 +22,7 @@ from eptc.lower.quantizable import quantized_inputs
 from eptc.lower.weights import WeightTensor
 from eptc.passes.quantize_qdq import QuantizeQdq
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import check_graph, graph_passes, run_graph_passes
+from eptc.pipeline import Step, check_graph, graph_passes, run_graph_passes
 
 NUMBERS: list[Any] = ["int8", "fp8"]
 DTYPES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
@@ -209,12 +209,12 @@ def test_options_are_short() -> None:
 
 def _inputs(model: ir.Model, op_type: str, x: str) -> Any:
     """Return the first node of a kind that reads a value, itself or what was made of it."""
-    return next(
-        n for n in model.graph
-        if n.op_type == op_type and n.inputs[0] is not None
-        and (n.inputs[0].name == x or (n.inputs[0].producer() is not None
-             and [v.name for v in n.inputs[0].producer().inputs][:1] == [x]))
-    )  # fmt: skip
+    for node in model.graph:
+        first: Any = node.inputs[0]
+        maker = first.producer()
+        if node.op_type == op_type and x in (first.name, maker and maker.inputs[0].name):
+            return node
+    raise AssertionError(f"no {op_type} reads {x}")
 
 
 def _constant(model: ir.Model, name: str, array: Any) -> ir.Value:
@@ -340,7 +340,10 @@ def test_whole_models(
         return options
 
     monkeypatch.setattr(onnxruntime, "SessionOptions", unfused)
-    steps = [{key: QuantizeQdq(found, number) for key, found in ranges.items()}, StableNames()]
+    steps: list[Step] = [
+        {key: QuantizeQdq(found, number) for key, found in ranges.items()},
+        StableNames(),
+    ]
     digests = []
     for attempt in ("first", "second"):
         graphs = exact(name)
