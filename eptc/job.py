@@ -91,7 +91,7 @@ class Job:
         plan = make_plan(
             source, config, precision=options.precision, verify=options.verify,
             max_memory=options.max_memory, runs_exact=options.runs_exact,
-            beside=stack_bytes(source, task_ids),
+            beside=stack_bytes(source, task_ids), wide_tables=options.explicit_quantization,
         )  # fmt: skip
         if len(task_ids) > 1 and plan.verification == "block by block":
             raise refused_blocks(source, plan.stored)

@@ -16,7 +16,7 @@ from eptc.lower.explicit_quantization import check_explicit
 from eptc.lower.half import limit
 from eptc.lower.quantizable import quantized_inputs
 from eptc.lower.weights import STACKED, WeightTensor
-from eptc.options import WITH_RANGES, Options
+from eptc.options import Options
 from eptc.parity_gate import Budget, Example
 from eptc.pass_base import LossyPass, QuantizingPass
 from eptc.pipeline import PassRecord, Ranges, Step, lossy_passes, run_graph_passes
@@ -106,7 +106,7 @@ def lower_precision(
     )  # fmt: skip
     kept = dict(sorted({**_left(graphs, steps, plan), **kept}.items()))
     records = run_graph_passes(graphs, steps)
-    if options.precision in WITH_RANGES and options.provider != "cpu":
+    if options.explicit_quantization:
         for model in graphs.values():
             check_explicit(model.graph)
     stored = PrecisionPlan(stored_weights(graphs))

@@ -88,6 +88,11 @@ class Options:
         """Whether what is built depends on text that the float32 engine is run on."""
         return SCHEMES[self.precision].calibrated or self.routing == "frozen"
 
+    @property
+    def explicit_quantization(self) -> bool:
+        """Whether products are 8 bits by QuantizeLinear and DequantizeLinear, and no tables."""
+        return self.precision in WITH_RANGES and self.provider != "cpu"
+
     def inputs(self, ckpt: str | Path) -> dict[str, str | Path | None]:
         """Return every file and folder that is read, by what it is called in messages."""
         return {

@@ -76,6 +76,23 @@ def test_sizes_of_precisions(golden: Path, precision: Any, least: float, most: f
     assert found.stored == precision
 
 
+@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
+def test_explicit_quantization_leaves_the_table(
+    small_native: Any, small_rows: Any, tmp_path: Path, precision: Any
+) -> None:
+    """What is predicted is what is written; what is small or decides stays float32 too."""
+    given: dict[str, Any] = {
+        "task": "score", "base": small_native.base, "precision": precision,
+        "optimize_for": "any", "calibration": small_rows.texts,
+    }  # fmt: skip
+    predicted = eptc.plan(small_native.ckpt, **given).weight_bytes
+    bundle = eptc.export(small_native.ckpt, out=tmp_path / "out", verify=False, **given)
+    written = bundle.manifest.files["weights.bin"].size
+    other = eptc.plan(small_native.ckpt, **{**given, "precision": "int8", "calibration": None})
+    assert other.weight_bytes < 0.9 * predicted
+    assert abs(predicted - written) < 0.2 * written
+
+
 def test_a_large_model_is_verified_elsewhere(
     small_native: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

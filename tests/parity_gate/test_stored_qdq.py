@@ -31,22 +31,28 @@ NUMBERS = {"int8-static": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 @pytest.fixture(scope="module")
-def written(recorded: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that gives the bundle of llama-tiny's first task in a precision."""
+def written(
+    recorded: Any, paper: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return a function that gives the bundle of a subject's first task in a precision."""
     made: dict[str, Path] = {}
     rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
 
-    def write(precision: str) -> Path:
-        if precision not in made:
+    def write(precision: str, name: str = "llama-tiny") -> Path:
+        key = f"{name} {precision}"
+        if key not in made:
             if not rows.exists():
                 texts = [f"a text of {n} and some more words" * (1 + n % 3) for n in range(8)]
-                rows.write_text("\n".join(json.dumps({"sentence": text}) for text in texts))
+                rows.write_text(
+                    "\n".join(json.dumps({"sentence": text, "text": text}) for text in texts)
+                )
             out = tmp_path_factory.mktemp("stored") / "out"
-            bundle = recorded("llama-tiny").export(
+            subject = paper() if name == "bert" else recorded(name)
+            bundle = subject.export(
                 out, 0, verify=False, optimize_for="any", precision=precision, calibration=rows
             )
-            made[precision] = bundle.path
-        return made[precision]
+            made[key] = bundle.path
+        return made[key]
 
     return write
 
@@ -65,6 +71,20 @@ def test_sound(precision: str, written: Any, check: Any) -> None:
     assert found == {n for n, v in graph.initializers.items() if _stored(v, precision)}
     assert {Q, OUTPUT, UP} <= found
     assert 0.5 < check(written(precision)) <= 1.0
+
+
+@pytest.mark.parametrize("precision", NUMBERS)
+def test_what_is_turned_afterwards(precision: str, written: Any, paper: Any) -> None:
+    """A square weight that a Transpose follows has a row for each output, one scale or many."""
+    directory = written(precision, "bert")
+    graph = ir.load(directory / "model.onnx").graph
+    square = graph.initializers["bert.pooler.dense.weight"]
+    assert square.shape is not None
+    assert square.shape[0] == square.shape[1]
+    turned = _reader(graph, "bert.pooler.dense.weight").outputs[0].consumers()
+    assert [node.op_type for node in turned] == ["Transpose"]
+    reference = load_reference(paper().read())
+    assert 0.5 < check_weights(directory, ["model.onnx"], reference, 0) <= 1.0
 
 
 def _stored(value: ir.Value, precision: str) -> bool:
