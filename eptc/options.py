@@ -14,7 +14,7 @@ from eptc.checkpoint.contents import Routing
 from eptc.errors import OptionError
 from eptc.lower.blocks import Method
 from eptc.pass_base import AdapterPass, GraphPass
-from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
+from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs, check_target
 from eptc.targets import Aim, find_target
 from eptc.tasks import Task, TaskChoice, names_several
 
@@ -144,7 +144,8 @@ class Options:
             )
         if self.probe is not None and not self.verify:
             raise OptionError("--probe was given together with --no-verify", fix="leave one out")
-        check_runs(self.precision, self.provider, self.target)
+        check_target(self.precision, self.target)
+        check_runs(self.precision, self.provider)
         self._check_calibration()
         if self.block_method != "rtn" and self.precision not in IN_BLOCKS:
             raise OptionError(

@@ -7,7 +7,15 @@ from typing import Final, Literal
 
 from eptc.errors import OptionError
 
-__all__ = ["SCHEMES", "TENSORRT", "OptimizeFor", "Precision", "Scheme", "check_runs"]
+__all__ = [
+    "SCHEMES",
+    "TENSORRT",
+    "OptimizeFor",
+    "Precision",
+    "Scheme",
+    "check_runs",
+    "check_target",
+]
 
 # The target whose graphs have every type and scale in the file.
 TENSORRT: Final = "tensorrt"
@@ -97,15 +105,11 @@ SCHEMES: Final[dict[Precision, Scheme]] = {
 }
 
 
-def check_runs(precision: Precision, optimize_for: OptimizeFor, target: str = "onnx") -> None:
-    """Raise OptionError where no provider that is optimised for runs a precision.
-
-    Args:
-        precision: what is asked for.
-        optimize_for: where the graphs are to run.
-        target: what is to be written.
-    """
-    scheme = SCHEMES[precision]
+def check_target(precision: Precision, target: str) -> None:
+    """Raise OptionError where what is to be written cannot have a precision."""
+    scheme = SCHEMES.get(precision)
+    if scheme is None:
+        return  # which is refused elsewhere
     if target == TENSORRT and not scheme.for_tensorrt:
         others = [name for name, s in SCHEMES.items() if s.for_tensorrt]
         raise OptionError(
@@ -119,6 +123,11 @@ def check_runs(precision: Precision, optimize_for: OptimizeFor, target: str = "o
             f"--precision {precision} was given together with --target {target}: {scheme.why_not}",
             expected=f"--target {' or '.join(scheme.targets)}",
         )
+
+
+def check_runs(precision: Precision, optimize_for: OptimizeFor) -> None:
+    """Raise OptionError where no provider that is optimised for runs a precision."""
+    scheme = SCHEMES[precision]
     if optimize_for not in scheme.runs_on:
         others = [name for name, s in SCHEMES.items() if optimize_for in s.runs_on]
         raise OptionError(

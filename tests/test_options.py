@@ -8,7 +8,7 @@ import pytest
 
 from eptc.errors import OptionError
 from eptc.options import Options
-from eptc.precision import check_runs
+from eptc.precision import check_target
 from eptc.tasks import Task
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -94,12 +94,12 @@ def test_what_runs_instead() -> None:
 def test_what_tensorrt_does_not_read(precision: Any) -> None:
     """Each names what it reads instead."""
     with pytest.raises(OptionError, match=f"--precision {precision} was given") as caught:
-        check_runs(precision, "any", "tensorrt")
+        check_target(precision, "tensorrt")
     expected = caught.value.expected or ""
     assert "fp32, keep, fp16, bf16, int8-static, fp8;" in expected
     for name in ("fp32", "keep", "fp16", "bf16", "int8-static", "fp8"):
         known: Any = name
-        check_runs(known, "any", "tensorrt")
+        check_target(known, "tensorrt")
 
 
 @pytest.mark.parametrize(
