@@ -123,9 +123,8 @@ def test_explicit_quantization(golden: Path, tmp_path: Path, name: str, precisio
     T5 has a Relu before QuantizeLinear, which ONNX Runtime drops where it fuses fp8.
     """
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "\n".join(json.dumps({"sentence": text * n}) for text in TEXTS for n in (1, 3))
-    )
+    texts = [{"sentence": text * n} for text in TEXTS for n in (1, 3)]
+    rows.write_text("\n".join(map(json.dumps, texts)))
     built = build(
         golden, golden / "ept" / name / "base", name, tmp_path / "out", precision=precision,
         optimize_for="any", calibration=rows,
