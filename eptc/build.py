@@ -188,8 +188,9 @@ def export(
         precision: `fp32`; `keep`: matrices are stored in the base's own 16-bit type, folded ones
             rounded to it once, and computed in float32; `fp16` and `bf16`: stored and computed in
             16 bits where that is safe; `int8`: integers, activations quantised as they come;
-            `int8-static`: activations too by ranges seen on `calibration`; `int8-weights` and
-            `int4`: weights alone, in blocks; `auto`: for each weight what the budget allows.
+            `int8-static`: activations too by ranges seen on `calibration`; `fp8`: likewise, in
+            8-bit floating point, for TensorRT; `int8-weights` and `int4`: weights alone, in
+            blocks; `auto`: for each weight what the budget allows.
         precision_plan: JSON file with a level for each weight, as `precision.json` of a bundle
             that was built with `auto`; with `auto`, instead of a search.
         calibration: JSON lines file with texts to see the ranges of activations on; None, where

@@ -18,7 +18,7 @@ from eptc.comparison_report import Comparison, Row, write
 from eptc.errors import InputError, MissingExtraError, OptionError, ParityError
 from eptc.examples_file import read_examples
 from eptc.job import Job
-from eptc.options import IN_BLOCKS, Options
+from eptc.options import IN_BLOCKS, WITH_RANGES, Options
 from eptc.precision import SCHEMES, OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
 from eptc.runtime import Engine
@@ -34,7 +34,7 @@ _TAKEN_BY: dict[str, Collection[str]] = {
     "max_drop": _LOSSY,
     "max_flips": _LOSSY,
     "calibration": [name for name, scheme in SCHEMES.items() if scheme.calibrated],
-    "calibration_method": ["int8-static"],
+    "calibration_method": WITH_RANGES,
     "block_method": IN_BLOCKS,
     "precision_plan": ["auto"],
     "search_evaluations": ["auto"],

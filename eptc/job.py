@@ -91,7 +91,7 @@ class Job:
         plan = make_plan(
             source, config, precision=options.precision, verify=options.verify,
             max_memory=options.max_memory, runs_exact=options.runs_exact,
-            beside=stack_bytes(source, task_ids),
+            beside=stack_bytes(source, task_ids), wide_tables=options.explicit_quantization,
         )  # fmt: skip
         if len(task_ids) > 1 and plan.verification == "block by block":
             raise refused_blocks(source, plan.stored)
@@ -136,7 +136,7 @@ class Job:
         """
         if self.options.precision == "keep":
             return None
-        return "float64" if self.scheme.integers else "float32"
+        return "float64" if self.scheme.quantized else "float32"
 
     @property
     def needs_exact(self) -> bool:

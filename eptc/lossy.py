@@ -12,6 +12,7 @@ import onnx_ir
 from eptc.architectures import Architecture
 from eptc.calibration import Range, cut_rows, float_values, observe, weight_ranges
 from eptc.errors import InternalError
+from eptc.lower.explicit_quantization import check_explicit
 from eptc.lower.half import limit
 from eptc.lower.quantizable import quantized_inputs
 from eptc.lower.weights import STACKED, WeightTensor
@@ -105,6 +106,9 @@ def lower_precision(
     )  # fmt: skip
     kept = dict(sorted({**_left(graphs, steps, plan), **kept}.items()))
     records = run_graph_passes(graphs, steps)
+    if options.explicit_quantization:
+        for model in graphs.values():
+            check_explicit(model.graph)
     stored = PrecisionPlan(stored_weights(graphs))
     if options.precision != "auto" and set(stored.weights.values()) == {LEVELS[0]}:
         notes = (*notes, f"no weight could be stored in {options.precision}: all are float32")
@@ -180,19 +184,19 @@ def _observed(
     """Run the exact engine on text; return how far its values reach, and what to know of it.
 
     16 bits overflow whatever a value is used for, so that all are observed, by their extremes, and
-    weights that overflow are among them; integers need the ranges of what is multiplied alone.
+    weights that overflow are among them; 8 bits need the ranges of what is multiplied alone.
     """
     if exact is None:
         raise InternalError("ranges are observed without an exact engine")
-    integers = SCHEMES[options.precision].integers
+    quantized = SCHEMES[options.precision].quantized
     values = {
-        name: quantized_inputs(model.graph, keep=tuple(kept)) if integers else float_values(model)
+        name: quantized_inputs(model.graph, keep=tuple(kept)) if quantized else float_values(model)
         for name, model in graphs.items()
     }
-    method = options.calibration_method if integers else "minmax"
+    method = options.calibration_method if quantized else "minmax"
     progress(f"ranges of {sum(map(len, values.values()))} values on {len(texts)} texts")
     found = observe(exact, texts, values, method=method)
-    if not integers:
+    if not quantized:
         found = {name: {**found[name], **each} for name, each in _large(graphs, options, exact)}
     with Engine.load(exact, providers=["cpu"]) as engine:
         cut = cut_rows(engine, texts)

@@ -14,16 +14,18 @@ from eptc.checkpoint.contents import Routing
 from eptc.errors import OptionError
 from eptc.lower.blocks import Method
 from eptc.pass_base import AdapterPass, GraphPass
-from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs
+from eptc.precision import SCHEMES, OptimizeFor, Precision, check_runs, check_target
 from eptc.targets import Aim, find_target
 from eptc.tasks import Task, TaskChoice, names_several
 
-__all__ = ["IN_BLOCKS", "CalibrationMethod", "Layout", "Options"]
+__all__ = ["IN_BLOCKS", "WITH_RANGES", "CalibrationMethod", "Layout", "Options"]
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 Layout = Literal["flat", "optimum", "pack"]
 # What has weights in blocks, whose scales a method chooses.
 IN_BLOCKS = ("int8-weights", "int4", "auto")
+# What fixes the range of every activation that is multiplied.
+WITH_RANGES = tuple(name for name, s in SCHEMES.items() if s.quantized and s.calibrated)
 
 # Evaluations: fewer cannot find anything.
 _FEWEST = 5
@@ -86,6 +88,11 @@ class Options:
         """Whether what is built depends on text that the float32 engine is run on."""
         return SCHEMES[self.precision].calibrated or self.routing == "frozen"
 
+    @property
+    def explicit_quantization(self) -> bool:
+        """Whether products are 8 bits by QuantizeLinear and DequantizeLinear, and no tables."""
+        return self.precision in WITH_RANGES and self.provider != "cpu"
+
     def inputs(self, ckpt: str | Path) -> dict[str, str | Path | None]:
         """Return every file and folder that is read, by what it is called in messages."""
         return {
@@ -137,6 +144,7 @@ class Options:
             )
         if self.probe is not None and not self.verify:
             raise OptionError("--probe was given together with --no-verify", fix="leave one out")
+        check_target(self.precision, self.target)
         check_runs(self.precision, self.provider)
         self._check_calibration()
         if self.block_method != "rtn" and self.precision not in IN_BLOCKS:
@@ -195,16 +203,22 @@ class Options:
                 + " or --routing frozen",
                 fix="leave it out",
             )
-        if self.calibration_method != "minmax" and self.precision != "int8-static":
+        if self.calibration_method != "minmax" and self.precision not in WITH_RANGES:
             raise OptionError(
                 f"--calibration-method {self.calibration_method} was given, and --precision "
                 f"{self.precision} has no ranges to choose",
-                expected="it with --precision int8-static",
+                expected=f"it with --precision {' or '.join(WITH_RANGES)}",
             )
-        if self.precision == "int8-static" and self.calibration is None:
+        if self.calibration_method == "entropy" and self.precision == "fp8":
             raise OptionError(
-                "--precision int8-static fixes the range of every activation, and was given no "
-                "text to see them on",
+                "--calibration-method entropy was given together with --precision fp8: it weighs "
+                "ranges of 128 equal steps, and those of fp8 are not equal",
+                expected="minmax or percentile",
+            )
+        if self.precision in WITH_RANGES and self.calibration is None:
+            raise OptionError(
+                f"--precision {self.precision} fixes the range of every activation, and was given "
+                "no text to see them on",
                 expected="--calibration FILE: JSON lines with the task's fields, some hundred "
                 "rows as they come in production",
             )

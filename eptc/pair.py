@@ -24,8 +24,8 @@ from eptc.parity_gate.verifier import ON_CPU, LocalVerifier, Subject
 from eptc.precision import SCHEMES
 from eptc.runtime import Engine, Manifest, load_manifest
 from eptc.runtime.pack import Pack, only_task, open_engine
-from eptc.runtime.row_tasks import of_task
 from eptc.runtime.providers import CPU, Provider
+from eptc.runtime.row_tasks import of_task
 from eptc.runtime.spec import PACK
 from eptc.stacking import refused_blocks
 from eptc.tasks import Task

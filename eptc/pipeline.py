@@ -16,6 +16,7 @@ from eptc.errors import EptcError, InternalError, ParityError, PluginError
 from eptc.ir import AdaptedModel, Adapter
 from eptc.linear_probe import LinearProbe
 from eptc.lower.blocks import PRECISIONS, Method
+from eptc.lower.strong_types import check_types
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
@@ -30,6 +31,7 @@ from eptc.passes.narrow_weights import NarrowWeights
 from eptc.passes.pack_projections import PackProjections
 from eptc.passes.quantize_int8_dynamic import QuantizeInt8Dynamic
 from eptc.passes.quantize_int8_static import QuantizeInt8Static
+from eptc.passes.quantize_qdq import QuantizeQdq
 from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.split_equal import SplitEqual
@@ -200,13 +202,13 @@ def lossy_passes(
                 for graph, found in ranges.items()
             }
         ]  # fmt: skip
-    elif precision == "int8-static":
+    elif precision == "int8-static" and optimize_for == "cpu":
         assert ranges is not None
-        # TensorRT takes no zero points; ONNX Runtime's CPU kernels want them for activations.
-        symmetric = optimize_for != "cpu"
-        steps = [
-            {key: QuantizeInt8Static(found, symmetric, keep=keep) for key, found in ranges.items()}
-        ]
+        steps = [{key: QuantizeInt8Static(found, keep=keep) for key, found in ranges.items()}]
+    elif precision in ("int8-static", "fp8"):
+        assert ranges is not None
+        number: Literal["int8", "fp8"] = "fp8" if precision == "fp8" else "int8"
+        steps = [{key: QuantizeQdq(found, number, keep=keep) for key, found in ranges.items()}]
     elif plan is not None:
         steps = [
             _blocks("int4", method, keep, plan.of("int4")),
@@ -497,11 +499,14 @@ def _interface(graph: onnx_ir.Model, *, types: bool) -> tuple[Any, ...]:
 
 
 def check_graph(model: onnx_ir.Model) -> None:
-    """Check a graph with onnx.checker and full shape inference, its weights left unread.
+    """Check a graph with onnx.checker, full shape inference and the types its operators know.
+
+    No weight is read.
 
     Raises:
         InternalError: the graph is not valid.
     """
+    check_types(model)
     light = onnx_ir.Model(model.graph.clone(), ir_version=model.ir_version)
     for name, value in list(light.graph.initializers.items()):
         tensor = value.const_value

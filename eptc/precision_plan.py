@@ -28,6 +28,7 @@ _STORED: Final = {
     onnx_ir.DataType.FLOAT16: "fp16",
     onnx_ir.DataType.BFLOAT16: "bf16",
     onnx_ir.DataType.INT8: "int8",
+    onnx_ir.DataType.FLOAT8E4M3FN: "fp8",
 }
 _MICROSOFT_BLOCKS: Final = ("MatMulNBits", "GatherBlockQuantized")
 

@@ -30,6 +30,7 @@ PASSES: dict[str, str] = {
     "quantize-weights": "eptc.passes.quantize_weights:QuantizeWeights",
     "quantize-int8-dynamic": "eptc.passes.quantize_int8_dynamic:QuantizeInt8Dynamic",
     "quantize-int8-static": "eptc.passes.quantize_int8_static:QuantizeInt8Static",
+    "quantize-qdq": "eptc.passes.quantize_qdq:QuantizeQdq",
     "stable-names": "eptc.passes.stable_names:StableNames",
 }
 

@@ -29,6 +29,7 @@ __all__ = [
     "cast",
     "content_hash",
     "numpy_dtype",
+    "round_to_odd",
     "unit_roundoff",
 ]
 
@@ -76,7 +77,7 @@ def cast(array: Array, dtype: str) -> Array:
     if array.dtype == target:
         return array
     if target == numpy_dtype("bfloat16") and array.dtype == np.float64:
-        return _round_to_odd(array).astype(target)
+        return round_to_odd(array).astype(target)
     if target == np.float16 and array.size > _SMALL:
         return _to_float16(array)
     if array.dtype == np.float16 and target == np.float32 and array.size > _SMALL:
@@ -111,7 +112,7 @@ def _from_float16(array: Array) -> Array:
     return widened
 
 
-def _round_to_odd(array: Array) -> Array:
+def round_to_odd(array: Array) -> Array:
     """Round float64 to float32 so that no later rounding to fewer bits rounds twice."""
     exact = array.astype(np.float64)
     with np.errstate(over="ignore"):

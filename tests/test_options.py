@@ -8,6 +8,7 @@ import pytest
 
 from eptc.errors import OptionError
 from eptc.options import Options
+from eptc.precision import check_target
 from eptc.tasks import Task
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -23,6 +24,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "int8 on CUDA": ({"precision": "int8", "optimize_for": "cuda"}, "--precision int8 does not"),
     "int4 anywhere": ({"precision": "int4", "optimize_for": "any"}, "--precision int4 does not"),
     "auto on CUDA": ({"precision": "auto", "optimize_for": "cuda"}, "--precision auto does not"),
+    "fp8 on a CPU": ({"precision": "fp8", "calibration": "x"}, "--precision fp8 does not run"),
+    "fp8 without ranges": (
+        {"precision": "fp8", "optimize_for": "any"}, "--precision fp8 fixes the range",
+    ),
+    "entropy for fp8": (
+        {
+            "precision": "fp8", "optimize_for": "any", "calibration": "x",
+            "calibration_method": "entropy",
+        },
+        "ranges of 128 equal steps",
+    ),
     "no ranges": ({"precision": "int8-static"}, "was given no text"),
     "needless ranges": ({"precision": "int8", "calibration": "x"}, "--precision int8 needs none"),
     "data for fp32": ({"data": "x"}, "--precision fp32 changes no answer"),
@@ -78,10 +90,29 @@ def test_what_runs_instead() -> None:
     assert "int8" in str(caught.value)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int8-weights", "int4", "auto"])
+def test_what_tensorrt_does_not_read(precision: Any) -> None:
+    """Each names what it reads instead."""
+    with pytest.raises(OptionError, match=f"--precision {precision} was given") as caught:
+        check_target(precision, "tensorrt")
+    expected = caught.value.expected or ""
+    assert "fp32, keep, fp16, bf16, int8-static, fp8;" in expected
+    for name in ("fp32", "keep", "fp16", "bf16", "int8-static", "fp8"):
+        known: Any = name
+        check_target(known, "tensorrt")
+
+
 @pytest.mark.parametrize(
     "given",
     [
         {},
+        {"precision": "fp8", "calibration": "x", "optimize_for": "any"},
+        {
+            "precision": "fp8",
+            "calibration": "x",
+            "optimize_for": "any",
+            "calibration_method": "percentile",
+        },
         {"precision": "fp16"},
         {"precision": "bf16", "optimize_for": "cuda"},
         {"precision": "int8-static", "calibration": "x", "optimize_for": "any"},

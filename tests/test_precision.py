@@ -113,3 +113,35 @@ def test_providers(golden: Path, tmp_path: Path, provider: Any) -> None:
     graph = onnx.load(built.path / "model.onnx", load_external_data=False).graph
     domains = {node.domain for node in graph.node}
     assert domains == ({""} if provider == "any" else {"", "com.microsoft"})
+
+
+@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
+@pytest.mark.parametrize("name", ["t5-tiny", "llama-tiny"])
+def test_explicit_quantization(golden: Path, tmp_path: Path, name: str, precision: Any) -> None:
+    """Standard operators, proven as published; kept graphs give the same answers.
+
+    T5 has a Relu before QuantizeLinear, which ONNX Runtime drops where it fuses fp8.
+    """
+    rows = tmp_path / "rows.jsonl"
+    texts = [{"sentence": text * n} for text in TEXTS for n in (1, 3)]
+    rows.write_text("\n".join(map(json.dumps, texts)))
+    built = build(
+        golden, golden / "ept" / name / "base", name, tmp_path / "out", precision=precision,
+        optimize_for="any", calibration=rows,
+    )  # fmt: skip
+    assert built.manifest.precision == precision
+    assert built.manifest.parity["passed"]
+    assert built.manifest.parity["exact"]["passed"]
+    number = {"int8-static": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
+    for file in built.path.glob("*.onnx"):
+        graph = onnx.load(file, load_external_data=False).graph
+        assert {node.domain for node in graph.node} == {""}
+        stored = [t for t in graph.initializer if t.data_type == number[precision]]
+        assert sum(len(t.dims) == 2 for t in stored) > 5
+    with built.load() as one, built.load(cache=tmp_path / "kept") as kept:
+        assert [a.probabilities for a in one.classify(texts)] == [
+            a.probabilities for a in kept.classify(texts)
+        ]
+    if precision == "fp8":
+        assert any((tmp_path / "kept").iterdir())
+    assert eptc.verify(built.path)

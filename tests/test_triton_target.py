@@ -262,6 +262,11 @@ def test_a_wrong_engine_is_never_published(
         ({"task": "tone,tome"}, TaskError, "nearest: tone"),
         ({"max_rank": 4}, OptionError, "--max-rank 4"),
         ({"precision": "int8-static"}, OptionError, "given no text"),
+        (
+            {"precision": "fp8", "optimize_for": "any", "calibration": "x"},
+            OptionError,
+            "--precision fp8 was given together with --target triton",
+        ),
         ({"layout": "optimum"}, OptionError, "--layout optimum"),
         ({"target": "tritton"}, OptionError, "triton"),
     ],

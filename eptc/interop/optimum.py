@@ -41,14 +41,20 @@ def check_layout(job: Job) -> None:
     """Refuse what optimum cannot run, or what cannot be compared here; nothing is built yet.
 
     Raises:
-        OptionError: heads of another width than optimum takes them to have, bfloat16, or a graph
-            that does not fit into memory to be compared.
+        OptionError: heads of another width than optimum takes them to have, bfloat16, fp8, or a
+            graph that does not fit into memory to be compared.
     """
     options, source = job.options, job.source
     if options.precision == "bf16":
         raise OptionError(
             "--layout optimum was given together with --precision bf16, which numpy, and so "
             "optimum, has no type for",
+            fix="leave one out",
+        )
+    if options.precision == "fp8":
+        raise OptionError(
+            "--layout optimum was given together with --precision fp8, whose operators ONNX "
+            "Runtime must not fuse, which optimum does not tell it",
             fix="leave one out",
         )
     kind, settings = source.base.architecture.kind, job.config.to_dict()

@@ -15,6 +15,7 @@ from eptc.interop.triton_config import LABELS, model_config, model_labels
 from eptc.job import Clock, Progress, read_source
 from eptc.options import Options
 from eptc.pipeline import PassRecord
+from eptc.precision import check_target
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import file_name
 from eptc.tasks import Task, chosen
@@ -120,6 +121,7 @@ def export_repository(
             "has a layout of its own",
             fix="leave one out",
         )
+    check_target(options.precision, options.target)
     out, clock = Path(out), Clock(progress)
     bundle.check_place(out, force=force, inputs=options.inputs(ckpt))
     with clock.stage("read the checkpoint"):

@@ -13,7 +13,7 @@ from eptc.errors import BaseModelError, OptionError
 from eptc.lower.weights import Piece, WeightTensor, split
 from eptc.tensors import Array, cast
 
-__all__ = ["FULL", "REDUCED", "activation", "integers", "quantize"]
+__all__ = ["FULL", "REDUCED", "activation", "ends", "integers", "quantize"]
 
 Whole = npt.NDArray[np.int8]
 Single = npt.NDArray[np.float32]
@@ -114,21 +114,30 @@ def activation(
     Raises:
         OptionError: the range is not finite, or its ends are in the wrong order.
     """
-    with np.errstate(over="ignore"):
-        ends = np.array([low, high], np.float32)
-    if not (np.isfinite(ends).all() and low <= high):
-        raise OptionError(
-            f"the range of {name} is {low} to {high}",
-            expected="two finite numbers, the smaller one first",
-            fix="calibrate on inputs for which the float32 engine's values are finite",
-        )
-    low, high = min(low, 0.0), max(high, 0.0)
+    low, high = ends(low, high, name=name)
     scale = np.float32(max(-low, high) / FULL if symmetric else (high - low) / 255)
     if scale < _SMALLEST:
         scale = np.float32(1)
     if symmetric:
         return np.asarray(scale), np.asarray(0, np.int8)
     return np.asarray(scale), np.asarray(min(255, round(-low / float(scale))), np.uint8)
+
+
+def ends(low: float, high: float, *, name: str) -> tuple[float, float]:
+    """Return the ends of a range, widened to hold zero.
+
+    Raises:
+        OptionError: they are not finite, or in the wrong order.
+    """
+    with np.errstate(over="ignore"):
+        single = np.array([low, high], np.float32)
+    if not (np.isfinite(single).all() and low <= high):
+        raise OptionError(
+            f"the range of {name} is {low} to {high}",
+            expected="two finite numbers, the smaller one first",
+            fix="calibrate on inputs for which the float32 engine's values are finite",
+        )
+    return min(low, 0.0), max(high, 0.0)
 
 
 def _blocks(matrix: Array) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from eptc.lower.edit import constant, drop, insert, replace
 from eptc.lower.int8 import integers
 from eptc.lower.quantizable import Product, Quantizable
 
-__all__ = ["add_bias", "by_position", "node", "read_rows", "store", "turned"]
+__all__ = ["add_bias", "by_position", "node", "read_rows", "register_scale", "store", "turned"]
 
 
 def store(site: Quantizable, graph: ir.Graph, *, largest: int) -> ir.Value:
@@ -22,6 +22,11 @@ def store(site: Quantizable, graph: ir.Graph, *, largest: int) -> ir.Value:
     whole, scale = integers(weight.const_value, site.axis, largest=largest)
     # A type of its own: copies of a graph share theirs.
     weight.const_value, weight.type = whole, ir.TensorType(ir.DataType.INT8)
+    return register_scale(scale, graph)
+
+
+def register_scale(scale: ir.TensorProtocol, graph: ir.Graph) -> ir.Value:
+    """Return the new initializer with a weight's scale."""
     added = ir.Value(name=scale.name, const_value=scale)
     added.type, added.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(scale.shape.numpy())
     graph.register_initializer(added)

@@ -1,4 +1,4 @@
-"""Integers against the weight they stand for, whatever method chose their scales.
+"""Few bits against the weight they stand for, whatever method chose their scales.
 
 Each must stand for the nearest number there is: it is off by half a step at most, or by what lies
 beyond the range. And the errors of a group that shares a scale must not be larger, in root mean
@@ -72,7 +72,9 @@ def check_nearest(name: str, found: Decoder, base: Float32, delta: Float32 | Non
                 expected="the nearest number there is",
                 fix="this is a bug in the fold or in the pass that quantises: report it",
             )
-        worst = max(worst, largest, _check_range(name, start, found, want, error, branches))
+        worst = max(worst, largest)
+        if found.levels is not None:
+            worst = max(worst, _check_range(name, start, found, want, error, branches))
     return worst
 
 
@@ -83,6 +85,7 @@ def _check_range(
     firsts = np.arange(0, want.shape[1], found.group)
     low = np.minimum(np.minimum.reduceat(want, firsts, axis=1), 0)
     high = np.maximum(np.maximum.reduceat(want, firsts, axis=1), 0)
+    assert found.levels is not None
     span = high - low if found.fitted else 2 * np.maximum(high, -low)
     counts = np.diff([*firsts, want.shape[1]])
     rms = np.sqrt(np.add.reduceat(np.square(error), firsts, axis=1) / counts)

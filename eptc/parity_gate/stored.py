@@ -1,8 +1,10 @@
-"""Weights that an engine stores as integers, decoded by code of the gate's own.
+"""Weights that an engine stores in 8 bits or fewer, decoded by code of the gate's own.
 
-What a graph's own nodes say counts, not what wrote it. Two forms are known:
+What a graph's own nodes say counts, not what wrote it. Three forms are known:
 
 * blocks: what MatMulNBits or GatherBlockQuantized reads, as ONNX Runtime describes them;
+* dequantized: what DequantizeLinear reads, 8-bit integers or floating point, by its own inputs: a
+  scale for each index of `axis`, or one for all;
 * plain: `w` [in, out] in 8 bits with `w@scale` [out]; where its rows are looked up, [rows, width]
   with [rows]. `w@zero_point` is as its scale; without one zero is 0.
 """
@@ -19,6 +21,7 @@ import onnx_ir as ir
 
 from eptc.errors import ParityError
 from eptc.lower.weights import PART
+from eptc.parity_gate import float8
 
 __all__ = ["Decoder", "Quantized", "Rows", "quantized", "read"]
 
@@ -30,6 +33,7 @@ _KERNELS = {
     ("com.microsoft", "GatherBlockQuantized", ""): (0, 2, 3),
 }
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
+_FLOAT8 = ir.DataType.FLOAT8E4M3FN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Decoder:
         group: how many neighbours in a row share a scale.
         columns: numbers in a row.
         filled: whether the last group may be filled up beyond the weight's own columns.
-        levels: how many steps the range of a group has, at least.
+        levels: how many steps the range of a group has, at least; None where steps are as large
+            as the numbers they are between.
         fitted: whether that range goes from the group's smallest number, or zero, to its largest,
             or zero; else it is as wide below zero as above.
     """
@@ -73,7 +78,7 @@ class Decoder:
     group: int
     columns: int
     filled: bool
-    levels: int
+    levels: int | None
     fitted: bool
 
     def __len__(self) -> int:
@@ -101,6 +106,18 @@ class Decoder:
             (lowest - zeros) * steps,
             (lowest + 2**self.bits - 1 - zeros) * steps,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8Decoder(Decoder):
+    """The same of 8-bit floating point; `integers` are its bytes."""
+
+    def rows(self, part: slice, columns: int) -> Rows:
+        """Decode the first columns of some rows; nothing may be beyond the largest number."""
+        codes, scales = self.integers[part, :columns], self.scales[part]
+        found = float8.numbers(codes) * scales
+        ends = np.full_like(found, np.inf)
+        return Rows(found, float8.spacing(codes) * scales, -ends, ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +153,11 @@ def quantized(graph: ir.Graph) -> Iterator[Quantized]:
     for node in graph:
         if node.op_identifier() in _KERNELS:
             found.setdefault(_blocks(node))
+        elif (weight := _dequantized(node)) is not None:
+            found.setdefault(weight)
     for name, value in graph.initializers.items():
-        blocks = any(name == other.name for other in found)
-        if (
-            value.dtype in _EIGHT_BITS
-            and f"{name}{PART}scale" in graph.initializers
-            and not blocks
-        ):
+        known = any(name == other.name for other in found)
+        if value.dtype in _EIGHT_BITS and f"{name}{PART}scale" in graph.initializers and not known:
             found.setdefault(_plain(value, graph))
     yield from found
 
@@ -180,6 +195,64 @@ def _blocks(node: ir.Node) -> Quantized:
 
     form = rows, groups, bits, group, scales.name, None if zeros is None else zeros.name
     return Quantized(str(integers.name), form, load)
+
+
+def _dequantized(node: ir.Node) -> Quantized | None:
+    """Return the matrix that a DequantizeLinear reads; None where it reads none."""
+    value = node.inputs[0] if node.op_identifier() == ("", "DequantizeLinear", "") else None
+    if value is None or not value.is_initializer() or len(shape := _shape(value)) != 2:
+        return None
+    scales, zeros = _constant(node, 1), _constant(node, 2)
+    float8s = value.dtype == _FLOAT8
+    if scales is None or (len(node.inputs) > 2 and zeros is None):
+        raise ParityError(
+            f"{node.name} reads {value.name} with a scale or a zero point that a run computes",
+            expected="initializers",
+            fix="this is a bug in the pass that quantises: report it",
+        )
+    if _shape(scales):
+        by_row = node.attributes.get_int("axis", 1) % 2 == 0
+    else:  # one for all: what is turned afterwards has a row for each output
+        by_row = any(_reads_rows(user) for user in node.outputs[0].consumers())
+    rows, columns = shape if by_row else shape[::-1]
+
+    def load() -> Decoder:
+        codes = _shaped(value, shape)
+        codes = codes.view(np.uint8) if float8s else codes
+        kind = Float8Decoder if float8s else Decoder
+        found = kind(
+            codes if by_row else codes.T,
+            _spread(scales, rows),
+            np.zeros((rows, 1)) if zeros is None else _spread(zeros, rows),
+            8, columns, columns,
+            filled=False,
+            levels=None if float8s else 126,
+            fitted=False,
+        )  # fmt: skip
+        if float8s:
+            _check_float8(str(value.name), found)
+        return found
+
+    names = scales.name, None if zeros is None else zeros.name
+    return Quantized(str(value.name), (rows, columns, by_row, *names), load)
+
+
+def _spread(value: ir.Value, rows: int) -> Float64:
+    """Return one number for each row, [rows, 1]: those of an initializer, or its only one."""
+    shape = () if _shape(value) == () else (rows, 1)
+    return np.broadcast_to(_shaped(value, shape).astype(np.float64), (rows, 1))
+
+
+def _check_float8(name: str, found: Decoder) -> None:
+    """Raise ParityError unless the zero is 0 and the largest numbers use the type's range."""
+    largest = float(np.abs(float8.numbers(found.integers)).max())
+    if found.zeros.any() or not (largest == 0 or largest >= float8.LARGEST / 2):
+        raise ParityError(
+            f"the weight {name} in the engine is too coarse: its numbers reach {largest:g} of "
+            f"{float8.LARGEST:g}, their zero is {found.zeros.max():g}",
+            expected="a scale that uses the range, and 0",
+            fix="this is a bug in the pass that quantises: report it",
+        )
 
 
 def _plain(value: ir.Value, graph: ir.Graph) -> Quantized:

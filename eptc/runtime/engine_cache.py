@@ -177,7 +177,9 @@ def open_with_engines(
             if kept.record is not None:
                 check_bundle(folder, manifest, name)
     own = [(n, dict(kept.options) if n == TENSORRT else options) for n, options in requests]
-    session = open_session(kept.graph, own, threads, allow_fallback=allow_fallback)
+    session = open_session(
+        kept.graph, own, threads, fuse=manifest.fusible, allow_fallback=allow_fallback
+    )
     if kept.record is not None and kept.place is not None:
         if kept.model is not None and not kept.model.is_file():
             raise OptionError(

@@ -103,7 +103,7 @@ def open_prepacked(
     try:
         if not kept:
             path = bundle_file(folder, manifest.graphs[name].file)
-            _make(entry, identity, path, requests, threads)
+            _make(entry, identity, path, requests, threads, fuse=manifest.fusible)
         return open_session(entry / _GRAPH, requests, threads, optimize=False)
     except (OSError, BundleError) as error:
         return _without(entry, error)
@@ -176,7 +176,13 @@ def _is_unchanged(path: Path, record: Any) -> bool:
 
 
 def _make(
-    entry: Path, identity: str, path: Path, requests: Sequence[Request], threads: int
+    entry: Path,
+    identity: str,
+    path: Path,
+    requests: Sequence[Request],
+    threads: int,
+    *,
+    fuse: bool,
 ) -> None:
     """Write a kept graph and publish it."""
     cache = entry.parent
@@ -187,7 +193,7 @@ def _make(
     _remove_abandoned(cache)
     made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=cache))  # this user's alone
     try:
-        _save(path, made / _GRAPH, requests, threads)
+        _save(path, made / _GRAPH, requests, threads, fuse=fuse)
         # What does not load again is never published.
         open_session(made / _GRAPH, requests, threads, optimize=False)
         records = {file: _record(made / file) for file in _FILES}
@@ -200,7 +206,9 @@ def _make(
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _save(path: Path, graph: Path, requests: Sequence[Request], threads: int) -> None:
+def _save(
+    path: Path, graph: Path, requests: Sequence[Request], threads: int, *, fuse: bool
+) -> None:
     """Write a graph as it will run, such that its weights can be mapped.
 
     ONNX Runtime writes tensors one after the other, aligned from 1 MB on, and reads packed ones
@@ -211,7 +219,7 @@ def _save(path: Path, graph: Path, requests: Sequence[Request], threads: int) ->
     for smallest in _SMALLEST_MAPPED:
         for file in _FILES:
             (graph.parent / file).unlink(missing_ok=True)
-        open_session(path, requests, threads, save_as=graph, external_from=smallest)
+        open_session(path, requests, threads, fuse=fuse, save_as=graph, external_from=smallest)
         offsets = _offsets(graph.read_bytes())
         if offsets and all(offset % _ALIGNMENT == 0 for offset in offsets):
             return

@@ -36,6 +36,7 @@ def open_session(
     threads: int,
     *,
     optimize: bool = True,
+    fuse: bool = True,
     save_as: Path | None = None,
     external_from: int = 0,
     weights: Iterable[tuple[str, NumpyArray]] = (),
@@ -52,6 +53,9 @@ def open_session(
         requests: providers in order of preference.
         threads: threads one operator may use.
         optimize: whether ONNX Runtime rewrites the graph.
+        fuse: whether ONNX Runtime fuses operators. False for 8-bit floating point, for which it
+            has fusions of integers (1.31 and before): it refuses its own MatMulIntegerToFloat,
+            and silently drops a Relu before QuantizeLinear.
         save_as: where to write the graph as it will run, with packed weights in `NAME.data`.
         external_from: the smallest tensor in bytes that `NAME.data` gets.
         weights: names of initializers in the weights file, and what stands in their place.
@@ -73,6 +77,10 @@ def open_session(
         options.add_session_config_entry(key, value)
     options.add_session_config_entry(*RECORD)
     keep_products_exact(options)
+    if not fuse:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        # Or the weights would be dequantized in every run.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_as is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -16,10 +16,13 @@ import pytest
 
 from eptc.errors import OptionError
 from eptc.lower import bind, write
+from eptc.lower.element_types import element_types
+from eptc.lower.half import CACHES, HALF
+from eptc.lower.strong_types import check_types
 from eptc.lower.weights import WeightTensor
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import check_graph, run_graph_passes
+from eptc.pipeline import check_graph, graph_passes, run_graph_passes
 from eptc.tensors import Array, ArrayTensor, unit_roundoff
 
 Half = Literal["float16", "bfloat16"]
@@ -453,3 +456,43 @@ def test_options() -> None:
         CastHalf("float8")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"safety factor is 0\.5"):
         CastHalf(safety=0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["bert", "t5", "gated-t5", "llama"])
+def test_strongly_typed(name: str, dtype: Half, whole_model: Any, tmp_path: Path) -> None:
+    """Standard operators, every type in the file as it was written, casts as nodes alone.
+
+    Caches are 16 bits, logits and what an encoder gives are float32; T5's `wo`, norms that are
+    written out, softmax and logits compute in float32, each with its reason.
+    """
+    graphs = whole_model(name)
+    run_graph_passes(graphs, [*graph_passes("any"), CastHalf(dtype), StableNames()])
+    plans = {key: CastHalf(dtype).plan(model) for key, model in _exact(whole_model, name).items()}
+    write(graphs, tmp_path)
+    for key in graphs:
+        model = ir.load(tmp_path / f"{key}.onnx")
+        check_types(model)
+        types = element_types(model)
+        assert {node.domain for node in model.graph} == {""}
+        assert all(value in types for node in model.graph for value in node.outputs)
+        half = {types[v] for node in model.graph for v in node.outputs if node.op_type == "MatMul"}
+        assert HALF[dtype] in half
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            cached = str(value.name).startswith(CACHES)
+            if value.dtype not in (ir.DataType.INT64, ir.DataType.BOOL):
+                assert value.dtype == (HALF[dtype] if cached else ir.DataType.FLOAT), value.name
+        for node in model.graph:
+            if node.op_type in ("Softmax", "ReduceMean", "Pow"):
+                assert types[node.outputs[0]] == ir.DataType.FLOAT, node.name
+    reasons = {reason for plan in plans.values() for reason in plan.values()}
+    assert "softmax: its sum has many small terms" in reasons
+    assert "the logits" in reasons
+    if dtype == "float16" and "t5" in name:
+        assert any(reason.startswith("T5's wo") for reason in reasons)
+
+
+def _exact(whole_model: Any, name: str) -> dict[str, ir.Model]:
+    graphs: dict[str, ir.Model] = whole_model(name)
+    run_graph_passes(graphs, graph_passes("any"))
+    return graphs

@@ -31,12 +31,11 @@ FUSED: dict[str, dict[str, int]] = {
 ONE = "(float[b,s,48] y) { y = MatMul(x, W) }"
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("what", FUSED)
-def test_quantizes(what: str, symmetric: bool, small: Any, run_ort: Callable[..., Any]) -> None:
+def test_quantizes(what: str, small: Any, run_ort: Callable[..., Any]) -> None:
     """Answers within the bound of the steps, from integer kernels; a second run no-op."""
     plain, model, products = small.model(what), small.model(what), small.products(what)
-    step = QuantizeInt8Static(small.ranges, symmetric=symmetric)
+    step = QuantizeInt8Static(small.ranges)
     assert step(model).modified
     check_graph(model)
     assert not step(model).modified
@@ -45,45 +44,21 @@ def test_quantizes(what: str, symmetric: bool, small: Any, run_ort: Callable[...
     assert made.count("QuantizeLinear") == len(activations)
     feeds = small.given(model)
     want, got = run_ort(plain, feeds), run_ort(model, feeds)
-    if not symmetric:
-        assert {op: got.operators[op] for op in FUSED[what]} == FUSED[what]
-        assert not (FUSED[what] and got.operators["DequantizeLinear"])
+    assert {op: got.operators[op] for op in FUSED[what]} == FUSED[what]
+    assert not (FUSED[what] and got.operators["DequantizeLinear"])
     for name, product in products.items():
         moved = np.abs(got.outputs[name] - want.outputs[name])
         assert moved.max() > 0
-        assert (moved <= small.bound(product, symmetric=symmetric)).all()
+        assert (moved <= small.bound(product)).all()
 
 
-def test_as_tensorrt_demands(small: Any) -> None:
-    """int8 everywhere, zero points 0, and integers that DequantizeLinear alone reads."""
-    body = "(float[b,s,32] e, float[b,s,70] y, float[b,s,48] w) "
-    body += (
-        "{ e = Gather(E, ids) t = Transpose(E) y = MatMul(x, t) p = MatMul(x, W) w = Add(p, b) }"
-    )
-    model = small.graph(body)
-    QuantizeInt8Static(small.ranges, symmetric=True)(model)
-    whole = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8]
-    for value in whole:
-        if len(value.shape or ()) == 2:
-            assert {node.op_type for node in value.consumers()} == {"DequantizeLinear"}
-        else:
-            assert value.const_value is not None
-            assert value.const_value.numpy() == 0
-    assert {v.name for v in whole} >= {"E", "W"}
-    types = {v.dtype for node in model.graph for v in node.outputs if "Quantize" in node.op_type}
-    assert ir.DataType.UINT8 not in types
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_cuts_off_what_is_outside(
-    symmetric: bool, small: Any, run_ort: Callable[..., Any]
-) -> None:
+def test_cuts_off_what_is_outside(small: Any, run_ort: Callable[..., Any]) -> None:
     """A narrower range is obeyed: the answer is that of the input cut off, within a step."""
     model = small.model("two activations, one weight")
     ends = (-0.5, 0.75)
-    QuantizeInt8Static({**small.ranges, "x": ends}, symmetric=symmetric)(model)
+    QuantizeInt8Static({**small.ranges, "x": ends})(model)
     x = small.feeds["x"]
-    cut = np.clip(x, -0.75 if symmetric else -0.5, 0.75)
+    cut = np.clip(x, *ends)
     got = run_ort(model, small.given(model))
     weight = small.weights["W"]
     limit = (1.25 / 127) * np.abs(weight).sum(0) + np.abs(cut).sum(-1, keepdims=True) * (
@@ -93,14 +68,13 @@ def test_cuts_off_what_is_outside(
     assert (np.abs(x @ weight - cut @ weight) > 3 * limit).any()
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("ends", [(0.0, 0.0), (2.0, 2.0), (-2.0, -2.0), (1.0, 3.0), (-3.0, -1.0)])
 def test_degenerate_ranges(
-    ends: tuple[float, float], symmetric: bool, small: Any, run_ort: Callable[..., Any]
+    ends: tuple[float, float], small: Any, run_ort: Callable[..., Any]
 ) -> None:
     """One value alone, zero alone, ranges without zero: they hold zero and both their ends."""
     model = small.graph(ONE)
-    QuantizeInt8Static({"x": ends}, symmetric=symmetric)(model)
+    QuantizeInt8Static({"x": ends})(model)
     for value in (*ends, 0.0):
         x = np.full((1, 2, 32), value, np.float32)
         got = run_ort(model, {**small.given(model), "x": x}).outputs["y"]
@@ -151,12 +125,11 @@ def test_its_ranges_are_those_that_are_asked_for(what: str, small: Any) -> None:
 def test_options_are_short() -> None:
     """Of the ranges a number and a digest, which any order gives and any other number changes."""
     ranges = {"b/MatMul": (-1.5, 0.1), "a/MatMul": (0.0, 3.0)}
-    step = QuantizeInt8Static(ranges, symmetric=True, keep=("W",))
+    step = QuantizeInt8Static(ranges, keep=("W",))
     text = '[["a/MatMul",0.0,3.0],["b/MatMul",-1.5,0.1]]'
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert step.options() == {
         "ranges": {"count": 2, "sha256": digest},
-        "symmetric": True,
         "keep": ["W"],
         "only": None,
         "reduce_range": False,

@@ -39,7 +39,10 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "truncate-rank": {"max_rank": 1},
 }
 # Options of which JSON has a digest only, as they were.
-DIGESTED: dict[str, dict[str, Any]] = {"quantize-int8-static": {"ranges": {}}}
+DIGESTED: dict[str, dict[str, Any]] = {
+    "quantize-int8-static": {"ranges": {}},
+    "quantize-qdq": {"ranges": {}},
+}
 
 GRAPH = (
     '<ir_version: 10, opset_import: ["" : 20]> g (float[batch,3] x) => (float[batch,3] y) '
