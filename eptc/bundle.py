@@ -36,6 +36,7 @@ __all__ = [
     "sync",
     "write_json",
     "write_manifest",
+    "written_by",
 ]
 
 # In every folder written that is no bundle: what it was made from; of a folder of folders, which.
@@ -46,6 +47,8 @@ NO_PLACE = (
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.ENOSPC,
     errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
 )  # fmt: skip
+
+_ROOM = "a place with enough room that this user may write to"
 
 
 @dataclasses.dataclass
@@ -292,6 +295,28 @@ def _exchange(new: Path, old: Path) -> None:
     aside.rename(new)
 
 
+@contextlib.contextmanager
+def written_by(library: str, path: Path, failure: type[Exception]) -> Iterator[None]:
+    """Say what cannot be written where a library's errors are none of the system's.
+
+    Args:
+        library: what writes.
+        path: the file it writes.
+        failure: what it raises.
+
+    Raises:
+        OutputError: it failed.
+    """
+    try:
+        yield
+    except failure as error:
+        raise OutputError(
+            f"{library} cannot write {path.name}: {error}",
+            expected=_ROOM,
+            fix="free some space or name another folder; nothing was published",
+        ) from error
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -310,6 +335,6 @@ def _umask() -> int:
 def _cannot_write(out: Path, error: OSError) -> OutputError:
     return OutputError(
         f"{out} cannot be written: {error.strerror or error}",
-        expected="a place with enough room that this user may write to",
+        expected=_ROOM,
         fix="free some space or name another folder with --out; nothing was published",
     )

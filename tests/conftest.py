@@ -142,6 +142,25 @@ def small_routed(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Return a function that mounts an empty disk of some KiB; skips where it may not."""
+    disk, mount = tmp_path / "disk", shutil.which("mount")
+    mounted = []
+
+    def make(size: int) -> Path:
+        disk.mkdir()
+        command = [str(mount), "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)]
+        if mount is None or subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("may not mount a small disk here")
+        mounted.append(disk)
+        return disk
+
+    yield make
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.fixture
 def copy_native(small_native: Folders, tmp_path: Path) -> Folders:
     """A copy of the small native checkpoint, for a test to damage."""
     _copy(small_native.root / "in", tmp_path / "in")

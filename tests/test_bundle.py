@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -320,10 +320,10 @@ def test_writing_fails(
     _refused(small_native, cli, tmp_path, os.strerror(code))
 
 
-def _refused(folders: Any, cli: Any, place: Path, words: str) -> None:
+def _refused(folders: Any, cli: Any, place: Path, words: str, kind: tuple[str, ...] = ()) -> None:
     """An export that finds no room: exit 2, a message, nothing left."""
     before = names(place)
-    options = ("--task", "tone", "--base", folders.base, "--no-verify")
+    options = ("--task", "tone", "--base", folders.base, "--no-verify", *kind)
     result = cli("export", folders.ckpt, *options, "-o", place / "out")
     assert result.code == 2, result
     assert words in result.stderr
@@ -343,16 +343,13 @@ def test_a_limit_on_the_size_of_files(small_native: Any, cli: Any, tmp_path: Pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_is_full(small_native: Any, cli: Any, tmp_path: Path) -> None:
-    disk = write(tmp_path / "disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
-    mount = shutil.which("mount")
-    if mount is None or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("may not mount a small disk here")
-    try:
-        _refused(small_native, cli, disk, "No space left on device")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+@pytest.mark.parametrize(
+    "kind", [(), ("--layout", "pack"), ("--target", "lora"), ("--target", "hf")]
+)
+def test_a_disk_that_is_full(
+    small_native: Any, cli: Any, small_disk: Callable[[int], Path], kind: tuple[str, ...]
+) -> None:
+    _refused(small_native, cli, small_disk(32), "No space left on device", kind)
 
 
 @contextlib.contextmanager

@@ -182,6 +182,10 @@ def test_arrays(engine: Engine) -> None:
         (["tone", None], "a task is None"),
         (["tone", True], "a task is True"),
         (1.5, "the tasks are 1.5"),
+        ({"tone", "same"}, "the tasks are {"),  # rows would be of either, as strings hash
+        ({"tone": 0, "same": 1}, "the tasks are {"),
+        (np.array(1), r"the tasks are array\(1\)"),
+        (b"tone", "the tasks are b'tone'"),
     ],
 )
 def test_wrong_tasks(engine: Engine, tasks: Any, words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,20 @@ def test_a_first_step_of_every_precision(golden: Path, tmp_path: Path, precision
     said = bundle.manifest.parity["layout"]
     assert said["largest_error"] <= said["its_bound"]
     assert said["tensors"] == 36
+
+
+def test_a_base_without_a_generation_configuration(golden: Path, tmp_path: Path) -> None:
+    """Special tokens are named: ORTModel classes read them there alone."""
+    source = golden / "ept" / "t5-tiny"
+    shutil.copytree(source / "base", tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").unlink()
+    bundle = eptc.export(
+        source / "adapter", base=tmp_path / "base", task="sst2", tasks=TASKS, top_k=2,
+        layout="optimum", verify=False, out=tmp_path / "out",
+    )  # fmt: skip
+    written = json.loads((bundle.path / "generation_config.json").read_text())
+    assert written == {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    assert eptc.verify(bundle.path).ok
 
 
 def test_prompts_before_the_text(small_mept: Any, tmp_path: Path) -> None:

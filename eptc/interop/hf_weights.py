@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eptc.bundle import share, write_json
+from eptc.bundle import share, write_json, written_by
 from eptc.tensors import Array, LazyTensor, as_dtype
 
 __all__ = ["SHARD", "Shard", "plan_shards", "shards_peak", "write_shards"]
@@ -84,6 +84,7 @@ def write_shards(
         directory: an existing folder.
         progress: called with the bytes of weights written so far, and of all.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     total, done, digests = sum(shard.nbytes for shard in shards), 0, {}
@@ -92,7 +93,8 @@ def write_shards(
         for name, tensor in shard.tensors.items():
             arrays[name] = np.ascontiguousarray(tensor.numpy())
         path = directory / shard.file
-        save_file(arrays, path, metadata={"format": "pt"})  # what transformers asks for
+        with written_by("safetensors", path, SafetensorError):
+            save_file(arrays, path, metadata={"format": "pt"})  # what transformers asks for
         share(path)
         del arrays
         done += shard.nbytes

@@ -65,6 +65,7 @@ def write_adapter(
         kind: the base's.
         base_name: what the checkpoint calls its base.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     modules = _own_modules(own, model.weights, kind)
@@ -86,7 +87,8 @@ def write_adapter(
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = b
     file = directory / "adapter_model.safetensors"
-    save_file(tensors, file, metadata={"format": "pt"})
+    with bundle.written_by("safetensors", file, SafetensorError):
+        save_file(tensors, file, metadata={"format": "pt"})
     bundle.share(file)
     linears = [n.removesuffix(".weight") for n, t in model.weights.items() if len(t.shape) == 2]
     bundle.write_json(

@@ -26,6 +26,7 @@ from eptc.runtime import Manifest
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.providers import CPU
 from eptc.runtime.session import open_session
+from eptc.runtime.spec import GenerationSpec
 
 __all__ = ["FILES", "check_layout", "compare_first_step", "lay_out"]
 
@@ -94,6 +95,8 @@ def lay_out(directory: Path, manifest: Manifest, *, verify: bool) -> Manifest:
         path = directory / name
         if path.is_file():
             bundle.write_json(path, change(json.loads(path.read_text("utf-8"))))
+    if manifest.generation is not None:
+        _name_tokens(directory / "generation_config.json", manifest.generation)
     found: dict[str, Any] = {"name": "optimum", "graphs": []}
     if manifest.kind == "encoder-decoder":
         manifest = _with_names(directory, manifest)
@@ -102,7 +105,7 @@ def lay_out(directory: Path, manifest: Manifest, *, verify: bool) -> Manifest:
         if verify:
             found |= compare_first_step(directory, manifest)
     parity = {**manifest.parity, "layout": found}
-    changed = {"config.json", "tokenizer_config.json"}
+    changed = {"config.json", "generation_config.json", "tokenizer_config.json"}
     files = {name: record for name, record in manifest.files.items() if name not in changed}
     return bundle.write_manifest(
         directory, dataclasses.replace(manifest, parity=parity, files=files)
@@ -111,6 +114,24 @@ def lay_out(directory: Path, manifest: Manifest, *, verify: bool) -> Manifest:
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return portable_tokenizer(config, {})
+
+
+def _name_tokens(path: Path, settings: GenerationSpec) -> None:
+    """Write the engine's special tokens where the base's generation configuration has none.
+
+    What is not in that file, ORTModel classes do not look for in config.json.
+    """
+    stops = list(settings.eos_token_id)
+    tokens = {
+        "decoder_start_token_id": settings.decoder_start_token_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": settings.pad_token_id,
+    }
+    found = json.loads(path.read_text("utf-8"))
+    found |= {
+        key: token for key, token in tokens.items() if token is not None and found.get(key) is None
+    }
+    bundle.write_json(path, dict(sorted(found.items())))
 
 
 def _with_names(directory: Path, manifest: Manifest) -> Manifest:

@@ -78,5 +78,5 @@ def write(directory: Path, config: EptConfig, tensors: Mapping[str, Tensor]) -> 
         part = directory / f".{CONFIG}.part"
         part.write_text(text, encoding="utf-8")
         part.replace(directory / CONFIG)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{directory} cannot be written: {error}") from error

@@ -179,28 +179,37 @@ class _Change:
     @contextlib.contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
         """Yield the path of a file to write; it goes unless a manifest was published."""
-        path = self.folder / name
         try:
-            yield path
+            yield self.folder / name
         except BaseException:
-            path.unlink(missing_ok=True)
+            # In the folder that is locked: another in its place has files of its own.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self.lock)
             raise
 
     def publish(self, manifest: PackManifest) -> None:
-        """Put a manifest in the place of the old one in one step, its files synced before."""
-        for entry in manifest.tasks.values():
-            bundle.sync(self.folder / entry.file)
+        """Put a manifest in the place of the old one in one step, new files synced before."""
+        self._check_place()
+        for name in manifest.tasks.keys() - self.manifest.tasks.keys():
+            bundle.sync(self.folder / manifest.tasks[name].file)
         following = self.folder / _NEXT
-        bundle.write_json(following, manifest.to_json())
-        bundle.sync(following)
-        # Another folder may have been put in the place of the one that is locked.
+        try:
+            bundle.write_json(following, manifest.to_json())
+            bundle.sync(following)
+            self._check_place()
+            following.replace(self.folder / PACK)
+        except BaseException:
+            following.unlink(missing_ok=True)
+            raise
+        bundle.sync(self.folder)
+
+    def _check_place(self) -> None:
+        """Raise OutputError where another folder was put in the place of the locked one."""
         if not os.path.samestat(os.fstat(self.lock), self.folder.stat()):
             raise OutputError(
                 f"{self.folder} was replaced while it was changed",
                 fix="try again with the new one",
             )
-        following.replace(self.folder / PACK)
-        bundle.sync(self.folder)
 
 
 @contextlib.contextmanager
@@ -257,5 +266,12 @@ def _check_free(folder: Path, manifest: PackManifest, name: str) -> None:
             fix="call the new one otherwise (--as), or remove the old one first (`eptc pack "
             "remove`)",
         )
+    for other, entry in manifest.tasks.items():
+        if name.lower() in map(str.lower, entry.task.aliases):
+            raise TaskError(
+                f"{name!r} is an alias of the task {other!r} of the pack {folder}: who asks for "
+                "it would be answered by another task from now on",
+                fix="call the new one otherwise (--as)",
+            )
     if not name:
         raise TaskError("a task is to be called ''", expected="a non-empty name")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir
 
-from eptc import text
+from eptc import bundle, text
 from eptc.checkpoint import Checkpoint
 from eptc.describe import describe
 from eptc.errors import BundleError, CheckpointError
@@ -179,7 +179,8 @@ def write_adapter(path: Path, tensors: Mapping[str, Array]) -> None:
         for name, array in sorted(tensors.items())
     }
     content.set_parameters(values)
-    content.export_adapter(str(path))
+    with bundle.written_by("ONNX Runtime", path, RuntimeError):
+        content.export_adapter(str(path))
 
 
 def describe_task(

@@ -126,7 +126,7 @@ class PackManifest:
                 name: HeadSpec.from_json(spec, f"head {name!r}")
                 for name, spec in fields.mapping("heads").items()
             },
-            base=fields.mapping("base"),
+            base=_base(fields.mapping("base")),
             passes=tuple(Fields(item, "a pass").data for item in fields.items("passes")),
             tools=fields.mapping("tools"),
             files={
@@ -160,7 +160,18 @@ class PackManifest:
         read += [spec.graphs for spec in self.heads.values()]
         if unknown := sorted({role for roles in read for role in roles} - set(self.graphs)):
             raise BundleError(f"the pack's manifest names the unknown graph {unknown[0]!r}")
-        for name in self.tasks:
+        room = self.files[self.weights].size
+        for path, spec in self.linears.items():
+            if spec.offset + 4 * spec.in_features * spec.out_features > room:
+                raise BundleError(
+                    f"the weight of {path} begins at byte {spec.offset} of {self.weights}",
+                    expected=f"the whole of it within {room} bytes",
+                )
+        taken = {*self.files, MANIFEST, PACK}
+        for name, task in self.tasks.items():
+            if task.file in taken:
+                raise BundleError(f"the file of task {name!r} is another's too: {task.file}")
+            taken.add(task.file)
             self.engine(name).check()
 
     def name_of(self, wanted: str) -> str:
@@ -207,6 +218,12 @@ class PackManifest:
             optimized_for=self.optimized_for,
             routing=entry.routing,
         )
+
+
+def _base(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is said of the base; raises BundleError where its hash is not."""
+    Fields(data, "the pack's base").text("sha256")
+    return data
 
 
 def read_pack(directory: str | Path) -> PackManifest:

@@ -159,14 +159,34 @@ class PackTask:
             generation=generation and GenerationSpec.from_json(generation, where),
             tokenizer=tokenizer and TokenizerSpec.from_json(tokenizer, where),
             routing=RoutingSpec.from_json(fields.mapping("routing"), where),
-            checkpoint=fields.mapping("checkpoint"),
-            ranks=fields.mapping("ranks"),
+            checkpoint=_checkpoint(fields, where),
+            ranks=_ranks(fields, where),
             passes=tuple(Fields(item, "a pass").data for item in fields.items("passes")),
             tools=fields.mapping("tools"),
-            parity=fields.mapping("parity"),
+            parity=_parity(fields, where),
         )
         fields.finish()
         return found
+
+
+def _checkpoint(fields: Fields, where: str) -> Mapping[str, Any]:
+    found = Fields(fields.mapping("checkpoint"), f"the checkpoint of {where}")
+    for key in ("format", "sha256"):
+        found.text(key)
+    return found.data
+
+
+def _parity(fields: Fields, where: str) -> Mapping[str, Any]:
+    found = Fields(fields.mapping("parity"), f"the parity of {where}")
+    found.flag("verified")
+    return found.data
+
+
+def _ranks(fields: Fields, where: str) -> Mapping[str, int]:
+    ranks = fields.mapping("ranks")
+    if not all(rank.isdecimal() and type(count) is int for rank, count in ranks.items()):
+        raise BundleError(f"{where} has the ranks {dict(ranks)}", expected="counts by rank")
+    return ranks
 
 
 def _names(fields: Fields, key: str) -> tuple[str, ...]:

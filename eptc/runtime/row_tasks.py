@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from eptc.runtime.spec import TASK_IDS, GraphSpec
 from eptc.tasks import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from eptc.runtime.graph import NumpyArray
     from eptc.runtime.manifest import Manifest
@@ -47,7 +48,8 @@ class RowTasks:
             what: the rows are called, for messages.
 
         Raises:
-            TaskError: no task where there are several, or one that the engine does not have.
+            TaskError: no task where there are several, one that the engine does not have, or what
+                is no list of them.
             InputError: more or fewer tasks than rows.
         """
         if wanted is None:
@@ -60,7 +62,9 @@ class RowTasks:
             return np.zeros(count, np.int64)
         if isinstance(wanted, str | int | np.integer):
             return np.full(count, self._place(wanted), np.int64)
-        if not hasattr(wanted, "__len__"):
+        # A set has no order of its own: which row would be of which task?
+        listed = isinstance(wanted, Sequence) and not isinstance(wanted, bytes)
+        if not listed and not (isinstance(wanted, np.ndarray) and wanted.ndim == 1):
             raise TaskError(
                 f"the tasks are {wanted!r}", expected="a task's name, or a list of names"
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +165,7 @@ def test_a_pack_whose_files_changed_is_refused(packed: Packed, name: str) -> Non
         ({"task": "tone"}, "has a task 'tone' already"),
         ({"task": "same", "name": "score"}, "has a task 'score' already"),
         ({"task": "same", "name": ""}, "called ''"),
+        ({"task": "same", "name": "Sentiment"}, "is an alias of the task 'tone'"),
         ({"task": "sam"}, "there is no task 'sam'; nearest: same"),
         ({"task": "all"}, "several tasks were chosen: 'all'"),
         ({"task": "same,tone"}, "several tasks were chosen"),
@@ -311,6 +314,36 @@ def test_a_pack_that_is_replaced_meanwhile_is_left_alone(packed: Packed) -> None
     with pytest.raises(OutputError, match="was replaced while it was changed"):
         packed.add(task="same", verify=False, progress=replace)
     assert list(packed.manifest()["tasks"]) == ["tone", "score"]
+    # The new one's files are its own, whatever they are called.
+    assert (packed.path / "same.onnx_adapter").is_file()
+    assert not (other / "same.onnx_adapter").exists()
+    assert not (packed.path / "pack.json.next").exists()
+
+
+def test_a_lost_file_of_another_task_harms_no_change(packed: Packed) -> None:
+    (packed.path / "score.onnx_adapter").unlink()
+    packed.add(task="same", verify=False)
+    eptc.remove_task(packed.path, "tone")
+    assert list(packed.manifest()["tasks"]) == ["score", "same"]
+    assert any("score.onnx_adapter" in said for said in eptc.verify(packed.path).problems)
+
+
+@pytest.mark.parametrize(
+    ("room", "said"), [(4, "cannot write same.onnx_adapter"), (48, "No space left on device")]
+)
+def test_a_disk_that_is_full(
+    packed: Packed, small_disk: Callable[[int], Path], cli: Cli, room: int, said: str
+) -> None:
+    """No room for the task's file, or none for the manifest: exit 2, and the pack is as it was."""
+    before = packed.digests()
+    pages = sum(-(-path.stat().st_size // 4096) * 4 for path in packed.path.iterdir())
+    full = small_disk(pages + room) / "pack"
+    shutil.copytree(packed.path, full)
+    given = [full, packed.folders.ckpt, "--base", packed.folders.base, "--no-verify"]
+    ended = cli("pack", "add", *given, "--task", "same")
+    assert ended.code == 2, ended
+    assert said in ended.stderr
+    assert dataclasses.replace(packed, path=full).digests() == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

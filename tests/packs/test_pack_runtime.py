@@ -276,6 +276,19 @@ def test_verify_finds_what_is_wrong(packed: Packed) -> None:
         (lambda m: next(iter(m["linears"].values())).update(graphs=[]), "'graphs' is"),
         (lambda m: m["heads"]["classifier.bias"].update(shape=[0]), "has the shape"),
         (lambda m: m["tasks"]["tone"].update(num_labels=5), "num_labels"),
+        (lambda m: m["tasks"]["tone"].update(file="weights.bin"), "is another's too: weights.bin"),
+        (lambda m: m["tasks"]["tone"].update(file="pack.json"), "pack.json"),
+        (
+            lambda m: m["tasks"]["tone"].update(file=m["tasks"]["score"]["file"]),
+            "the file of task 'score' is another's too",
+        ),
+        (lambda m: m["tasks"]["tone"].update(ranks={"x": 1}), "has the ranks"),
+        (lambda m: m["tasks"]["tone"].update(ranks={"8": "y"}), "has the ranks"),
+        (lambda m: m["tasks"]["tone"].update(parity={}), "no 'verified'"),
+        (lambda m: m["tasks"]["tone"].update(checkpoint={}), "no 'format'"),
+        (lambda m: m.update(base={}), "base has no 'sha256'"),
+        (lambda m: next(iter(m["linears"].values())).update(offset=10**9), "begins at byte"),
+        (lambda m: m.update(weights="model.onnx"), "begins at byte"),
     ],
 )
 def test_a_damaged_manifest(
