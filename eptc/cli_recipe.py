@@ -28,8 +28,8 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
         "--recipe",
         "recipe_file",
         type=FOLDER,
-        help="TOML file with options, CKPT and --out too; what is given here as well wins. Relative "
-        "paths in it begin at its folder.",
+        help="TOML file with options, CKPT and --out too; what is given here as well wins. "
+        "Relative paths in it begin at its folder.",
     )
     @click.option(
         "--save-recipe",
@@ -40,7 +40,7 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def wrapped(recipe_file: Path | None, save_recipe: Path | None, **given: Any) -> None:
         if recipe_file is not None:
-            given |= _from_recipe(recipe_file, given)
+            given |= _from_recipe(recipe_file)
         if given["ckpt"] is None:
             raise click.UsageError("Missing argument 'CKPT'.")
         if save_recipe is not None:
@@ -52,7 +52,7 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _from_recipe(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+def _from_recipe(path: Path) -> dict[str, Any]:
     """Return what a recipe says of parameters that were not given themselves."""
     from eptc.recipes import Recipe
 

@@ -24,8 +24,8 @@ __all__ = ["PATHS", "VERSION", "check_keys", "check_value", "keys", "recipe_sche
 
 VERSION = 1
 
-# What may not be a number of another kind: `2.0` is an integer to JSON Schema, and none to a build.
-_Validator = jsonschema.validators.extend(
+# To JSON Schema `2.0` is an integer; to a build it is none.
+_Validator: Any = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
     jsonschema.Draft202012Validator,
     type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
         "integer", lambda _, value: type(value) is int
@@ -107,9 +107,7 @@ def check_keys(file: TomlFile, table: str, given: Mapping[str, Any], known: Any)
             )  # fmt: skip
 
 
-def check_value(
-    file: TomlFile, key: str, value: Any, *, table: str = "", number: int = 0
-) -> Any:
+def check_value(file: TomlFile, key: str, value: Any, *, table: str = "", number: int = 0) -> Any:
     """Return the value of a recipe's key, of the type a build wants.
 
     Args:

@@ -139,7 +139,7 @@ def _relative(key: str, value: str | Path, folder: Path) -> str:
 def _pass_text(item: Mapping[str, Any]) -> str:
     """Return a pass and its options as `NAME:option=value,...`."""
     options = [f"{k}={_json(v)}" for k, v in item.items() if k != "name"]
-    return item["name"] + (":" + ",".join(options) if options else "")
+    return str(item["name"]) + (":" + ",".join(options) if options else "")
 
 
 def _json(value: Any) -> str:
@@ -154,4 +154,3 @@ def _check_savable(key: str, items: list[Any]) -> None:
                 f"{key} holds {item!r}, an object of a program, which no file can hold",
                 expected="the name of an installed one",
             )
-
