@@ -14,7 +14,7 @@ from eptc.cache import replacing
 from eptc.errors import RecipeError
 from eptc.options import Options
 from eptc.recipe_schema import PATHS, VERSION, check_keys, check_value, keys
-from eptc.toml_file import TomlFile
+from eptc.toml_file import TomlFile, path_in
 
 __all__ = ["Recipe", "read_values"]
 
@@ -112,18 +112,18 @@ def read_values(
     for key, value in given.items():
         value = check_value(file, key, value, table=table, number=number)
         if key in PATHS:
-            value = absolute(file, key, value)
+            value = _absolute(file, key, value)
         elif key == "passes":
             value = [item if isinstance(item, str) else _pass_text(item) for item in value]
         values[key] = value
     return values
 
 
-def absolute(file: TomlFile, key: str, value: str) -> str | Path:
+def _absolute(file: TomlFile, key: str, value: str) -> str | Path:
     """Return a path of a file's, which begins at the file's folder where it is relative."""
     if key in _COMMANDS and os.sep not in value:
         return value
-    return file.folder / Path(value).expanduser()
+    return path_in(file.folder, value)
 
 
 def _relative(key: str, value: str | Path, folder: Path) -> str:

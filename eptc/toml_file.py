@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 from eptc.errors import RecipeError
 
-__all__ = ["TomlFile", "near"]
+__all__ = ["TomlFile", "near", "path_in"]
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
 _KEY = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
@@ -124,6 +125,12 @@ class TomlFile:
             ):
                 return place
         return None
+
+
+def path_in(folder: Path, text: str) -> Path:
+    """Return the path a file in a folder names; `~` is the user's home."""
+    # Which, unlike pathlib's, takes `~x` for a name where there is no user x.
+    return folder / os.path.expanduser(text)  # noqa: PTH111
 
 
 def near(name: str, known: Collection[str]) -> str:

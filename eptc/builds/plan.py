@@ -14,7 +14,7 @@ from eptc.errors import RecipeError
 from eptc.interop.targets import COMMON, folder_target
 from eptc.recipe_schema import check_keys, check_value, keys
 from eptc.recipes import Recipe, read_values
-from eptc.toml_file import TomlFile, near
+from eptc.toml_file import TomlFile, near, path_in
 
 __all__ = ["Build", "BuildPlan"]
 
@@ -135,7 +135,7 @@ class _Pattern:
         rest = Path(*parts[len(fixed) :]).as_posix()
         if ".." in Path(rest).parts:
             raise file.error(f"out is {found!r}, with '..' behind a key", key="out")
-        return cls(file, file.folder / Path(*fixed).expanduser(), rest)
+        return cls(file, path_in(file.folder, str(Path(*fixed))), rest)
 
     def name(self, values: Mapping[str, Any]) -> str:
         """Return the place of a build below the root."""
