@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -55,7 +56,8 @@ def build(
         _print_orders(read, force, as_json)
         return
     try:
-        with progress_shown(as_json, verbose) as progress:
+        # Ray prints to standard output what happens on a cluster; that is the report's alone.
+        with progress_shown(as_json, verbose) as progress, contextlib.redirect_stdout(sys.stderr):
             report = build_all(
                 read, force=force, progress=progress, ended=_quiet if as_json else _say, **options
             )
