@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -490,11 +491,17 @@ def test_a_polite_end_leaves_nothing_behind(tmp_path: Path) -> None:
     pytest.fail("processes of it are still there")
 
 
-def test_jobs_and_ray(small_native: Any, tmp_path: Path, cli: Any) -> None:
+def test_jobs_and_ray(
+    small_native: Any, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in").symlink_to(small_native.root / "in")
     plan = _plan(tmp_path, _FOUR)
     assert "--jobs is 0" in cli("build", plan, "--jobs", 0).stderr
     done = cli("build", plan, "--jobs", 2, "--ray")
     assert done.code == 2
     assert "--jobs 2 was given together with --ray" in done.stderr
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    done = cli("build", plan, "--ray")
+    assert done.code == 2
+    assert "pip install 'ept-compiler[ray]'" in done.stderr
     assert not (tmp_path / "engines").exists()

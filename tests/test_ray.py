@@ -211,3 +211,19 @@ def test_requests_outlive_a_replica(bundle: Path, monkeypatch: pytest.MonkeyPatc
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=_PATIENCE)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_no_cluster_is_said_at_once(
+    address: str, small_native: Any, tmp_path: Path, cli: Any
+) -> None:
+    (tmp_path / "in").symlink_to(small_native.root / "in")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'schema = 1\nout = "out/{task}"\n[defaults]\nckpt = "in/ckpt"\nbase = "in/base"\n'
+        '[matrix]\ntask = ["tone"]\n'
+    )
+    done = cli("build", plan, "--ray", address)
+    assert done.code == 2
+    assert f"there is no Ray cluster at {address}" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any, get_args
 
-import eptc
 from eptc.builds.plan import Build
 from eptc.builds.state import digest, file_hash, folder_hashes
 from eptc.cache import code_hash
@@ -46,7 +45,7 @@ class Inputs:
 @functools.cache
 def environment() -> str:
     """Return the hash of what builds here: eptc's code, its tools and what extends it."""
-    home = Path(eptc.__file__).parent
+    home = Path(__file__).parents[1]
     # A link in a checkout, a folder in an installation.
     code = sorted([*home.rglob("*.py"), *(home / "passes").resolve().glob("*.py")])
     plugins = [str(plugin) for group in get_args(Group) for plugin in installed(group)]

@@ -6,6 +6,8 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,6 +41,8 @@ def run_on_ray(
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("Ray is not installed", fix="pip install 'ept-compiler[ray]'")
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    _check_reached(address)
     import ray
     from ray.exceptions import RayError
 
@@ -56,6 +60,24 @@ def run_on_ray(
                 yield failed(build.name, build.out, why)
 
 
+def _check_reached(address: str) -> None:
+    """Raise OptionError where nobody listens; Ray itself would try for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if found is None:  # `auto`, `local`, or none: Ray's to find
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> OptionError:
+    return OptionError(
+        f"there is no Ray cluster at {address or 'the default address'}: {error}",
+        expected="HOST:PORT as `ray start --head` printed it",
+    )
+
+
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     """Be connected to a cluster; one that this process is connected to already stays so."""
@@ -71,10 +93,7 @@ def _connected(address: str) -> Iterator[None]:
             logging_level=logging.WARNING,
         )  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise OptionError(
-            f"there is no Ray cluster at {address or 'the default address'}: {error}",
-            expected="HOST:PORT as `ray start --head` printed it",
-        ) from error
+        raise _no_cluster(address, error) from error
     try:
         yield
     finally:
