@@ -86,10 +86,13 @@ class Recipe:
                 continue
             if isinstance(value, str | Path) and key in PATHS:
                 value = _relative(key, value, folder)
-            elif isinstance(value, tuple | list):
-                value = list(value)
-                _check_savable(key, value)
-            document.add(key, tomlkit.item(value))
+            try:
+                document.add(key, tomlkit.item(list(value) if isinstance(value, tuple) else value))
+            except (TypeError, ValueError) as error:
+                raise RecipeError(
+                    f"{key} is {value!r}, an object of a program, which no file can hold",
+                    expected="the name of an installed one",
+                ) from error
         return tomlkit.dumps(document)
 
 
@@ -145,12 +148,3 @@ def _pass_text(item: Mapping[str, Any]) -> str:
 def _json(value: Any) -> str:
     # `=` is only ever inside a string, where it would look like the next option's.
     return json.dumps(value, default=str).replace("=", "\\u003d")
-
-
-def _check_savable(key: str, items: list[Any]) -> None:
-    for item in items:
-        if not isinstance(item, str | int | float | list | tuple | dict):
-            raise RecipeError(
-                f"{key} holds {item!r}, an object of a program, which no file can hold",
-                expected="the name of an installed one",
-            )

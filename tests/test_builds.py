@@ -364,6 +364,33 @@ def test_every_option_and_every_file_counts(built: Path, tmp_path: Path) -> None
     assert key() != first
 
 
+@pytest.mark.usefixtures("copy_native")
+def test_other_targets_are_kept_likewise(tmp_path: Path) -> None:
+    """Folders with folders in them, whose content is no engine's."""
+    plan = _plan(
+        tmp_path,
+        '[[include]]\ntask = "all"\nprecision = "fp32"\ntarget = "lora"',
+        '[[include]]\ntask = "tone"\nprecision = "int8"\ntarget = "triton"',
+    )
+    assert _states(plan) == {"all-fp32": "built", "tone-int8": "built"}
+    assert _states(plan) == {"all-fp32": "kept", "tone-int8": "kept"}
+    _damage(next((tmp_path / "engines" / "tone-int8").rglob("weights.bin")))
+    assert _states(plan) == {"all-fp32": "kept", "tone-int8": "built"}
+
+
+@pytest.mark.usefixtures("copy_native")
+def test_a_folder_that_came_meanwhile_stays(tmp_path: Path) -> None:
+    """Between the check of the plan and the turn of the build."""
+    plan = _plan(tmp_path, '[matrix]\nprecision = ["fp32"]\ntask = ["tone"]')
+    (order,) = make_orders(BuildPlan.read(plan))
+    order.build.out.mkdir(parents=True)
+    (order.build.out / "notes.txt").write_text("mine")
+    found = run_order(order)
+    assert (found.state, found.exit_code) == ("failed", 2)
+    assert [path.name for path in order.build.out.iterdir()] == ["notes.txt"]
+    assert Place(order.root, order.build.name).read() is None
+
+
 def test_other_packages_build_nothing_here(built: Path) -> None:
     """A machine of a cluster with another version says so."""
     import dataclasses

@@ -158,11 +158,15 @@ def test_paths_begin_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file = tmp_path / "near" / "r.toml"
     eptc.Recipe(
         Path("ckpt"), Path("/abs/out"),
-        {"base": "../base", "data": "~/d.jsonl", "genai_python": "python3"},
+        {
+            "base": "../base", "data": "~/d.jsonl", "genai_python": "python3",
+            "probe": "../near/../probe.jsonl",  # beside what the link leads to
+        },
     ).save(file)  # fmt: skip
     text = file.read_text()
     assert 'ckpt = "../../work/ckpt"' in text
     assert 'base = "../../base"' in text
+    assert 'probe = "../probe.jsonl"' in text
     assert 'out = "/abs/out"' in text
     monkeypatch.chdir("/")
     (tmp_path / "work" / "ckpt").mkdir()

@@ -29,12 +29,13 @@ def build_all(
 ) -> Report:
     """Build everything a plan asks for; what is there, whole and of the same inputs, is kept.
 
-    A build that fails does not stop the others. Who is killed half way can be started again;
-    several may run at once, and share the work.
+    A build that fails does not stop the others, and leaves what was at its place. Who is killed
+    half way can be started again; several may run at once, and share the work.
 
     Args:
         plan: a plan, or its file.
-        jobs: builds at a time in processes of this machine; each takes what `eptc.plan` says.
+        jobs: builds at a time; above 1 each in a process of its own that imports the caller's main
+            module anew, and that takes what `eptc.plan` says.
         ray: address of a Ray cluster to build on instead; empty: the one that `RAY_ADDRESS`
             names or that runs here, else a new one on this machine; None: no Ray. Its machines
             see the plan's files under the same paths, and have the same packages installed.

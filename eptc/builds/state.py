@@ -72,12 +72,21 @@ class Place:
             return None
 
     def write(self, record: Record) -> None:
-        """Replace the record in one step."""
+        """Replace the record in one step; raise OutputError where it cannot be written."""
         data = {"schema": _VERSION, **dataclasses.asdict(record)}
-        with replacing(self._file(".json")) as file:
-            file.write(json.dumps(data, indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with replacing(self._file(".json")) as file:
+                file.write(json.dumps(data, indent=1).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"{self.root / FOLDER} cannot be written: {error.strerror or error}",
+            expected="a folder with enough room that this user may write to",
+        )
 
     @contextlib.contextmanager
     def claimed(self, waiting: Callable[[], object]) -> Iterator[None]:
@@ -95,10 +104,7 @@ class Place:
             # Never removed: who waits for a file that is gone would hold another lock than others.
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise OutputError(
-                f"{self.root} cannot be written: {error.strerror or error}",
-                expected="a folder this user may write to",
-            ) from error
+            raise self._cannot_write(error) from error
         try:
             _lock(lock, waiting)
             yield

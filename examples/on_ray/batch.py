@@ -37,7 +37,7 @@ def label(bundle: str, rows: str, out: str, *, workers: int = 2, batch_size: int
     Args:
         bundle: folder of the engine; every machine sees it under this path.
         rows: JSON lines with `text`, a file or a folder of them.
-        out: folder for the result, likewise on all machines; new or empty.
+        out: folder for the result, likewise on all machines; there must be none yet.
         workers: engines at work, a CPU each.
         batch_size: rows an engine gets at once.
     """
@@ -49,7 +49,7 @@ def label(bundle: str, rows: str, out: str, *, workers: int = 2, batch_size: int
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,
         batch_size=batch_size,
-    ).write_json(out)
+    ).write_json(out, mode=ray.data.SaveMode.ERROR)  # never beside what another run left
 
 
 def main() -> None:
