@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import re
 import signal
@@ -18,6 +19,7 @@ import click
 import eptc
 from eptc.cli_common import FOLDER, command, json_option, progress_shown, source_options
 from eptc.cli_providers import provider_options
+from eptc.cli_recipe import recipe_options
 from eptc.errors import BundleError, OptionError
 from eptc.parity_lines import folder_lines, parity_lines
 from eptc.precision import SCHEMES
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from eptc.runtime import Engine, Provider
 
 __all__ = ["main"]
+
+# Verbs in modules of their own.
+_LATE = {"build": "eptc.cli_build", "pack": "eptc.cli_pack", "recipe": "eptc.cli_recipe"}
 
 # What says how a checkpoint is read (`source_options`), and what is scored.
 _SOURCE = ("base", "tasks", "top_k", "task_spec", "allow_pickle", "format", "data")
@@ -81,13 +86,13 @@ class _Group(click.Group):
     """Runs option callbacks under the same error handling as the commands; loads groups late."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "pack"])
+        return sorted([*super().list_commands(ctx), *_LATE])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "pack":
-            from eptc.cli_pack import pack
-
-            return pack
+        if cmd_name in _LATE:
+            module = importlib.import_module(_LATE[cmd_name])
+            found: click.Command = getattr(module, cmd_name)
+            return found
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -108,7 +113,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("ckpt", type=FOLDER)
+@click.argument("ckpt", type=FOLDER, required=False)
 @click.option(
     "--task",
     help="Name, alias or id of the task to compile; not needed where there is one. Several, comma "
@@ -255,6 +260,7 @@ def main() -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Show stages and passes in a pipe as well.")
 @json_option
 @command
+@recipe_options
 def export(
     ckpt: Path,
     task: str | None,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from eptc.build import Event
     from eptc.pipeline import PassRecord
 
-__all__ = ["FOLDER", "command", "json_option", "progress_shown", "source_options"]
+__all__ = ["FOLDER", "INTERRUPTED", "command", "json_option", "progress_shown", "source_options"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -23,13 +23,13 @@ from eptc.precision import SCHEMES, OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
 from eptc.runtime import Engine
 
-__all__ = ["Comparison", "Row", "compare_precisions"]
+__all__ = ["TAKEN_BY", "Comparison", "Row", "compare_precisions"]
 
 # Texts that each engine is asked, one at a time, in every round; rounds that are not counted.
 _TEXTS, _ROUNDS, _WARMUP = 20, 6, 1
 # Options that some precisions alone take; others are built without.
 _LOSSY = [name for name, scheme in SCHEMES.items() if scheme.lossy]
-_TAKEN_BY: dict[str, Collection[str]] = {
+TAKEN_BY: dict[str, Collection[str]] = {
     "data": _LOSSY,
     "max_drop": _LOSSY,
     "max_flips": _LOSSY,
@@ -122,7 +122,7 @@ def _taken(precision: Precision, options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in options.items()
-        if precision in _TAKEN_BY.get(name, (precision,))
+        if precision in TAKEN_BY.get(name, (precision,))
     }
 
 
@@ -134,7 +134,7 @@ def _check(ckpt: str | Path, optimize_for: OptimizeFor | None, options: Mapping[
     read_examples(Path(options["data"]), job.task, labelled=True)
     if options.get("calibration") is not None:
         read_calibration(Path(options["calibration"]), job.task)
-    searched = [name for name, takers in _TAKEN_BY.items() if takers == ["auto"]]
+    searched = [name for name, takers in TAKEN_BY.items() if takers == ["auto"]]
     if any(options.get(name) is not None for name in searched):
         Options(precision="auto", **_taken("auto", options)).check()
     if options.get("precision_plan") is not None:

@@ -11,7 +11,8 @@
     │   ├── BundleError            a bundle that is damaged, too new or not one
     │   ├── OutputError            the place to write to
     │   ├── MissingExtraError      a package that an extra would have installed
-    │   └── PluginError            an installed package that extends eptc, by name
+    │   ├── PluginError            an installed package that extends eptc, by name
+    │   └── RecipeError            a recipe or a plan: its form, its keys, their values
     ├── ParityError            1   the engine does not give the reference's answers
     └── InternalError         70   a bug in eptc
 """
@@ -32,6 +33,7 @@ __all__ = [
     "OutputError",
     "ParityError",
     "PluginError",
+    "RecipeError",
     "TaskError",
 ]
 
@@ -98,6 +100,10 @@ class MissingExtraError(InputError):
 
 class PluginError(InputError):
     """A package that extends eptc cannot be used, or fails; the message names it."""
+
+
+class RecipeError(InputError):
+    """A recipe, or a plan of many builds, cannot be read or written."""
 
 
 class ParityError(EptcError):

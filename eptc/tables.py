@@ -12,12 +12,14 @@ from eptc.parity_lines import parity_lines, thrown_away
 from eptc.runtime.pack_spec import PackTask
 
 if TYPE_CHECKING:
+    from eptc.builds import Report
     from eptc.comparison_report import Comparison
     from eptc.interop.base import Folder
 
 __all__ = [
     "print_adapters",
     "print_bench",
+    "print_builds",
     "print_comparison",
     "print_inspection",
     "print_tasks",
@@ -45,6 +47,18 @@ def print_bench(report: Mapping[str, Any]) -> None:
             f"{shape['median_ms']:.2f}", f"{shape['p95_ms']:.2f}", f"{shape[rate]:.1f}",
         )  # fmt: skip
     console.print(table)
+
+
+def print_builds(report: Report) -> None:
+    """Print how each build of a plan ended."""
+    table = Table("build", "", "size", "seconds", "why")
+    for outcome in report.outcomes:
+        built = outcome.state == "built"
+        table.add_row(
+            outcome.name, outcome.state, f"{outcome.size:,}" if outcome.size else "",
+            f"{outcome.seconds:.1f}" if built else "", (outcome.error or "").partition("\n")[0],
+        )  # fmt: skip
+    _console().print(table)
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -71,6 +71,35 @@ def test_commands_exist() -> None:
         assert {word for word in call if word.startswith("--")} <= known
 
 
+def test_recipe_and_plan_are_ones(tmp_path: Path) -> None:
+    import eptc
+    from eptc.builds import BuildPlan
+
+    recipe, plan = blocks("toml")
+    (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
+    (tmp_path / "plan.toml").write_text(plan, encoding="utf-8")
+    assert eptc.Recipe.read(tmp_path / "recipe.toml").options["max_drop"] == 0.5
+    builds = {
+        build.name: build.recipe.options for build in BuildPlan.read(tmp_path / "plan.toml").builds
+    }
+    assert list(builds) == [
+        "sst2-fp32",
+        "sst2-int8",
+        "sst2-int4",
+        "cola-fp32",
+        "cola-int8",
+        "all-fp32",
+    ]
+    assert ["data" in options for options in builds.values()] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE):

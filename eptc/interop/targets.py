@@ -17,14 +17,14 @@ from eptc.options import Options
 from eptc.packs.export import TaskPack
 from eptc.tasks import chosen, names_several
 
-__all__ = ["FOLDER_TARGETS", "export_folder", "folder_target"]
+__all__ = ["COMMON", "FOLDER_TARGETS", "check_folder", "export_folder", "folder_target"]
 
 FOLDER_TARGETS: dict[str, FolderTarget] = {
     target.name: target for target in (Lora(), HuggingFace(), GenAi())
 }
 
 # What every one of them takes: what is read, what of it, and whether it is proven.
-_COMMON = frozenset({
+COMMON = frozenset({
     "allow_pickle", "base", "format", "max_memory", "target", "task", "task_spec", "tasks",
     "top_k", "verify",
 })  # fmt: skip
@@ -59,7 +59,7 @@ def export_folder(
     """
     target = folder_target(options.target, options.layout)
     assert target is not None
-    _check(target, options)
+    check_folder(target, options)
     out, clock = Path(out), Clock(progress)
     bundle.check_place(out, force=force, inputs=options.inputs(ckpt))
     with clock.stage("read the checkpoint"):
@@ -75,11 +75,11 @@ def export_folder(
     return dataclasses.replace(folder, path=draft.out, warnings=notes, seconds=clock.seconds)
 
 
-def _check(target: FolderTarget, options: Options) -> None:
+def check_folder(target: FolderTarget, options: Options) -> None:
     """Raise OptionError for an option that means nothing to the target, or a bad value."""
     for field in dataclasses.fields(Options):
         value = getattr(options, field.name)
-        if field.name in _COMMON | target.takes or value in (None, field.default, []):
+        if field.name in COMMON | target.takes or value in (None, field.default, []):
             continue
         name = {"passes": "pass"}.get(field.name, field.name).replace("_", "-")
         said = f" {value}" if isinstance(value, str | int | float) else ""
