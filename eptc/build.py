@@ -270,6 +270,10 @@ def export(
         with clock.stage("read the checkpoint"):
             job = Job.read(ckpt, options)
             source = job.source
+            if build:
+                from eptc.tensorrt.build import build_engines, check_plan
+
+                check_plan(job.plan)
             if layout == "optimum":
                 check_layout(job)
             examples = _Examples.read(options, job)
@@ -359,8 +363,6 @@ def export(
             with clock.stage(f"target {options.target}"):
                 manifest = options.aim.add(draft.path, manifest)
         if build:
-            from eptc.tensorrt.build import build_engines
-
             with clock.stage("build and prove the engines"):
                 subject = _subject(job, examples.probe)
                 manifest = build_engines(draft.path, manifest, subject, progress)

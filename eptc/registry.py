@@ -25,6 +25,7 @@ PASSES: dict[str, str] = {
     "fuse-rotary": "eptc.passes.fuse_rotary:FuseRotary",
     "fuse-attention": "eptc.passes.fuse_attention:FuseAttention",
     "narrow-weights": "eptc.passes.narrow_weights:NarrowWeights",
+    "clip-integers": "eptc.passes.clip_integers:ClipIntegers",
     "cast-half": "eptc.passes.cast_half:CastHalf",
     "quantize-weights": "eptc.passes.quantize_weights:QuantizeWeights",
     "quantize-int8-dynamic": "eptc.passes.quantize_int8_dynamic:QuantizeInt8Dynamic",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 import onnx_ir
 
+from eptc.pass_base import GraphPass
 from eptc.precision import OptimizeFor
 from eptc.runtime.manifest import Manifest
 
@@ -25,10 +26,12 @@ class Target(abc.ABC):
     Attributes:
         name: what `--target` and the manifest call it.
         optimize_for: the execution provider it is for; None: the caller chooses.
+        graph_passes: exact passes that graphs for it go through beside the others.
     """
 
     name: str
     optimize_for: OptimizeFor | None = None
+    graph_passes: tuple[GraphPass, ...] = ()
 
     def told(self, options: Options) -> Self:  # noqa: ARG002
         """Return the target as the options of a build say it: one of eptc's own may have some.
@@ -38,7 +41,9 @@ class Target(abc.ABC):
         """
         return self
 
-    def check_graphs(self, graphs: Mapping[str, onnx_ir.Model], job: Job) -> None:
+    def check_graphs(  # noqa: B027  # most targets take every graph
+        self, graphs: Mapping[str, onnx_ir.Model], job: Job
+    ) -> None:
         """Check the graphs after their passes, before anything is written.
 
         Args:

@@ -56,7 +56,9 @@ class Aim:
         """
         written = Path(tempfile.mkdtemp(dir=directory))
         before = _state(directory)
-        blamed = contextlib.nullcontext() if self.plugin is None else self.plugin.blamed("it fails")
+        blamed = (
+            contextlib.nullcontext() if self.plugin is None else self.plugin.blamed("it fails")
+        )
         with blamed:
             self.target.add(directory, manifest, written)
         if changed := _state(directory) ^ before:

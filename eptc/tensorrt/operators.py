@@ -1,4 +1,4 @@
-"""The operators that TensorRT's ONNX parser takes, by its version, and graphs held against them."""
+"""The operators that TensorRT's ONNX parser takes, by its version, and graphs beside them."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ def check_graphs(graphs: Mapping[str, ir.Model], version: Version) -> None:
         for node in model.graph:
             for why in _refused(node, types, known):
                 raise OptionError(
-                    f"TensorRT {known.name} does not take graph {key!r}: node {node.name!r}, which "
-                    f"{maker(node)} made, is {_called(node)}: {why}",
+                    f"TensorRT {known.name} does not take graph {key!r}: node {node.name!r}, "
+                    f"which {maker(node)} made, is {_called(node)}: {why}",
                     expected=f"operators and types that its parser has ({known.source})",
                     fix="leave that pass or precision out, name a newer --tensorrt-version, or "
                     "run the engine in ONNX Runtime (--target onnx)",

@@ -12,6 +12,7 @@ import onnx_ir
 
 from eptc.errors import OptionError
 from eptc.examples_file import read_examples, read_task_examples
+from eptc.passes.clip_integers import ClipIntegers
 from eptc.runtime.inputs import prepare
 from eptc.runtime.loading import open_tokenizer
 from eptc.runtime.manifest import Manifest
@@ -33,7 +34,6 @@ from eptc.text import max_positions
 if TYPE_CHECKING:
     from eptc.job import Job
     from eptc.options import Options
-    from eptc.precision import OptimizeFor
 
 __all__ = ["TensorRT", "missing"]
 
@@ -50,7 +50,8 @@ class TensorRT(Target):
     """
 
     name = "tensorrt"
-    optimize_for: OptimizeFor = "any"
+    optimize_for = "any"
+    graph_passes = (ClipIntegers(),)
 
     version: Version = (0, 0)
     given: Ranges = dataclasses.field(default_factory=dict)
