@@ -369,7 +369,7 @@ def export(
         draft.publish()
     notes = (
         *source.contents.notes, *precise_routes(source, *job.task_ids), *examples.notes,
-        *frozen_notes, *lowered_notes,
+        *frozen_notes, *lowered_notes, *options.aim.target.notes(manifest),
     )  # fmt: skip
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
 

@@ -133,7 +133,7 @@ def tensorrt_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--profile",
             multiple=True,
             metavar="NAME=MIN:OPT:MAX",
-            help="With --target tensorrt: sizes of a dimension that engines are built for, such as "
+            help="With --target tensorrt: sizes of a dimension that engines are built for, as "
             "batch=1:8:32; may be repeated. What is not named follows from the lengths of "
             "--probe, or has a default.",
         ),

@@ -54,6 +54,10 @@ class Target(abc.ABC):
             InputError: what there cannot be run.
         """
 
+    def notes(self, manifest: Manifest) -> tuple[str, ...]:  # noqa: ARG002
+        """Return what a user should know of an engine of this target."""
+        return ()
+
     @abc.abstractmethod
     def add(self, directory: Path, manifest: Manifest, out: Path) -> None:
         """Write further files beside an engine that passed the gate.

@@ -98,6 +98,15 @@ class TensorRT(Target):
         check_given(self.given, names, positions, architecture.kind)
         check_graphs(graphs, self.version)
 
+    def notes(self, manifest: Manifest) -> tuple[str, ...]:
+        """Say what TensorRT does not check of an engine of several tasks."""
+        if not manifest.tasks:
+            return ()
+        return (
+            "ONNX Runtime refuses a row whose task_ids names no task, TensorRT need not: whoever "
+            "runs the engines has to check them, as eptc.tensorrt.engine does",
+        )
+
     def add(self, directory: Path, manifest: Manifest, out: Path) -> None:
         """Write profiles, the build script and the commands of trtexec."""
         lengths = [] if self.probe is None else _lengths(directory, manifest, self.probe)
