@@ -134,7 +134,7 @@ def test_the_same_answers(classifier: eptc.Bundle, small_native: Any, tmp_path: 
     for bundle in (classifier, plain):
         with bundle.load(providers=["cpu"]) as engine:
             answers.append(np.array([a.probabilities for a in engine.classify(TEXTS)]))
-    np.testing.assert_allclose(*answers, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(answers[0], answers[1], rtol=0, atol=1e-5)
 
 
 def test_decoders(generator: eptc.Bundle) -> None:
@@ -214,7 +214,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "version": (["--tensorrt-version", "8.5"], "--tensorrt-version is 8.5"),
     "integers": (
         ["--precision", "int8"],
-        "which the pass quantize-int8-dynamic made, is DynamicQuantizeLinear",
+        "which the pass quantize-int8-dynamic made",
     ),
     "blocks": (["--precision", "int4"], "--precision int4 does not run where"),
 }
@@ -237,7 +237,7 @@ def test_refusals(case: str, small_native: Any, tmp_path: Path, cli: Any) -> Non
     "given", [["--profile", "batch=1:2:3"], ["--tensorrt-version", "10.3"], ["--build"]]
 )
 @pytest.mark.parametrize(
-    ("target", "said"), [("onnx", "--target onnx"), ("lora", "a LoRA adapter")]
+    ("target", "said"), [("onnx", "--target onnx"), ("lora", "--target lora")]
 )
 def test_options_of_this_target(
     given: list[str], target: str, said: str, small_native: Any, tmp_path: Path, cli: Any
@@ -355,28 +355,24 @@ def test_build_without_a_gpu(tmp_path: Path, cli: Any) -> None:
 @pytest.mark.parametrize("task", ["tone", "all"])
 def test_the_proof(task: str, small_native: Any, tmp_path: Path) -> None:
     """It passes on a sound engine, leaves out what was not built for, and fails on another."""
-    bundles = [
-        eptc.export(
-            small_native.ckpt, base=small_native.base, task=each, target="tensorrt",
-            out=tmp_path / str(number), verify=False,
-        )
-        for number, each in enumerate([task, ["pair", "tone"] if task == "all" else "pair"])
-    ]  # fmt: skip
+    built = eptc.export(
+        small_native.ckpt, base=small_native.base, task=task, target="tensorrt",
+        out=tmp_path / "out", verify=False,
+    )  # fmt: skip
     source = read_source(small_native.ckpt, Options(base=small_native.base))
     subject = Subject(source, task, None, by_block=False)
     wide = {"batch": Range(1, 8, 32), "sequence": Range(1, 64, 200)}
     narrow = {**wide, "batch": Range(1, 1, 2)}
     with contextlib.closing(LocalVerifier(subject)) as verifier:
-        with bundles[0].load(providers=["cpu"]) as engine:
+        with built.load(providers=["cpu"]) as engine:
             report, left_out = prove_engine(engine, verifier, subject, wide, lambda _: None)
             assert report.passed
             assert left_out == 0
             fewer, left_out = prove_engine(engine, verifier, subject, narrow, lambda _: None)
             assert fewer.passed
             assert left_out > 0
-        # The weights of another task: those of its own are not looked at here.
         damaged = tmp_path / "damaged"
-        shutil.copytree(bundles[0].path, damaged)
+        shutil.copytree(built.path, damaged)
         weights = bytearray((damaged / "weights.bin").read_bytes())
         half = len(weights) // 2 // 4 * 4
         values = np.frombuffer(bytes(weights[half:]), np.float32) * np.float32(1.5)
