@@ -113,7 +113,7 @@ class Options:
             if value not in known:
                 raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
         fixed = self.aim.target.optimize_for
-        self._check_tensorrt()
+        self.check_tensorrt()
         if self.max_rank is not None:
             raise OptionError(
                 f"--max-rank {self.max_rank} was given together with --target {self.target}, "
@@ -163,7 +163,7 @@ class Options:
         if names_several(self.task):
             self._check_several()
 
-    def _check_tensorrt(self) -> None:
+    def check_tensorrt(self) -> None:
         """Raise OptionError for options of an engine that is not for TensorRT."""
         given = {
             "--profile": self.profile, "--tensorrt-version": self.tensorrt_version,

@@ -204,6 +204,28 @@ def test_text_tells_the_shapes(small_native: Any, tmp_path: Path) -> None:
     assert sizes["sequence"] == {"min": 1, "opt": lengths[1], "max": 16, "from": "probe"}
 
 
+def test_every_precision(small_native: Any, small_rows: Any, tmp_path: Path) -> None:
+    """What TensorRT does not take is a row that says so; the others have the same shapes."""
+    pytest.importorskip("matplotlib")
+    found = eptc.compare_precisions(
+        small_native.ckpt, base=small_native.base, task="score", data=small_rows.values,
+        out=tmp_path / "out", precisions=["fp16", "int4", "int8"], target="tensorrt",
+        profile=["batch=1:2:4"],
+    )  # fmt: skip
+    rows = {row.precision: row.refused for row in found.rows}
+    assert "does not run where --optimize-for any" in str(rows.pop("int4"))
+    assert "which the pass quantize-int8-dynamic made" in str(rows.pop("int8"))
+    assert rows == {"fp32": None, "fp16": None}
+    for precision in rows:
+        profile = json.loads((found.path / precision / PROFILES).read_text())
+        assert profile["dimensions"]["batch"]["max"] == 4
+    with pytest.raises(OptionError, match="--profile is 'batch'"):
+        eptc.compare_precisions(
+            small_native.ckpt, base=small_native.base, task="score", data=small_rows.values,
+            out=tmp_path / "o", target="tensorrt", profile=["batch"],
+        )  # fmt: skip
+
+
 REFUSALS: dict[str, tuple[list[str], str]] = {
     "provider": (["--optimize-for", "cuda"], "--optimize-for cuda was given together with"),
     "layout": (["--layout", "optimum"], "--layout optimum was given together with"),
@@ -237,7 +259,8 @@ def test_refusals(case: str, small_native: Any, tmp_path: Path, cli: Any) -> Non
     "given", [["--profile", "batch=1:2:3"], ["--tensorrt-version", "10.3"], ["--build"]]
 )
 @pytest.mark.parametrize(
-    ("target", "said"), [("onnx", "--target onnx"), ("lora", "--target lora")]
+    ("target", "said"),
+    [("onnx", "--target onnx"), ("lora", "--target lora"), ("triton", "--target triton")],
 )
 def test_options_of_this_target(
     given: list[str], target: str, said: str, small_native: Any, tmp_path: Path, cli: Any

@@ -120,6 +120,7 @@ def export_repository(
             "has a layout of its own",
             fix="leave one out",
         )
+    options.check_tensorrt()
     out, clock = Path(out), Clock(progress)
     bundle.check_place(out, force=force, inputs=options.inputs(ckpt))
     with clock.stage("read the checkpoint"):

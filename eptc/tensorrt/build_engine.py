@@ -8,7 +8,8 @@ Writes GRAPH.engine for each graph, the timing cache timing.cache, which makes t
 faster, and engines.json: the versions of TensorRT and the driver, and the GPU. An engine runs with
 that version and on that GPU alone. The precision is the graph's own: it is built strongly typed.
 
-Needs the package `tensorrt`, 10 or newer, and nothing else beside an NVIDIA driver.
+Needs the package `tensorrt`, 10 or newer, and nothing else beside an NVIDIA driver. Written against
+TensorRT's documentation; never run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -119,9 +120,10 @@ def build(folder: Path, role: str, graph: dict[str, Any], workspace: int | None)
     if config.add_optimization_profile(profile) < 0:
         raise BuildError(f"{graph['file']} does not take the shapes of {PROFILES}")
     cached = folder / TIMING_CACHE
-    timings = config.create_timing_cache(cached.read_bytes() if cached.is_file() else b"")
-    # Timings of another GPU are left out.
-    config.set_timing_cache(timings, False)
+    kept = cached.read_bytes() if cached.is_file() else b""
+    # Timings of another GPU or version are not taken; then it starts anew.
+    if not config.set_timing_cache(config.create_timing_cache(kept), False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BuildError(f"no engine can be built of {graph['file']}: the lines above say why")
@@ -146,8 +148,11 @@ def record(folder: Path, graphs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def main() -> int:
