@@ -8,8 +8,8 @@ Writes GRAPH.engine for each graph, the timing cache timing.cache, which makes t
 faster, and engines.json: the versions of TensorRT and the driver, and the GPU. An engine runs with
 that version and on that GPU alone. The precision is the graph's own: it is built strongly typed.
 
-Needs the package `tensorrt`, 10 or newer, and nothing else beside an NVIDIA driver. Written against
-TensorRT's documentation; never run on a GPU yet.
+Needs the package `tensorrt`, 10 or newer, and nothing else beside an NVIDIA driver.
+Written against TensorRT's documentation; never run on a GPU yet.
 """
 
 from __future__ import annotations

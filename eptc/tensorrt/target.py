@@ -13,6 +13,7 @@ import onnx_ir
 from eptc.errors import OptionError
 from eptc.examples_file import read_examples, read_task_examples
 from eptc.passes.clip_integers import ClipIntegers
+from eptc.passes.count_in_float import CountInFloat
 from eptc.runtime.inputs import prepare
 from eptc.runtime.loading import open_tokenizer
 from eptc.runtime.manifest import Manifest
@@ -51,7 +52,7 @@ class TensorRT(Target):
 
     name = "tensorrt"
     optimize_for = "any"
-    graph_passes = (ClipIntegers(),)
+    graph_passes = (ClipIntegers(), CountInFloat())
 
     version: Version = (0, 0)
     given: Ranges = dataclasses.field(default_factory=dict)
