@@ -20,7 +20,7 @@ _INTEGERS: tuple[ir.DataType | None, ...] = (ir.DataType.INT32, ir.DataType.INT6
 class CountInFloat(GraphPass):
     """Count with a CumSum of float32.
 
-    Before: y = CumSum(Cast <int64> (b), axis)                      b [...] bool
+    Before: y = CumSum(Cast <int64> (b), axis)               b [...] bool, by one Cast or more
     After:  y = Cast <int64> (CumSum(Cast <float> (b), axis))
 
     Exact up to 2**24 = 16,777,216 positions, more than any model has. TensorRT's CumSum takes
@@ -38,8 +38,9 @@ class CountInFloat(GraphPass):
         for node in tuple(model.graph):
             if node.op_identifier() != ("", "CumSum", ""):
                 continue
-            cast = made_by(node.inputs[0], "Cast")
-            flags = None if cast is None else cast.inputs[0]
+            flags = node.inputs[0]
+            while (cast := made_by(flags, "Cast")) is not None:  # ones and zeros in any type
+                flags = cast.inputs[0]
             kind = types.get(node.outputs[0])
             if flags is None or types.get(flags) != ir.DataType.BOOL or kind not in _INTEGERS:
                 continue

@@ -2,7 +2,8 @@
 
 Dimensions have names. Those of one name are one size in all graphs, since what one gives is what
 another is fed; `total_sequence` is always past and new tokens together. An encoder-decoder's text
-is `sequence`, what its decoder is fed is `decoder_sequence`.
+is `sequence`, what its decoder is fed is `decoder_sequence`, and `encoder_sequence` is the text
+with the prompts before it, where a checkpoint has some.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from eptc.errors import OptionError
@@ -27,6 +28,11 @@ _FORM = "NAME=MIN:OPT:MAX, such as batch=1:8:32"
 _BATCH = (1, 8, 32)
 # Tokens of a text where nothing tells, and the step that lengths are rounded up to.
 _USUAL, _LONGEST, _STEP = 64, 512, 8
+# Sizes that follow from others.
+_SUMS = {
+    "total_sequence": "past and new tokens together",
+    "encoder_sequence": "the text and the prompts before it",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +87,20 @@ def parse_profiles(given: Sequence[str]) -> dict[str, Range]:
     return found
 
 
-def dimension(role: str, name: str) -> str:
-    """Return the name of a graph's dimension in profiles."""
-    if role == "decoder":
-        return {"sequence": "decoder_sequence", "encoder_sequence": "sequence"}.get(name, name)
-    return name
+def dimension(graph: str, name: str, names: Collection[str]) -> str:
+    """Return what a dimension of a graph is called in profiles.
+
+    Args:
+        graph: the graph's role.
+        name: the dimension's name in it.
+        names: of all of the graph's dimensions.
+    """
+    if graph != "decoder":
+        return name
+    if name == "encoder_sequence":
+        # Prompts lengthen what the encoder gives; the mask is then the text's alone.
+        return name if "mask_sequence" in names else "sequence"
+    return {"sequence": "decoder_sequence", "mask_sequence": "sequence"}.get(name, name)
 
 
 def check_given(given: Ranges, names: Sequence[str], positions: int | None, kind: str) -> None:
@@ -101,7 +116,7 @@ def check_given(given: Ranges, names: Sequence[str], positions: int | None, kind
         OptionError: a dimension that there is not, sizes that the model cannot have, or ones that
             leave out what every answer needs.
     """
-    own = sorted({name for name in names if name != "total_sequence"})
+    own = sorted(set(names) - set(_SUMS))
     limits = {} if positions is None else {"sequence": positions, "past_sequence": positions - 1}
     # An answer begins without a past, and goes on by one token a step.
     needed = {"past_sequence": 0, "decoder_sequence": 1}
@@ -111,8 +126,8 @@ def check_given(given: Ranges, names: Sequence[str], positions: int | None, kind
         if name not in own:
             near = difflib.get_close_matches(name, own, 1, cutoff=0.5)
             why = f": did you mean {near[0]!r}?" if near else ""
-            if name == "total_sequence":
-                why = ", which is past and new tokens together"
+            if name in _SUMS and name in names:
+                why = f", which is {_SUMS[name]}"
             raise OptionError(
                 f"--profile names the dimension {name!r}{why}", expected=", ".join(own)
             )
@@ -159,15 +174,23 @@ def ranges(manifest: Manifest, lengths: Sequence[int], given: Ranges) -> dict[st
         found["sequence"] = text if text.source == "given" else dataclasses.replace(text, usual=1)
         found["past_sequence"] = Range(0, min(text.usual, most - 1), most - 1)
     found |= given
-    if "past_sequence" in found and manifest.kind == "decoder-only":
-        parts = found["sequence"], found["past_sequence"]
-        found["total_sequence"] = Range(
-            sum(part.low for part in parts),
-            sum(part.usual for part in parts),
-            sum(part.high for part in parts),
-            "sum",
-        )
+    if manifest.kind == "decoder-only":
+        found["total_sequence"] = _sum(found["sequence"], found["past_sequence"])
+    if manifest.kind == "encoder-decoder" and (prompts := _prompts(manifest)):
+        found["encoder_sequence"] = _sum(found["sequence"], Range(prompts, prompts, prompts))
     return found
+
+
+def _prompts(manifest: Manifest) -> int:
+    """Return how many tokens stand before each text."""
+    return int((manifest.checkpoint.get("prompts") or {}).get("virtual_tokens", 0))
+
+
+def _sum(*parts: Range) -> Range:
+    low, usual, high = (
+        sum(getattr(part, field) for part in parts) for field in ("low", "usual", "high")
+    )
+    return Range(low, usual, high, "sum")
 
 
 def _text_range(lengths: Sequence[int], limit: int | None) -> Range:
@@ -185,10 +208,12 @@ def profiles(graphs: Mapping[str, GraphSpec], found: Ranges) -> dict[str, Profil
     """Return, by graph, the shapes of every input that has a named dimension."""
     result: dict[str, Profile] = {}
     for role, graph in graphs.items():
+        names = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
+        sizes = {name: found[dimension(role, name, names)] for name in names}
         result[role] = {
             tensor.name: {
                 bound: [
-                    size if isinstance(size, int) else getattr(found[dimension(role, size)], field)
+                    size if isinstance(size, int) else getattr(sizes[size], field)
                     for size in tensor.shape
                 ]
                 for bound, field in (("min", "low"), ("opt", "usual"), ("max", "high"))

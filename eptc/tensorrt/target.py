@@ -84,14 +84,7 @@ class TensorRT(Target):
 
     def check_graphs(self, graphs: Mapping[str, onnx_ir.Model], job: Job) -> None:
         """Raise OptionError for graphs that TensorRT does not take, or profiles they do not."""
-        names = [
-            dimension(role, size.value)
-            for role, graph in graphs.items()
-            for value in graph.graph.inputs
-            if value.shape is not None and not value.is_initializer()
-            for size in value.shape
-            if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None
-        ]
+        names = [name for role, graph in graphs.items() for name in _dimensions(role, graph)]
         architecture = job.source.base.architecture
         positions = None
         if architecture.kind != "encoder-decoder":
@@ -114,6 +107,18 @@ class TensorRT(Target):
         found = ranges(manifest, lengths, self.given)
         shapes = profiles(manifest.graphs, found)
         write_scripts(out, manifest, found, shapes, self.version)
+
+
+def _dimensions(role: str, graph: onnx_ir.Model) -> list[str]:
+    """Return what the dimensions of a graph are called in profiles."""
+    found = {
+        size.value
+        for value in graph.graph.inputs
+        if value.shape is not None and not value.is_initializer()
+        for size in value.shape
+        if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None
+    }
+    return [dimension(role, name, found) for name in sorted(found)]
 
 
 def _lengths(directory: Path, manifest: Manifest, probe: Path) -> list[int]:

@@ -21,11 +21,18 @@ def model(body: str, kind: str = "int64") -> ir.Model:
 COUNT = "e = Equal(x, pad) n = Not(e) i = Cast <to = {to}> (n) y = CumSum{how} (i, axis)"
 
 
+TWICE = (
+    "e = Equal(x, pad) n = Not(e) h = Cast <to = 6> (n) i = Cast <to = {to}> (h) "
+    "y = CumSum{how} (i, axis)"
+)
+
+
+@pytest.mark.parametrize("count", [COUNT, TWICE])
 @pytest.mark.parametrize("how", ["", "<reverse = 1>", "<exclusive = 1>"])
 @pytest.mark.parametrize(("kind", "to"), [("int64", 7), ("int32", 6)])
-def test_counts(kind: str, to: int, how: str) -> None:
+def test_counts(kind: str, to: int, how: str, count: str) -> None:
     """Whatever the direction; a second run changes nothing."""
-    body = COUNT.format(to=to, how=how)
+    body = count.format(to=to, how=how)
     before, after = model(body, kind), model(body, kind)
     (record,) = run_graph_passes({"g": after}, [CountInFloat()])
     assert record.changed

@@ -158,3 +158,35 @@ def test_sizes_agree(
     assert shapes["past_key_values.0.key"]["min"][2] == 0
     if positions is not None and past is None:
         assert shapes["past_key_values.0.key"]["max"][2] < positions
+
+
+def test_prompts_before_the_text(manifest: Manifest) -> None:
+    """What the encoder gives is longer than its text by them; the mask is the text's."""
+    text, width = ("batch", "mask_sequence"), 4
+    graphs = {
+        "encoder": GraphSpec("e", (TensorSpec("input_ids", "int64", ("batch", "sequence")),), ()),
+        "decoder": GraphSpec(
+            "d",
+            (
+                TensorSpec("input_ids", "int64", ("batch", "sequence")),
+                TensorSpec("encoder_attention_mask", "int64", text),
+                TensorSpec("past", "float32", ("batch", 2, "past_sequence", width)),
+                TensorSpec("cross", "float32", ("batch", 2, "encoder_sequence", width)),
+            ),
+            (),
+        ),
+    }
+    generation = GenerationSpec(0, (1,), 0, 20, 1, 2, width)
+    prompted = dataclasses.replace(
+        manifest, kind="encoder-decoder", graphs=graphs, generation=generation,
+        checkpoint={"prompts": {"virtual_tokens": 3}},
+    )  # fmt: skip
+    shapes = profiles(graphs, ranges(prompted, [], parse_profiles(["sequence=2:5:9"])))
+    assert shapes["encoder"]["input_ids"] == {"min": [1, 2], "opt": [8, 5], "max": [32, 9]}
+    assert shapes["decoder"]["encoder_attention_mask"] == shapes["encoder"]["input_ids"]
+    assert shapes["decoder"]["cross"]["max"] == [32, 2, 12, width]
+    assert shapes["decoder"]["cross"]["min"] == [1, 2, 5, width]
+    assert shapes["decoder"]["input_ids"]["max"] == [32, 20]
+    names = ["batch", "sequence", "encoder_sequence"]
+    with pytest.raises(OptionError, match="the text and the prompts before it"):
+        check_given(parse_profiles(["encoder_sequence=1:2:3"]), names, None, prompted.kind)
