@@ -39,7 +39,7 @@ from eptc.tasks import TaskChoice
 
 if TYPE_CHECKING:
     from eptc.judge import Judge
-    from eptc.parity_gate import Verifier
+    from eptc.parity_gate import Subject, Verifier
 
 __all__ = ["Bundle", "Event", "Folder", "Options", "Written", "export", "plan", "precise_routes"]
 
@@ -98,6 +98,9 @@ class _Choices(TypedDict, total=False):
     passes: Sequence[str | AdapterPass | GraphPass]
     max_rank: int | None
     genai_python: str | Path | None
+    profile: Sequence[str]
+    tensorrt_version: str | None
+    build: bool
     force: bool
     progress: Progress
     rejected: Callable[[Path], object] | None
@@ -166,6 +169,9 @@ def export(
     max_rank: int | None = None,
     layout: Layout = "flat",
     genai_python: str | Path | None = None,
+    profile: Sequence[str] = (),
+    tensorrt_version: str | None = None,
+    build: bool = False,
     force: bool = False,
     progress: Progress = lambda _: None,
     rejected: Callable[[Path], object] | None = None,
@@ -178,7 +184,8 @@ def export(
             `lora` and `triton` also several of them, a list or text with commas in it, or `all`.
         out: folder of the bundle: new, empty, or replaced with `force`.
         base: folder of the base model.
-        target: what to write: `onnx`; `lora`, a stock PEFT adapter for each task; `hf`, the
+        target: what to write: `onnx`; `tensorrt`, the same of what TensorRT takes, with what
+            builds its engines beside it; `lora`, a stock PEFT adapter for each task; `hf`, the
             folded model for transformers; `genai`, the same for onnxruntime-genai; `triton`, a
             model repository for Triton; or a target of an installed package.
         tasks: task names in id order, where the checkpoint does not store them.
@@ -227,6 +234,12 @@ def export(
             `pack`: several tasks over one base, to be loaded with `eptc.Pack`.
         genai_python: for `genai`: an interpreter that has onnxruntime-genai; None: what the
             environment variable `EPTC_GENAI_PYTHON` names, else this one.
+        profile: for `tensorrt`: sizes that engines are built for, `NAME=MIN:OPT:MAX` for a
+            dimension; what is not named follows from the lengths of `probe`, or has a default.
+        tensorrt_version: for `tensorrt`: what the graphs and the commands are for; None: the
+            newest whose operators are known.
+        build: for `tensorrt`: build the engines here and prove them too; needs the package
+            `tensorrt` and a GPU.
         force: replace what lies at `out`.
         progress: called with each stage (a string), each finished pass and, while weights are
             written, how many are.
@@ -245,7 +258,7 @@ def export(
         task, base, target, tasks, top_k, task_spec, probe, precision, precision_plan, calibration,
         calibration_method, block_method, data, max_drop, max_flips, search_evaluations,
         search_minutes, optimize_for, max_memory, verify, allow_pickle, format, routing,
-        passes, max_rank, layout, genai_python,
+        passes, max_rank, layout, genai_python, profile, tensorrt_version, build,
     )  # fmt: skip
     if folder_target(target, layout) is not None:
         return export_folder(ckpt, options, out=out, force=force, progress=progress)
@@ -263,6 +276,10 @@ def export(
         with clock.stage("read the checkpoint"):
             job = Job.read(ckpt, options)
             source = job.source
+            if build:
+                from eptc.tensorrt.build import build_engines, check_plan
+
+                check_plan(job.plan)
             if layout == "optimum":
                 check_layout(job)
             examples = _Examples.read(options, job)
@@ -280,6 +297,7 @@ def export(
         with clock.stage("graph passes"):
             graphs, records = job.bound(model), [*adapter_records]
             records += _told(run_graph_passes(graphs, job.graph_passes(), job.origins), progress)
+            options.aim.target.check_graphs(graphs, job)
 
         draft = stack.enter_context(bundle.draft(out, force=force))
         if rejected is not None:
@@ -304,6 +322,7 @@ def export(
                 records += _told(
                     run_graph_passes(graphs, job.graph_passes(), job.origins), progress
                 )
+                options.aim.target.check_graphs(graphs, job)
             writer = _Writer(job, model, clock, progress)
             judge = _judge(job, model, verifier, layers, clock, progress)
         exact = None
@@ -323,6 +342,7 @@ def export(
                     texts=examples.texts, data=examples.data, progress=progress,
                 )  # fmt: skip
             records += _told(lowered.records, progress)
+            options.aim.target.check_graphs(graphs, job)
             lowered_notes = lowered.notes
             bundle.write_json(draft.path / PLAN, lowered.report)
         manifest = writer.write(graphs, draft.path, records, job.plan.stored)
@@ -347,13 +367,17 @@ def export(
         if layout == "optimum":
             with clock.stage("layout optimum"):
                 manifest = lay_out(draft.path, manifest, verify=verify)
-        if options.aim.plugin is not None:
+        if options.target != "onnx":
             with clock.stage(f"target {options.target}"):
                 manifest = options.aim.add(draft.path, manifest)
+        if build:
+            with clock.stage("build and prove the engines"):
+                subject = _subject(job, examples.probe)
+                manifest = build_engines(draft.path, manifest, subject, progress)
         draft.publish()
     notes = (
         *source.contents.notes, *precise_routes(source, *job.task_ids), *examples.notes,
-        *frozen_notes, *lowered_notes,
+        *frozen_notes, *lowered_notes, *options.aim.target.notes(manifest),
     )  # fmt: skip
     return Bundle(draft.out, manifest, tuple(records), notes, clock.seconds)
 
@@ -535,12 +559,21 @@ def _verifier(
     job: Job, examples: Sequence[Example] | Mapping[str, Sequence[Example]] | None
 ) -> Iterator[Verifier]:
     """Give the reference side, in a process of its own where the plan says so."""
-    from eptc.parity_gate import LocalVerifier, RemoteVerifier, Subject
+    from eptc.parity_gate import LocalVerifier, RemoteVerifier
 
-    subject = Subject(job.source, _asked(job), examples, job.plan.verification == "block by block")
+    subject = _subject(job, examples)
     found = RemoteVerifier(subject) if job.plan.own_process else LocalVerifier(subject)
     with contextlib.closing(found):
         yield found
+
+
+def _subject(
+    job: Job, examples: Sequence[Example] | Mapping[str, Sequence[Example]] | None
+) -> Subject:
+    from eptc.parity_gate import Subject
+
+    by_block = job.plan.verification == "block by block"
+    return Subject(job.source, _asked(job), examples, by_block)
 
 
 def _asked(job: Job) -> str | int | Sequence[str | int]:

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import eptc
-from eptc.cli_common import FOLDER, command, json_option, progress_shown, source_options
+from eptc.cli_common import (
+    FOLDER,
+    command,
+    json_option,
+    progress_shown,
+    source_options,
+    tensorrt_options,
+)
 from eptc.cli_providers import provider_options
 from eptc.cli_recipe import recipe_options
 from eptc.errors import BundleError, OptionError
@@ -125,7 +132,8 @@ def main() -> None:
     default="onnx",
     show_default=True,
     metavar="NAME",
-    help="What to write. onnx: an engine. lora: a stock PEFT adapter, for PEFT and programs that "
+    help="What to write. onnx: an engine. tensorrt: one of what TensorRT takes, with a script and "
+    "commands that build its engines. lora: a stock PEFT adapter, for PEFT and programs that "
     "serve such. hf: the folded model as a folder for transformers. genai: the same, built for "
     "onnxruntime-genai. triton: a model repository for Triton. Or a target of an installed "
     "package.",
@@ -246,6 +254,7 @@ def main() -> None:
     help="With --target genai: Python of an environment that has onnxruntime-genai. Without it: "
     "what EPTC_GENAI_PYTHON names, else this one.",
 )
+@tensorrt_options
 @click.option(
     "--dry-run", is_flag=True, help="Say what the build would take; read no weight, write nothing."
 )

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from eptc.build import Event
     from eptc.pipeline import PassRecord
 
-__all__ = ["FOLDER", "INTERRUPTED", "command", "json_option", "progress_shown", "source_options"]
+__all__ = [
+    "FOLDER",
+    "INTERRUPTED",
+    "command",
+    "json_option",
+    "progress_shown",
+    "source_options",
+    "tensorrt_options",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,6 +120,35 @@ def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="NAME",
             help="Format of the checkpoint, where its folder looks like none or like several; an "
             "installed package may have it.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def tensorrt_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of what is built for TensorRT."""
+    options = (
+        click.option(
+            "--profile",
+            multiple=True,
+            metavar="NAME=MIN:OPT:MAX",
+            help="With --target tensorrt: sizes of a dimension that engines are built for, as "
+            "batch=1:8:32; may be repeated. What is not named follows from the lengths of "
+            "--probe, or has a default.",
+        ),
+        click.option(
+            "--tensorrt-version",
+            metavar="X.Y",
+            help="With --target tensorrt: the version it is for. Without it: the newest whose "
+            "operators are known.",
+        ),
+        click.option(
+            "--build",
+            is_flag=True,
+            help="With --target tensorrt: build the engines here and prove them too; needs the "
+            "package tensorrt and a GPU.",
         ),
     )
     for option in reversed(options):

@@ -40,6 +40,8 @@ TAKEN_BY: dict[str, Collection[str]] = {
     "search_evaluations": ["auto"],
     "search_minutes": ["auto"],
 }
+# Options that say what is written, whatever the precision.
+_OF_TARGET = ("target", "profile", "tensorrt_version", "build")
 _CHOSEN_HERE = (
     "its plan was chosen on these rows, so its score says too much good: score it on others with "
     "`eptc parity --data`"
@@ -128,8 +130,10 @@ def _taken(precision: Precision, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(ckpt: str | Path, optimize_for: OptimizeFor | None, options: Mapping[str, Any]) -> None:
     """Raise InputError for what is wrong with all of it: now, not in every row."""
-    Options(target=options.get("target", "onnx"), optimize_for=optimize_for).check()
-    options = {**options, "target": "onnx"}  # which precisions run there, their rows say
+    own = {name: options[name] for name in _OF_TARGET if name in options}
+    Options(optimize_for=optimize_for, **own).check()
+    # Which precisions run there, their rows say.
+    options = {name: value for name, value in options.items() if name not in own}
     job = Job.read(ckpt, Options(precision="int8-weights", **_taken("int8-weights", options)))
     read_examples(Path(options["data"]), job.task, labelled=True)
     if options.get("calibration") is not None:

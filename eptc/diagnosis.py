@@ -80,8 +80,12 @@ def _targets(missing: Sequence[str]) -> dict[str, str]:
         return {"onnx": f"needs {', '.join(missing)}: pip install 'ept-compiler[compile]'"}
     from eptc.interop.genai import GenAi, Interpreter
     from eptc.interop.targets import FOLDER_TARGETS
+    from eptc.tensorrt.target import TensorRT
+    from eptc.tensorrt.target import missing as lacking
 
     found = dict.fromkeys(("onnx", *FOLDER_TARGETS), "ready")
+    without = lacking()
+    found[TensorRT.name] = "ready" if without is None else f"ready; not for --build: {without}"
     try:
         interpreter = Interpreter.find(None)
         version = interpreter.versions["onnxruntime-genai"]

@@ -170,7 +170,8 @@ class Job:
     def graph_passes(self) -> list[GraphPass]:
         """Return the passes over the graphs."""
         added = [a.step for a in self.options.added if isinstance(a.step, GraphPass)]
-        return graph_passes(self.options.provider, self.options.precision, added)
+        own = self.options.aim.target.graph_passes
+        return graph_passes(self.options.provider, self.options.precision, [*own, *added])
 
     def adapter_passes(self) -> list[AdapterPass]:
         """Return the passes over the adapters."""

@@ -62,11 +62,17 @@ class Options:
     max_rank: int | None = None
     layout: Layout = "flat"
     genai_python: str | Path | None = None
+    profile: Sequence[str] = ()
+    tensorrt_version: str | None = None
+    build: bool = False
 
     @functools.cached_property
     def aim(self) -> Aim:
-        """The target, found; raises OptionError or PluginError."""
-        return find_target(self.target)
+        """The target, found and told its options; raises OptionError or PluginError."""
+        aim = find_target(self.target)
+        if aim.plugin is not None:
+            return aim
+        return dataclasses.replace(aim, target=aim.target.told(self))
 
     @functools.cached_property
     def added(self) -> tuple[AddedPass, ...]:
@@ -114,6 +120,7 @@ class Options:
             if value not in known:
                 raise OptionError(f"the {name} is {value!r}", expected=" or ".join(known))
         fixed = self.aim.target.optimize_for
+        self.check_tensorrt()
         if self.max_rank is not None:
             raise OptionError(
                 f"--max-rank {self.max_rank} was given together with --target {self.target}, "
@@ -131,7 +138,7 @@ class Options:
                 "--layout pack was given where one engine is meant",
                 expected="it without --dry-run and --precision all",
             )
-        if self.layout != "flat" and self.aim.plugin is not None:
+        if self.layout != "flat" and self.target != "onnx":
             raise OptionError(
                 f"--layout {self.layout} was given together with --target {self.target}",
                 expected="it with --target onnx",
@@ -163,6 +170,19 @@ class Options:
         self._check_search()
         if names_several(self.task):
             self._check_several()
+
+    def check_tensorrt(self) -> None:
+        """Raise OptionError for options of an engine that is not for TensorRT."""
+        given = {
+            "--profile": self.profile, "--tensorrt-version": self.tensorrt_version,
+            "--build": self.build,
+        }  # fmt: skip
+        for name, value in given.items():
+            if value and self.target != "tensorrt":
+                raise OptionError(
+                    f"{name} was given together with --target {self.target}",
+                    expected="it with --target tensorrt",
+                )
 
     def _check_several(self) -> None:
         """Raise OptionError for what an engine of several tasks cannot have."""

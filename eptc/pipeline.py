@@ -17,6 +17,7 @@ from eptc.ir import AdaptedModel, Adapter
 from eptc.linear_probe import LinearProbe
 from eptc.lower.blocks import PRECISIONS, Method
 from eptc.lower.strong_types import check_types
+from eptc.node_makers import sign
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
@@ -363,6 +364,7 @@ def run_graph_passes(
         PluginError: a pass of another package did, or failed.
     """
     records = []
+    sign(graphs)
     for given in passes:
         before, start = _graph_sizes(graphs), time.perf_counter()
         changed = False
@@ -380,6 +382,7 @@ def run_graph_passes(
                 )
             _guarded(label, origin, check_graph, graph)
         seconds = time.perf_counter() - start
+        sign(graphs, f"the pass {_label(step.name, origin)}")
         options = (
             {key: step.options() for key, step in given.items()}
             if isinstance(given, Mapping)

@@ -26,6 +26,8 @@ PASSES: dict[str, str] = {
     "fuse-rotary": "eptc.passes.fuse_rotary:FuseRotary",
     "fuse-attention": "eptc.passes.fuse_attention:FuseAttention",
     "narrow-weights": "eptc.passes.narrow_weights:NarrowWeights",
+    "clip-integers": "eptc.passes.clip_integers:ClipIntegers",
+    "count-in-float": "eptc.passes.count_in_float:CountInFloat",
     "cast-half": "eptc.passes.cast_half:CastHalf",
     "quantize-weights": "eptc.passes.quantize_weights:QuantizeWeights",
     "quantize-int8-dynamic": "eptc.passes.quantize_int8_dynamic:QuantizeInt8Dynamic",

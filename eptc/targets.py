@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-import abc
+import contextlib
 import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
 
 from eptc import bundle
-from eptc.errors import BundleError, OptionError
+from eptc.errors import BundleError, EptcError, InternalError, OptionError
 from eptc.plugins import Plugin, find_plugin, installed
-from eptc.precision import OptimizeFor
 from eptc.precision_plan import FILE as PLAN
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import MANIFEST, file_name
+from eptc.target_base import Target
+from eptc.tensorrt.target import TensorRT
 
 __all__ = ["TARGETS", "Aim", "Onnx", "Target", "find_target", "installed_target"]
 
 
 # Files that only some bundles have, and what they say would be believed.
 _RESERVED = {MANIFEST, PLAN, "parity.json"}
-
-
-class Target(abc.ABC):
-    """Where an engine goes: the bundle, and files that are of use there.
-
-    Attributes:
-        name: what `--target` and the manifest call it.
-        optimize_for: the execution provider it is for; None: the caller chooses.
-    """
-
-    name: str
-    optimize_for: OptimizeFor | None = None
-
-    @abc.abstractmethod
-    def add(self, directory: Path, manifest: Manifest, out: Path) -> None:
-        """Write further files beside an engine that passed the gate.
-
-        They become files of the bundle, hashed in its manifest. Nothing that depends on the
-        clock, on paths or on chance belongs in them: two builds of one input are equal.
-
-        Args:
-            directory: the bundle; it stays as it is.
-            manifest: its manifest, these files not yet in it.
-            out: an empty folder to write into: plain files, no folders.
-
-        Raises:
-            InputError: what a user should know; nothing is published.
-        """
 
 
 class Onnx(Target):
@@ -60,7 +33,7 @@ class Onnx(Target):
         """Add nothing."""
 
 
-TARGETS: dict[str, Target] = {target.name: target for target in (Onnx(),)}
+TARGETS: dict[str, Target] = {target.name: target for target in (Onnx(), TensorRT())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,28 +49,35 @@ class Aim:
     plugin: Plugin | None = None
 
     def add(self, directory: Path, manifest: Manifest) -> Manifest:
-        """Let an installed target write beside a finished bundle; return the manifest of both.
+        """Let the target write beside a finished bundle; return the manifest of both.
 
         Raises:
-            PluginError: the target fails, or does what it may not.
+            PluginError: an installed target fails, or does what it may not.
         """
-        assert self.plugin is not None
         written = Path(tempfile.mkdtemp(dir=directory))
         before = _state(directory)
-        with self.plugin.blamed("it fails"):
+        blamed = (
+            contextlib.nullcontext() if self.plugin is None else self.plugin.blamed("it fails")
+        )
+        with blamed:
             self.target.add(directory, manifest, written)
         if changed := _state(directory) ^ before:
             names = sorted({name for name, *_ in changed})
-            raise self.plugin.error(f"it changed {names[0]} beside its own folder")
+            raise self._error(f"it changed {names[0]} beside its own folder")
         taken = {path.name.lower() for path in directory.iterdir()} | _RESERVED
         for path in sorted(written.iterdir()):
             if why := _misplaced(path, taken):
-                raise self.plugin.error(f"it wrote {path.name!r}, {why}")
+                raise self._error(f"it wrote {path.name!r}, {why}")
             path.rename(directory / path.name)
         shutil.rmtree(written)
         return bundle.write_manifest(
             directory, dataclasses.replace(manifest, target=self.target.name)
         )
+
+    def _error(self, why: str) -> EptcError:
+        if self.plugin is None:
+            return InternalError(f"the target {self.target.name}: {why}")
+        return self.plugin.error(why)
 
 
 def find_target(name: str) -> Aim:

@@ -950,6 +950,7 @@ def test_doctor(cli: Callable[..., Any]) -> None:
         "onnx": "ready", "lora": "ready", "hf": "ready",
     }  # fmt: skip
     assert "onnxruntime-genai" in report["targets"].pop("genai")
+    assert report["targets"].pop("tensorrt").startswith("ready")
     assert report["targets"] == {}
     assert "starts" in report["providers"].values()
     assert report["packages"]["numpy"] == np.__version__

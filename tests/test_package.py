@@ -43,6 +43,7 @@ def test_the_wheel_has_every_file_and_no_other(wheel: Path) -> None:
     assert "eptc/checkpoint/ept_config.schema.json" in names
     assert not any(re.search(r"(^|/)(tests?/|test_|conftest)", name) for name in names)
     assert {"eptc/page/templates/page.html", "eptc/pytest_plugin.py"} <= names
+    assert "eptc/tensorrt/operators.json" in names
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:

@@ -147,7 +147,7 @@ def test_names_that_nobody_has(package: Package, copy_native: Any, tmp_path: Pat
     for options, words in (
         ({"format": "zip"}, "native or .* or mine"),
         ({"passes": ["tidyup"]}, "did you mean 'tidy-up'"),
-        ({"target": "watch"}, "onnx or lora or .* or phone"),
+        ({"target": "watch"}, "onnx or tensorrt or lora or .* or phone"),
         ({"passes": ["stable-names"]}, "a pass of eptc's own"),
     ):
         with pytest.raises(OptionError, match=words):

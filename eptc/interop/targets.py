@@ -79,10 +79,11 @@ def check_folder(target: FolderTarget, options: Options) -> None:
     """Raise OptionError for an option that means nothing to the target, or a bad value."""
     for field in dataclasses.fields(Options):
         value = getattr(options, field.name)
-        if field.name in COMMON | target.takes or value in (None, field.default, []):
+        if field.name in COMMON | target.takes or value in (None, field.default, [], ()):
             continue
         name = {"passes": "pass"}.get(field.name, field.name).replace("_", "-")
-        said = f" {value}" if isinstance(value, str | int | float) else ""
+        shown = isinstance(value, str | int | float) and not isinstance(value, bool)
+        said = f" {value}" if shown else ""
         raise OptionError(
             f"--{name}{said} was given together with {target.asked}",
             fix="leave one out",

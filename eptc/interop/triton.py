@@ -122,6 +122,7 @@ def export_repository(
             fix="leave one out",
         )
     check_target(options.precision, options.target)
+    options.check_tensorrt()
     out, clock = Path(out), Clock(progress)
     bundle.check_place(out, force=force, inputs=options.inputs(ckpt))
     with clock.stage("read the checkpoint"):

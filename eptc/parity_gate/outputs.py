@@ -17,11 +17,11 @@ from eptc.parity_gate.mixed import MixedModel
 from eptc.parity_gate.probes import Ints, Probe
 from eptc.runtime import Engine
 
-__all__ = ["Decision", "check_outputs", "decide"]
+__all__ = ["WRITTEN", "Decision", "check_outputs", "decide"]
 
 Float32 = npt.NDArray[np.float32]
 # Tokens an engine writes after a probe, at most.
-_WRITTEN = 12
+WRITTEN = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,7 +337,7 @@ def _limit(engine: Engine, probe: Probe) -> int:
     """Return how many tokens the engine writes after a probe."""
     generation = engine.manifest.generation
     assert generation is not None
-    limit = min(generation.max_new_tokens, _WRITTEN)
+    limit = min(generation.max_new_tokens, WRITTEN)
     if generation.max_positions is not None:
         limit = min(limit, generation.max_positions - probe.shape[1])
     return max(0, limit)

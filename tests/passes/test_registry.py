@@ -30,6 +30,7 @@ from eptc.pipeline import (
 from eptc.precision import SCHEMES, OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
 from eptc.registry import PASSES, find_pass, passes_table
+from eptc.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -120,9 +121,12 @@ def test_default_pipelines_are_registered() -> None:
     used = {*frozen, *factored, *stacked}
     for names in (frozen, factored, stacked):
         assert names == [name for name in PASSES if name in names]
-    for provider, precision in itertools.product(get_args(OptimizeFor), get_args(Precision)):
+    targets = {name: each.graph_passes for name, each in TARGETS.items()}
+    for provider, precision, target in itertools.product(
+        get_args(OptimizeFor), get_args(Precision), targets
+    ):
         names = [step.name for step in adapter_passes(0)]
-        names += [step.name for step in graph_passes(provider, precision)]
+        names += [step.name for step in graph_passes(provider, precision, targets[target])]
         if SCHEMES[precision].lossy:
             assert names.pop() == "stable-names"  # it comes again, last
             plan = PrecisionPlan({}) if precision == "auto" else None
