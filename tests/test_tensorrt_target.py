@@ -176,6 +176,29 @@ def test_precisions(precision: Any, small_native: Any, tmp_path: Path) -> None:
     check_graphs(built)
 
 
+@pytest.mark.parametrize(
+    ("precision", "element"), [("int8-static", "INT8"), ("fp8", "FLOAT8E4M3FN")]
+)
+@pytest.mark.parametrize("task", ["tone", "score"])
+def test_explicit_quantization(
+    task: str, precision: Any, element: str, small_native: Any, small_rows: Any, tmp_path: Path
+) -> None:
+    """Every adapted linear reads 8-bit numbers, by standard nodes of the operator list."""
+    built = eptc.export(
+        small_native.ckpt, base=small_native.base, task=task, target="tensorrt",
+        precision=precision, calibration=small_rows.texts, out=tmp_path / "out",
+    )  # fmt: skip
+    assert built.manifest.parity["verified"]
+    check_graphs(built)
+    graph = onnx.load(built.path / "model.onnx", load_external_data=False).graph
+    stored = [
+        t for t in graph.initializer if t.data_type == onnx.TensorProto.DataType.Value(element)
+    ]
+    assert len([t for t in stored if len(t.dims) == 2]) >= 6
+    kinds = {node.op_type for node in graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+
+
 def test_several_tasks(small_native: Any, tmp_path: Path) -> None:
     """Rows name their task; a place that is none is refused by who runs the engine."""
     built = eptc.export(
@@ -213,8 +236,8 @@ def test_every_precision(small_native: Any, small_rows: Any, tmp_path: Path) -> 
         profile=["batch=1:2:4"],
     )  # fmt: skip
     rows = {row.precision: row.refused for row in found.rows}
-    assert "does not run where --optimize-for any" in str(rows.pop("int4"))
-    assert "which the pass quantize-int8-dynamic made" in str(rows.pop("int8"))
+    for precision in ("int4", "int8"):
+        assert "which reads QuantizeLinear and DequantizeLinear" in str(rows.pop(precision))
     assert rows == {"fp32": None, "fp16": None}
     for precision in rows:
         profile = json.loads((found.path / precision / PROFILES).read_text())
@@ -234,11 +257,8 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "sizes": (["--profile", "sequence=1:64:99999"], "and the model takes"),
     "form": (["--profile", "batch=8"], "--profile is 'batch=8'"),
     "version": (["--tensorrt-version", "8.5"], "--tensorrt-version is 8.5"),
-    "integers": (
-        ["--precision", "int8"],
-        "which the pass quantize-int8-dynamic made",
-    ),
-    "blocks": (["--precision", "int4"], "--precision int4 does not run where"),
+    "integers": (["--precision", "int8"], "of 8-bit integers, int8-static with --calibration"),
+    "blocks": (["--precision", "int4"], "--precision int4 was given together with"),
 }
 
 
