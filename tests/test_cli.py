@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+
+import eptc
 
 ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
 NATIVE, NATIVE_CONFIG = "ept_model.safetensors", "ept_config.json"
@@ -622,6 +626,13 @@ def bundles(
         result = cli("export", small_native.ckpt, "--task", task, *place, *verify)
         assert result.code == 0, result
     return root
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "eptc", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"eptc, version {eptc.__version__}\n"
 
 
 def test_export_says_what_it_did(copy_native: Any, cli: Callable[..., Any], bundles: Path) -> None:

@@ -275,6 +275,45 @@ def test_what_it_says_of_itself(small_native: Any, tmp_path: Path) -> None:
     assert tensors(unproven.path).keys() == tensors(folder.path).keys()
 
 
+def test_a_card_is_text_whatever_a_task_says(copy_native: Any, tmp_path: Path) -> None:
+    """Signs of Markdown in prompts, labels and names stay signs."""
+    path = next(copy_native.ckpt.glob("*.json"))
+    config = json.loads(path.read_text())
+    (task,) = [task for task in config["tasks"] if task["name"] == "tone"]
+    task |= {"labels": ["a`b", "c"], "prompt": "```\n{text}"}
+    path.write_text(json.dumps(config))
+    folder = eptc.export(
+        copy_native.ckpt, base=copy_native.base, task="tone", target="hf", out=tmp_path / "hf",
+        verify=False,
+    )  # fmt: skip
+    card = (folder.path / "README.md").read_text()
+    assert "Labels: `` a`b ``, `c`." in card
+    assert "````text\n```\n{text}\n````" in card
+
+
+@pytest.mark.parametrize("kept", [None, {"eos_token_id": 1, "pad_token_id": 0}])
+def test_the_first_token_of_an_answer(
+    copy_golden: Callable[..., Any], golden: Path, tmp_path: Path, kept: dict[str, Any] | None
+) -> None:
+    """It is said where the base's files say nothing: what the engine begins with."""
+    copy = copy_golden("t5-tiny")
+    settled = json.loads((copy.base / "config.json").read_text())
+    settled.pop("decoder_start_token_id", None)
+    (copy.base / "config.json").write_text(json.dumps(settled))
+    (copy.base / "generation_config.json").unlink()
+    if kept is not None:
+        (copy.base / "generation_config.json").write_text(json.dumps(kept))
+    meta = json.loads((golden / "ept" / "t5-tiny" / "meta.json").read_text())
+    folder = eptc.export(
+        copy.ckpt, base=copy.base, task=1, tasks=meta["tasks"], top_k=meta["moe_top_k"],
+        target="hf", out=tmp_path / "hf", verify=False,
+    )  # fmt: skip
+    said = json.loads((folder.path / "generation_config.json").read_text())
+    assert said["decoder_start_token_id"] == said["pad_token_id"] == 0
+    written = load(folder.path).generate(torch.tensor([[5, 6, 1]]), max_new_tokens=2)
+    assert written[0, 0] == 0
+
+
 def test_texts_to_verify_on(small_native: Any, tmp_path: Path) -> None:
     probe = tmp_path / "probe.jsonl"
     probe.write_text('{"text": "a dull film"}\n')

@@ -145,6 +145,25 @@ def test_ranks_are_no_larger_than_what_a_task_uses(
         assert folder.parity[task]["text_probes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("told", "written"), [("google/flan-t5-base", "google/flan-t5-base"), ("/home/ann/t5", None)]
+)
+def test_a_base_is_named_by_its_hub_s_name(
+    copy_golden: Any, golden: Path, tmp_path: Path, told: str, written: str | None
+) -> None:
+    """Where it lay on the disk of who trained it is nobody's business."""
+    copy = copy_golden("t5-tiny")
+    path = copy.ckpt / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": told}))
+    meta = json.loads((golden / "ept" / "t5-tiny" / "meta.json").read_text())
+    folder = eptc.export(
+        copy.ckpt, base=copy.base, task=1, tasks=meta["tasks"], top_k=meta["moe_top_k"],
+        target="lora", out=tmp_path / "lora", verify=False,
+    )  # fmt: skip
+    config = json.loads((folder.path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == written
+
+
 # ---- native checkpoints on every kind of base
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def _generation(source: Checkpoint, settings: Mapping[str, Any]) -> dict[str, An
     found = text.generation_config(source.base.path)
     if not found:
         found = {key: settings[key] for key in _SPECIAL if settings.get(key) is not None}
+    start = "decoder_start_token_id"
+    if source.base.architecture.kind == "encoder-decoder" and found.get(start) is None:
+        # What an engine begins with; `generate` would look for another token, or fail.
+        known = settings.get(start)
+        found = {**found, start: settings.get("pad_token_id") if known is None else known}
     return dict(sorted(found.items()))
 
 
@@ -112,7 +118,7 @@ def write_card(
         f"- {family.model_type}",
         "---",
         "",
-        f"# Task `{task.name}`, folded into its base model",
+        f"# Task {_code(task.name)}, folded into its base model",
         "",
         f"The adapters of one task ({task.kind}) of a checkpoint with "
         f"{len(source.contents.tasks)}, added to the weights of the base model by eptc. What is "
@@ -147,18 +153,34 @@ def write_card(
 
 def _described(task: Task) -> Iterator[str]:
     if task.prompt:
-        yield from ("It was trained on text in this form:", "", "```text", task.prompt, "```", "")
+        fence = _fence(task.prompt, least=3)
+        yield from ("It was trained on text in this form:", "", f"{fence}text", task.prompt, fence)
+        yield ""
     elif len(task.fields) == 2:
         yield from (f"It was trained on pairs of texts: {task.fields[0]}, {task.fields[1]}.", "")
     if task.labels:
-        yield from (f"Labels: {', '.join(f'`{label}`' for label in task.labels)}.", "")
+        yield from (f"Labels: {', '.join(map(_code, task.labels))}.", "")
+
+
+def _code(text: str) -> str:
+    """Return text as a span of code, whatever is in it."""
+    line, fence = " ".join(text.split()), _fence(text, least=1)
+    space = " " if "`" in line else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _fence(text: str, *, least: int) -> str:
+    """Return more backticks than stand side by side in a text."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return "`" * max(least, longest + 1)
 
 
 def _origin(job: FolderJob, precision: str) -> Iterator[tuple[str, str]]:
     contents, base = job.source.contents, job.source.base
     kind = ", ".join(dict.fromkeys((contents.format, contents.variant)))
     yield "checkpoint", f"{kind}, SHA-256 `{job.source.sha256}`"
-    yield "task", f"`{job.tasks[0].name}`, id {job.task_ids[0]}"
+    name = _code(job.tasks[0].name).replace("|", "\\|")  # it stands in a table
+    yield "task", f"{name}, id {job.task_ids[0]}"
     if contents.top_k is not None:
         yield "experts a task uses", str(contents.top_k)
     yield "base model", f"{base.architecture.model_type}, SHA-256 `{base.sha256}`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Lora", "serving_notes"]
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What vLLM's --max-lora-rank may be, and is where nobody says.
 _VLLM_RANKS, _VLLM_DEFAULT = (8, 16, 32, 64, 128, 256, 320, 512), 16
 
@@ -155,7 +157,7 @@ def _write_one(job: FolderJob, task_id: int, folder: Path, gate: AdapterGate | N
         exact, model, records = _factor(job, task_id, gate, layers)
     with job.clock.stage("write"):
         own = source.contents.heads.get(task.name, {})
-        name = source.format.base_name(source.path)
+        name = _hub_name(source.format.base_name(source.path))
         rank = write_adapter(folder, model, exact, own, kind, name)
         figures = _figures(exact, model, rank, max_rank)
     parity: dict[str, Any] = {"verified": False}
@@ -172,6 +174,11 @@ def _write_one(job: FolderJob, task_id: int, folder: Path, gate: AdapterGate | N
     heads = kind == "encoder-classifier"
     notes = serving_notes(rank, heads=heads) if kind != "encoder-decoder" else ()
     return _Written(task.name, tuple(records), notes, parity, figures)
+
+
+def _hub_name(name: str | None) -> str | None:
+    """Return a base's name where it is a hub's; None for a place on somebody's disk."""
+    return name if name is not None and _HUB_NAME.fullmatch(name) else None
 
 
 def _factor(
