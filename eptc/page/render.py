@@ -10,6 +10,7 @@ from eptc.page import charts, tables
 from eptc.page.content import Content, Routes
 from eptc.parity_lines import parity_lines
 from eptc.runtime.manifest import Manifest
+from eptc.units import readable_size
 
 __all__ = ["render"]
 
@@ -92,7 +93,7 @@ def _facts(content: Content) -> list[tuple[str, str]]:
         ("kind", manifest.kind),
         ("precision", manifest.precision),
         ("target", f"{manifest.target}, fused for {manifest.optimized_for}"),
-        ("size", f"{tables.size(total)} in {len(manifest.files)} files"),
+        ("size", f"{readable_size(total)} in {len(manifest.files)} files"),
         ("routing", manifest.routing.meaning),
         (
             "checkpoint",
@@ -147,7 +148,7 @@ def _pass_charts(
 
 def _change(record: Mapping[str, Any], key: str, seconds: float | None) -> str:
     before, after = record["before"][key], record["after"][key]
-    show = tables.size if key.endswith("bytes") else "{:,}".format
+    show = readable_size if key.endswith("bytes") else "{:,}".format
     said = show(after) if before == after else f"{show(before)} to {show(after)}"
     return said if seconds is None else f"{said}, {seconds * 1e3:.1f} ms"
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eptc.page.content import Content, Outcome, Routes
+from eptc.units import readable_size
 
 __all__ = [
     "Cell", "Table", "checks", "comparison", "files", "layers", "passes", "plan", "routes",
-    "size", "tensors",
+    "tensors",
 ]  # fmt: skip
 
 
@@ -59,15 +60,6 @@ def number(value: float | None, digits: int = 2) -> Cell:
     if value is None:
         return Cell("-")
     return Cell(f"{value:.{digits}g}", value if math.isfinite(value) else 1e308)
-
-
-def size(count: float) -> str:
-    """Return bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def _state(state: str) -> Cell:
@@ -192,9 +184,13 @@ def files(content: Content) -> Table:
     """Return the bundle's files."""
     assert content.manifest is not None
     rows = [
-        [Cell(name), Cell(size(record.size), record.size), Cell(record.sha256, look="hash")]
+        [
+            Cell(name),
+            Cell(readable_size(record.size), record.size),
+            Cell(record.sha256, look="hash"),
+        ]
         for name, record in content.manifest.files.items()
-    ]
+    ]  # fmt: skip
     return Table("files", "Files of the bundle", ["file", "size", "SHA-256"], rows)
 
 
@@ -205,7 +201,7 @@ def comparison(found: Mapping[str, Any]) -> Table:
         if row.get("refused"):
             continue
         rows.append([
-            Cell(row["precision"]), Cell(size(row["bundle_bytes"]), row["bundle_bytes"]),
+            Cell(row["precision"]), Cell(readable_size(row["bundle_bytes"]), row["bundle_bytes"]),
             number(row.get("milliseconds"), 4), number(row.get("score"), 4),
             number(row.get("drop"), 3), number(row.get("flips"), 6),
         ])  # fmt: skip

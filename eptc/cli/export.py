@@ -1,23 +1,19 @@
-"""The command line: every verb a thin call into the package; only this module prints."""
+"""`eptc export`: compile tasks of a checkpoint."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import importlib
 import json
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import eptc
-from eptc.cli_common import (
+from eptc.cli.common import (
     FOLDER,
     command,
     json_option,
@@ -25,24 +21,21 @@ from eptc.cli_common import (
     source_options,
     tensorrt_options,
 )
-from eptc.cli_providers import provider_options
-from eptc.cli_recipe import recipe_options
-from eptc.errors import BundleError, OptionError
+from eptc.cli.recipe import recipe_options
+from eptc.errors import OptionError
 from eptc.parity_lines import folder_lines, parity_lines
 from eptc.precision import SCHEMES
+from eptc.units import readable_size
 
 if TYPE_CHECKING:
     from eptc.build import Folder
     from eptc.planning import Plan
-    from eptc.runtime import Engine, Provider
 
-__all__ = ["main"]
-
-# Verbs in modules of their own.
-_LATE = {"build": "eptc.cli_build", "pack": "eptc.cli_pack", "recipe": "eptc.cli_recipe"}
+__all__ = ["export"]
 
 # What says how a checkpoint is read (`source_options`), and what is scored.
 _SOURCE = ("base", "tasks", "top_k", "task_spec", "allow_pickle", "format", "data")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def _share(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -65,9 +58,6 @@ def _share(_: click.Context, parameter: click.Parameter, value: str | None) -> f
     return share
 
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Read a size such as `1.5GB` or `800MiB`."""
     if value is None:
@@ -80,46 +70,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def _sizes(_: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    try:
-        return [int(size) for size in value.split(",")]
-    except ValueError:
-        raise OptionError(
-            f"--{parameter.name} is {value!r}", expected="integers separated by commas"
-        ) from None
-
-
-class _Group(click.Group):
-    """Runs option callbacks under the same error handling as the commands; loads groups late."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *_LATE])
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in _LATE:
-            module = importlib.import_module(_LATE[cmd_name])
-            found: click.Command = getattr(module, cmd_name)
-            return found
-        return super().get_command(ctx, cmd_name)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        return command(super().invoke)(ctx)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(eptc.__version__, prog_name="eptc")
-def main() -> None:
-    """Compile trained EPT checkpoints into small, fast, verified engines.
-
-    Exit codes: 0 done; 1 the engine failed the parity gate; 2 bad usage or bad input; 70 a bug in
-    eptc; 130 interrupted.
-    """
-    # A polite kill ends like Ctrl-C: drafts are removed.
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-@main.command()
+@click.command()
 @click.argument("ckpt", type=FOLDER, required=False)
 @click.option(
     "--task",
@@ -356,7 +307,7 @@ def export(
             f"{high:.2f}); {scores['flips']} labels changed, {scores['flips_beyond_noise']} where "
             "float32 is sure" + _claim(scores)
         )
-    click.echo(f"{bundle.path}: {_bytes(size)}, {sum(bundle.seconds.values()):.1f} s")
+    click.echo(f"{bundle.path}: {readable_size(size)}, {sum(bundle.seconds.values()):.1f} s")
 
 
 def _writes_folder(target: str, layout: str) -> bool:
@@ -386,7 +337,7 @@ def _print_folder(folder: Folder, as_json: bool) -> None:
             for line in lines(found):
                 click.echo(f"{name}: {line}" if folder.target == "triton" else line)
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
-    click.echo(f"{folder.path}: {_bytes(size)}, {sum(folder.seconds.values()):.1f} s")
+    click.echo(f"{folder.path}: {readable_size(size)}, {sum(folder.seconds.values()):.1f} s")
 
 
 def _claim(scores: Mapping[str, Any]) -> str:
@@ -414,285 +365,18 @@ def _export_all(
                "for each precision")  # fmt: skip
 
 
-@main.command()
-@click.argument("path", type=FOLDER, metavar="CKPT|BUNDLE|PACK")
-@source_options
-@json_option
-@command
-def inspect(path: Path, as_json: bool, **options: Any) -> None:
-    """Show what a checkpoint, a bundle or a pack holds: tasks, experts, margins, sizes."""
-    report = eptc.inspect(path, **options)
-    if as_json:
-        click.echo(json.dumps(report))
-        return
-    from eptc.tables import print_inspection
-
-    print_inspection(report)
-
-
-@main.command()
-@click.argument("ckpt", type=FOLDER)
-@click.option("-o", "--out", type=FOLDER, required=True, help="Folder to write.")
-@source_options
-@click.option("--force", is_flag=True, help="Replace what lies at --out.")
-@json_option
-@command
-def convert(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write a folder of the released code as a native checkpoint, complete from then on."""
-    path = eptc.convert(ckpt, out=out, **options)
-    click.echo(json.dumps({"checkpoint": str(path)}) if as_json else f"{path}")
-
-
-@main.command()
-@click.argument("bundle", type=FOLDER)
-@click.option("--reference", type=FOLDER, required=True, help="The checkpoint it was made from.")
-@click.option("--task", help="Of a pack: the task that is compared.")
-@source_options
-@click.option("--data", type=FOLDER, help="JSON lines file with labelled examples to score on.")
-@provider_options
-@click.option(
-    "--report",
-    "page",
-    type=FOLDER,
-    help="HTML file to write what is found to, failures as well; makes every check.",
-)
-@json_option
-@command
-def parity(
-    bundle: Path, reference: Path, page: Path | None, as_json: bool, **options: Any
-) -> None:
-    """Compare BUNDLE, or a task of a pack, with the unfolded PyTorch model again.
-
-    Exit code 1 where they differ.
-
-    The manifest supplies --tasks and --top-k.
-    """
-    options["reference"] = reference
-    with progress_shown(as_json) as progress:
-        if page is None:
-            report = eptc.parity(bundle, progress=progress, **options)
-        else:
-            report = eptc.report(bundle, out=page, progress=progress, **options).checked()
-    if as_json:
-        click.echo(json.dumps(report.to_json()))
-        return
-    for line in parity_lines(report.summary()):
-        click.echo(line)
-    for name, value in (report.scores or {}).items():
-        click.echo(f"{name}: {value}")
-
-
-@main.command()
-@click.argument("bundle", type=FOLDER)
-@json_option
-@command
-def verify(bundle: Path, as_json: bool) -> None:
-    """Check hashes, schema and graphs of BUNDLE or a pack; needs no reference, no compiler."""
-    report = eptc.verify(bundle)
-    if as_json:
-        click.echo(json.dumps(report.to_json()))
-        sys.exit(0 if report.ok else BundleError.exit_code)
-    report.raise_for_problems()
-    for warning in report.warnings:
-        click.echo(f"eptc: warning: {warning}", err=True)
-    click.echo(f"{bundle}: sound, {len(report.files)} files, {len(report.graphs)} graphs")
-
-
-@main.command()
-@click.argument("bundle", type=FOLDER)
-@click.argument("texts", nargs=-1, metavar="TEXT...")
-@click.option("--pair", "pairs", nargs=2, multiple=True, help="A pair of texts; may be repeated.")
-@click.option("--data", type=FOLDER, help="JSON lines file with the task's fields.")
-@click.option(
-    "--task",
-    help="Where BUNDLE serves several: the task of all texts. Without it each line of --data has "
-    "its own, in `task`; of a pack it is needed.",
-)
-@click.option("--folded", is_flag=True, help="Of a pack: in sessions for this task alone.")
-@click.option("--truncate", is_flag=True, help="Cut texts that are too long instead of refusing.")
-@click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
-@click.option("--sample", "do_sample", is_flag=True, help="Draw tokens at random.")
-@click.option("--temperature", type=float, help="With --sample: above 1 wilder, below 1 tamer.")
-@click.option("--top-k", type=int, help="With --sample: draw from so many likeliest tokens.")
-@click.option("--top-p", type=float, help="With --sample: draw from this share of probability.")
-@click.option("--seed", type=int, help="With --sample: the same seed draws the same text.")
-@click.option("--stop", multiple=True, help="String or special token that ends an answer.")
-@click.option("--chat", is_flag=True, help="Put each text into the model's chat template.")
-@click.option("--stream", is_flag=True, help="Print text while it is written.")
-@provider_options
-@json_option
-@command
-def run(
-    bundle: Path,
-    texts: tuple[str, ...],
-    pairs: tuple[tuple[str, str], ...],
-    data: Path | None,
-    task: str | None,
-    folded: bool,
-    truncate: bool,
-    stream: bool,
-    providers: list[Provider] | None,
-    allow_fallback: bool,
-    as_json: bool,
-    **given: Any,
-) -> None:
-    """Answer texts with the engine of BUNDLE, or of a pack's task; needs no torch.
-
-    A task with labels answers with a label and its probability, any other with text. An option
-    about writing makes a task with labels write too.
-    """
-    from eptc.runtime.pack import open_engine
-
-    examples = [*texts, *pairs, *(_lines(data) if data is not None else ())]
-    if not examples:
-        raise OptionError("there is no text", expected="TEXT arguments, --pair or --data")
-    if stream and as_json:
-        raise OptionError("--stream and --json are both given", fix="leave one of them out")
-    # What was given; 0 is a value too.
-    writing = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
-    with open_engine(
-        bundle, task=task, folded=folded, providers=providers, allow_fallback=allow_fallback
-    ) as engine:
-        examples, tasks = _with_tasks(engine, examples)
-        if stream:
-            for i, example in enumerate(examples):
-                own = None if tasks is None else tasks[i]
-                for piece in engine.stream(example, task=own, truncate=truncate, **writing):
-                    click.echo(piece, nl=False)
-                click.echo()
-            return
-        labelled = engine.manifest.kind == "encoder-classifier" or _all_labelled(engine, tasks)
-        if labelled and not writing:
-            answers: Sequence[Any] = engine.classify(examples, tasks=tasks, truncate=truncate)
-        else:
-            answers = engine.generate(examples, tasks=tasks, truncate=truncate, **writing)
-    if as_json:
-        both = zip(examples, answers, strict=True)
-        listed = [{"input": example, **dataclasses.asdict(answer)} for example, answer in both]
-        click.echo(json.dumps({"answers": listed}))
-        return
-    for answer in answers:
-        click.echo(_answer(answer))
-
-
-def _with_tasks(engine: Engine, examples: list[Any]) -> tuple[list[Any], list[str] | None]:
-    """Return the texts, and the task of each; None where there is one."""
-    if not engine.manifest.tasks:
-        return examples, None
-    found, tasks = [], []
-    for example in examples:
-        if not isinstance(example, dict) or not isinstance(example.get("task"), str):
-            raise OptionError(
-                f"the engine serves {len(engine.tasks)} tasks, and {str(example)[:60]!r} names "
-                "none",
-                expected=", ".join(task.name for task in engine.tasks),
-                fix="give --task, or a line of --data with `task`",
-            )
-        tasks.append(example["task"])
-        found.append({key: value for key, value in example.items() if key != "task"})
-    return found, tasks
-
-
-def _all_labelled(engine: Engine, tasks: list[str] | None) -> bool:
-    """Whether every task that is asked for has labels to choose from."""
-    if not engine.manifest.tasks:
-        return all(task.labels for task in engine.tasks) and bool(engine.tasks)
-    views = [engine.for_task(name) for name in dict.fromkeys(tasks or ())]
-    return all(view.task is not None and view.task.labels for view in views)
-
-
-@main.command()
-@click.argument("bundle", type=FOLDER)
-@click.option("--task", help="Where BUNDLE serves several: the task that is measured.")
-@click.option("--folded", is_flag=True, help="Of a pack: in sessions for this task alone.")
-@click.option("--batch", default="1,8", show_default=True, callback=_sizes, help="Rows a call.")
-@click.option(
-    "--length", default="32,128", show_default=True, callback=_sizes, help="Tokens a row."
-)
-@click.option("--max-new-tokens", type=int, help="Tokens to write at most.")
-@click.option("--repeat", default=20, show_default=True, help="Calls of each shape.")
-@click.option("--threads", type=int, help="CPU threads one operator may use.")
-@provider_options
-@json_option
-@command
-def bench(
-    bundle: Path,
-    batch: list[int],
-    length: list[int],
-    max_new_tokens: int | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Measure BUNDLE's engine on this machine: latency by batch and length.
-
-    The inputs are token ids drawn at random. Needs no torch and no transformers.
-    """
-    report = eptc.bench(
-        bundle, batches=batch, lengths=length, new_tokens=max_new_tokens, **options
-    )
-    if as_json:
-        click.echo(json.dumps(report))
-        return
-    from eptc.tables import print_bench
-
-    print_bench(report)
-
-
-@main.command()
-@json_option
-@command
-def doctor(as_json: bool) -> None:
-    """Show versions, the execution providers that really start, and what each target needs."""
-    report = eptc.doctor()
-    if as_json:
-        click.echo(json.dumps(report))
-        return
-    for section, entries in report.items():
-        if not entries:
-            continue
-        click.echo(f"{section}:")
-        for name, value in entries.items():
-            click.echo(f"  {name}: {value}")
-
-
-def _answer(answer: Any) -> str:
-    """One line: the text, the value, or the label and how likely it is."""
-    if hasattr(answer, "text"):
-        return str(answer.text)
-    if answer.value is not None:
-        return f"{answer.value:.4f}"
-    label = answer.label if answer.label is not None else answer.index
-    return f"{label}\t{answer.probabilities[answer.index]:.3f}"
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        examples = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path} cannot be read as JSON lines: {error}") from error
-    for example in examples:
-        if not isinstance(example, dict):
-            raise OptionError(f"{path} has the line {example!r}", expected="JSON objects")
-        yield {key: value for key, value in example.items() if key != "label"}
-
-
 def _predicted(plan: Plan) -> str:
     """Say in words what a build would take."""
     lines = [
-        f"engine: {_bytes(plan.weight_bytes)} of weights ({plan.stored})",
-        f"compiler: at most {_bytes(plan.compiler_peak)} in memory",
+        f"engine: {readable_size(plan.weight_bytes)} of weights ({plan.stored})",
+        f"compiler: at most {readable_size(plan.compiler_peak)} in memory",
         f"verification: {plan.verification}"
-        + (f", at most {_bytes(plan.verifier_peak)} in memory" if plan.verifier_peak else "")
+        + (
+            f", at most {readable_size(plan.verifier_peak)} in memory"
+            if plan.verifier_peak
+            else ""
+        )
         + (", in a process of its own" if plan.own_process else ""),
         f"time: about {plan.seconds:.0f} s on two cores",
     ]
     return "\n".join(lines)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from eptc.cli_common import FOLDER, command, json_option
+from eptc.cli.common import FOLDER, command, json_option
 from eptc.errors import OutputError
 
 __all__ = ["recipe", "recipe_options"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from eptc.cli_common import FOLDER, command, json_option, progress_shown, source_options
+from eptc.cli.common import FOLDER, command, json_option, progress_shown, source_options
 
 __all__ = ["pack"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eptc.cli_common import FOLDER, INTERRUPTED, command, json_option, progress_shown
+from eptc.cli.common import FOLDER, INTERRUPTED, command, json_option, progress_shown
 
 if TYPE_CHECKING:
     from eptc.builds import BuildPlan, Outcome, Report
