@@ -434,6 +434,11 @@ def test_the_proof(task: str, small_native: Any, tmp_path: Path) -> None:
             fewer, left_out = prove_engine(engine, verifier, subject, narrow, lambda _: None)
             assert fewer.passed
             assert left_out > 0
+            # Seeded tokens alone, or rows of one task, prove nothing.
+            for rows in (3, 32, *([1] if task == "all" else [])):
+                few = {**wide, "batch": Range(rows, rows, rows)}
+                with pytest.raises(OptionError, match="no batch fits that would prove it"):
+                    prove_engine(engine, verifier, subject, few, lambda _: None)
         damaged = tmp_path / "damaged"
         shutil.copytree(built.path, damaged)
         weights = bytearray((damaged / "weights.bin").read_bytes())
