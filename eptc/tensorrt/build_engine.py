@@ -172,6 +172,21 @@ def record(folder: Path, graphs: dict[str, Any]) -> dict[str, Any]:
     return {"schema_version": 1, "tensorrt": version, **machine(), "engines": engines}
 
 
+def with_earlier(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the engines that were recorded before, by the same and for the same.
+
+    Args:
+        folder: where a record may lie.
+        found: the new one, which may be of some of the graphs.
+    """
+    try:
+        earlier = json.loads((folder / RECORD).read_text("utf-8"))
+        same = all(earlier[key] == value for key, value in found.items() if key != "engines")
+        return {**found, "engines": {**earlier["engines"], **found["engines"]}} if same else found
+    except (OSError, ValueError, LookupError, TypeError):
+        return found  # there is none, or nothing that can be read
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -191,13 +206,13 @@ def main() -> int:
     graphs = json.loads((folder / PROFILES).read_text("utf-8"))["graphs"]
     if given.graph is not None and given.graph not in graphs:
         options.error(f"there is no graph {given.graph!r}, but {', '.join(graphs)}")
+    chosen = [given.graph] if given.graph else list(graphs)
     try:
         package()  # before minutes of work
         machine()
-        for role, graph in graphs.items():
-            if not given.record and given.graph in (None, role):
-                build(folder, role, graph, given.workspace and given.workspace * 2**20)
-        found = record(folder, graphs)
+        for role in chosen if not given.record else ():
+            build(folder, role, graphs[role], given.workspace and given.workspace * 2**20)
+        found = with_earlier(folder, record(folder, {role: graphs[role] for role in chosen}))
     except BuildError as error:
         sys.stderr.write(f"build_engine.py: error: {error}\n")
         return 2
