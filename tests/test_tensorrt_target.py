@@ -199,6 +199,19 @@ def test_explicit_quantization(
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
 
 
+def test_prompts_take_positions(small_mept: Any, tmp_path: Path) -> None:
+    """Of 64 positions three are those of the prompts."""
+    prompted = small_mept("llama")
+    options: dict[str, Any] = {"base": prompted.base, "target": "tensorrt", "verify": False}
+    with pytest.raises(OptionError, match="the model takes 61 at most"):
+        eptc.export(prompted.ckpt, out=tmp_path / "o", profile=["sequence=1:8:62"], **options)
+    built = eptc.export(
+        prompted.ckpt, out=tmp_path / "out", profile=["sequence=1:8:61"], **options
+    )
+    check_graphs(built)
+    check_shapes(built)
+
+
 def test_several_tasks(small_native: Any, tmp_path: Path) -> None:
     """Rows name their task; a place that is none is refused by who runs the engine."""
     built = eptc.export(
@@ -354,6 +367,13 @@ def test_the_commands_run(classifier: eptc.Bundle, tmp_path: Path) -> None:
     subprocess.run(["sh", classifier.path / TRTEXEC], check=True, cwd=tmp_path, env=environment)
     place, *words = (tmp_path / "seen").read_text().splitlines()
     assert Path(place) == classifier.path.resolve()
+    # Some shells look into CDPATH first.
+    (tmp_path / "elsewhere" / classifier.path.name).mkdir(parents=True)
+    subprocess.run(
+        ["sh", f"{classifier.path.name}/{TRTEXEC}"], check=True, cwd=classifier.path.parent,
+        env={**environment, "CDPATH": str(tmp_path / "elsewhere")},
+    )  # fmt: skip
+    assert Path((tmp_path / "seen").read_text().splitlines()[0]) == classifier.path.resolve()
     assert ["trtexec", *words] == commands(classifier)[0]
 
 
@@ -414,6 +434,11 @@ def test_the_proof(task: str, small_native: Any, tmp_path: Path) -> None:
             fewer, left_out = prove_engine(engine, verifier, subject, narrow, lambda _: None)
             assert fewer.passed
             assert left_out > 0
+            # Seeded tokens alone, or rows of one task, prove nothing.
+            for rows in (3, 32, *([1] if task == "all" else [])):
+                few = {**wide, "batch": Range(rows, rows, rows)}
+                with pytest.raises(OptionError, match="no batch fits that would prove it"):
+                    prove_engine(engine, verifier, subject, few, lambda _: None)
         damaged = tmp_path / "damaged"
         shutil.copytree(built.path, damaged)
         weights = bytearray((damaged / "weights.bin").read_bytes())

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,9 @@ def prove_engine(
     Returns:
         The report, which has passed or not, and how many probes were left out since the engine
         was not built for their sizes.
+
+    Raises:
+        OptionError: it was built for the sizes of too few probes to be proven.
     """
     reference, tokenizer = verifier.reference, verifier.tokenizer
     manifest, examples = engine.manifest, subject.examples
@@ -117,7 +120,7 @@ def prove_engine(
             name = reference.tasks[task_id].name
             own = examples.get(name) if isinstance(examples, Mapping) else examples
             probes, _ = make_probes(view, reference, task_id, tokenizer, own)
-            kept = [probe for probe in probes if fits(probe, manifest, found)]
+            kept = _fitting(probes, manifest, found)
             left_out += len(probes) - len(kept)
             parts[name] = run_probes(view, reference, name, kept, empty, progress)
             if not parts[name].agrees or len(views) == 1:
@@ -132,10 +135,31 @@ def prove_engine(
             probes += [mixed_text(engine, name, rows) for name, rows in mixed_rows(given).items()]
         seeded, _ = make_probes(views[0], reference, task_ids[0], None, None)
         probes += mixed_seeds(seeded, len(views))
-        kept = [probe for probe in probes if fits(probe, manifest, found)]
+        kept = _fitting(probes, manifest, found)
         left_out += len(probes) - len(kept)
         mixed = run_probes(engine, reference, list(parts), kept, empty, progress)
     return empty.of_tasks(parts, mixed), left_out
+
+
+def _fitting(probes: Sequence[Probe], manifest: Manifest, found: Ranges) -> list[Probe]:
+    """Return the probes that an engine was built for.
+
+    Raises:
+        OptionError: none, or no text where there is some: seeded tokens say nothing about it. Of
+            rows of several tasks seeded tokens are enough, each task having been proven by itself.
+    """
+    kept = [probe for probe in probes if fits(probe, manifest, found)]
+    texts = [probe for probe in probes if not probe.synthetic and probe.task_ids is None]
+    needed = texts or probes
+    if not any(fits(probe, manifest, found) for probe in needed):
+        shapes = sorted({probe.shape for probe in needed})
+        raise OptionError(
+            f"the engine was built for batch={found['batch']} and sequence={found['sequence']}, "
+            "which no batch fits that would prove it",
+            expected="batches such as " + ", ".join(f"{b} x {n}" for b, n in shapes[:3]),
+            fix="give a wider --profile, or --probe with texts of the engine's sizes",
+        )
+    return kept
 
 
 def fits(probe: Probe, manifest: Manifest, found: Ranges) -> bool:

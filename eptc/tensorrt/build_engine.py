@@ -28,6 +28,9 @@ TIMING_CACHE = "timing.cache"
 # Of cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
 _CAPABILITY = (75, 76)
 _TEXT = 256
+# Versions of TensorRT: the first with which this works, and the first whose networks are always
+# strongly typed.
+_OLDEST, _ALWAYS_TYPED = 10, 11
 
 
 class BuildError(Exception):
@@ -87,6 +90,25 @@ def _cuda(code: int, what: str) -> None:
         raise BuildError(f"no GPU can be used: {what}: CUDA error {code}")
 
 
+def package() -> Any:
+    """Return the package `tensorrt`.
+
+    Raises:
+        BuildError: it does not load, or is older than 10.
+    """
+    try:
+        import tensorrt as trt
+    except (ImportError, OSError) as error:
+        raise BuildError(f"the package tensorrt does not load: {error}") from error
+    if _major(trt) < _OLDEST:
+        raise BuildError(f"TensorRT {trt.__version__} is here, and {_OLDEST} or newer is needed")
+    return trt
+
+
+def _major(trt: Any) -> int:
+    return int(trt.__version__.split(".")[0])
+
+
 def build(folder: Path, role: str, graph: dict[str, Any], workspace: int | None) -> None:
     """Build the engine of one graph.
 
@@ -99,13 +121,11 @@ def build(folder: Path, role: str, graph: dict[str, Any], workspace: int | None)
     Raises:
         BuildError: TensorRT does not take the graph, or finds no kernels.
     """
-    import tensorrt as trt
-
+    trt = package()
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
-    # TensorRT 11 knows no other networks than strongly typed ones.
-    typed = int(trt.__version__.split(".")[0]) < 11
-    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if typed else 0
+    typed = _major(trt) >= _ALWAYS_TYPED
+    flags = 0 if typed else 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(folder / graph["file"])):
@@ -120,9 +140,9 @@ def build(folder: Path, role: str, graph: dict[str, Any], workspace: int | None)
     if config.add_optimization_profile(profile) < 0:
         raise BuildError(f"{graph['file']} does not take the shapes of {PROFILES}")
     cached = folder / TIMING_CACHE
-    kept = cached.read_bytes() if cached.is_file() else b""
-    # Timings of another GPU or version are not taken; then it starts anew.
-    if not config.set_timing_cache(config.create_timing_cache(kept), False):
+    timings = config.create_timing_cache(cached.read_bytes() if cached.is_file() else b"")
+    # Those of another GPU or version are not taken, nor is a damaged file; then it starts anew.
+    if timings is None or not config.set_timing_cache(timings, False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
@@ -132,9 +152,11 @@ def build(folder: Path, role: str, graph: dict[str, Any], workspace: int | None)
 
 
 def record(folder: Path, graphs: dict[str, Any]) -> dict[str, Any]:
-    """Return what is to be known of the engines in a folder, as JSON values."""
-    import tensorrt as trt
+    """Return what is to be known of the engines in a folder, as JSON values.
 
+    Raises:
+        BuildError: there are none, or nothing that runs them.
+    """
     engines = {
         role: {
             "file": f"{role}.engine",
@@ -144,7 +166,25 @@ def record(folder: Path, graphs: dict[str, Any]) -> dict[str, Any]:
         for role, graph in graphs.items()
         if (folder / f"{role}.engine").is_file()
     }
-    return {"schema_version": 1, "tensorrt": trt.__version__, **machine(), "engines": engines}
+    if not engines:
+        raise BuildError(f"there are no engines in {folder}: build them first")
+    version = package().__version__
+    return {"schema_version": 1, "tensorrt": version, **machine(), "engines": engines}
+
+
+def with_earlier(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the engines that were recorded before, by the same and for the same.
+
+    Args:
+        folder: where a record may lie.
+        found: the new one, which may be of some of the graphs.
+    """
+    try:
+        earlier = json.loads((folder / RECORD).read_text("utf-8"))
+        same = all(earlier[key] == value for key, value in found.items() if key != "engines")
+        return {**found, "engines": {**earlier["engines"], **found["engines"]}} if same else found
+    except (OSError, ValueError, LookupError, TypeError):
+        return found  # there is none, or nothing that can be read
 
 
 def _sha256(path: Path) -> str:
@@ -166,13 +206,14 @@ def main() -> int:
     graphs = json.loads((folder / PROFILES).read_text("utf-8"))["graphs"]
     if given.graph is not None and given.graph not in graphs:
         options.error(f"there is no graph {given.graph!r}, but {', '.join(graphs)}")
+    chosen = [given.graph] if given.graph else list(graphs)
     try:
-        machine()  # before minutes of work
-        for role, graph in graphs.items():
-            if not given.record and given.graph in (None, role):
-                build(folder, role, graph, given.workspace and given.workspace * 2**20)
-        found = record(folder, graphs)
-    except (BuildError, ImportError) as error:
+        package()  # before minutes of work
+        machine()
+        for role in chosen if not given.record else ():
+            build(folder, role, graphs[role], given.workspace and given.workspace * 2**20)
+        found = with_earlier(folder, record(folder, {role: graphs[role] for role in chosen}))
+    except BuildError as error:
         sys.stderr.write(f"build_engine.py: error: {error}\n")
         return 2
     text = json.dumps(found, indent=2) + "\n"

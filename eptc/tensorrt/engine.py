@@ -7,7 +7,6 @@ steps. Written against TensorRT's documentation; never run on a GPU yet.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from eptc.runtime.loading import open_tokenizer
 from eptc.runtime.manifest import load_manifest
 from eptc.runtime.prepacked import sha256
 from eptc.runtime.spec import TASK_IDS, GraphSpec, TensorSpec
-from eptc.tensorrt.build_engine import BuildError, machine
+from eptc.tensorrt.build_engine import BuildError, machine, package
 from eptc.tensorrt.cuda import Device, Memory
 from eptc.tensorrt.record import Here, read_record
 
@@ -43,17 +42,15 @@ def here(device: int = 0) -> Here:
     """Return what there is to run engines.
 
     Raises:
-        MissingExtraError: the package tensorrt is not installed.
+        MissingExtraError: the package tensorrt is not installed, or too old.
         InputError: there is no NVIDIA driver or no GPU.
     """
-    if importlib.util.find_spec("tensorrt") is None:
+    try:
+        trt = package()
+    except BuildError as error:
         raise MissingExtraError(
-            "the package 'tensorrt' is not installed",
-            expected="the version that built the engines",
-            fix="pip install tensorrt",
-        )
-    import tensorrt as trt
-
+            str(error), expected="the version that built the engines", fix="pip install tensorrt"
+        ) from error
     try:
         found = machine(device)
     except BuildError as error:

@@ -197,7 +197,7 @@ def _text_range(lengths: Sequence[int], limit: int | None) -> Range:
     if not lengths:
         high = min(limit or _LONGEST, _LONGEST)
         return Range(1, min(_USUAL, high), high)
-    ordered = sorted(lengths)
+    ordered = sorted(max(1, length) for length in lengths)  # a text may have no tokens
     high = -(-ordered[-1] // _STEP) * _STEP
     if limit is not None:
         high = min(high, limit)

@@ -27,7 +27,7 @@ _HEAD = """\
 # Precision is in the graphs: give no --fp16, --int8 or the like.
 # Afterwards `python3 build_engine.py --record` writes down what they were built by and for.
 set -eu
-cd -- "$(dirname -- "$0")"
+CDPATH= cd -- "$(dirname -- "$0")"
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from eptc.runtime.loading import open_tokenizer
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.row_tasks import RowTasks
 from eptc.target_base import Target
-from eptc.tensorrt.build_engine import BuildError, machine
+from eptc.tensorrt.build_engine import BuildError, machine, package
 from eptc.tensorrt.operators import Version, check_graphs, parse_version
 from eptc.tensorrt.profiles import (
     Ranges,
@@ -89,6 +88,8 @@ class TensorRT(Target):
         positions = None
         if architecture.kind != "encoder-decoder":
             positions = max_positions(job.config.to_dict())
+            if positions is not None and (prompts := job.source.contents.prompts) is not None:
+                positions -= prompts.length  # which stand before the text
         check_given(self.given, names, positions, architecture.kind)
         check_graphs(graphs, self.version)
 
@@ -146,9 +147,8 @@ def _lengths(directory: Path, manifest: Manifest, probe: Path) -> list[int]:
 
 def missing() -> str | None:
     """Return what is missing here to build engines; None where nothing is."""
-    if importlib.util.find_spec("tensorrt") is None:
-        return "the package tensorrt is not installed"
     try:
+        package()
         machine()
     except BuildError as error:
         return str(error)

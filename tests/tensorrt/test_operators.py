@@ -120,6 +120,10 @@ REFUSED = {
         graph("y = ReduceMean(x, axes)", "float[n] x, int64[1] axes", "float[1] y"),
         "input 1 is not known when the engine is built",
     ),
+    "computed axis": (
+        graph("y = CumSum(x, axis)", "float[n] x, int64 axis"),
+        "is CumSum: input 1 is not known when the engine is built",
+    ),
     "loop": (
         ir.from_onnx_text(
             '<ir_version: 10, opset_import: ["" : 20]> g (bool c, float[n] x) => (float[n] y) '

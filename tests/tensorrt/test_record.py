@@ -99,4 +99,4 @@ def test_nothing_to_run_them() -> None:
         return
     with pytest.raises(InputError) as caught:
         here()
-    assert caught.value.found.replace("'", "") == lacking.replace("'", "")
+    assert caught.value.found == lacking
