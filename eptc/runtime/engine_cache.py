@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from eptc.errors import OptionError
+from eptc.errors import BundleError, OptionError
 from eptc.runtime.gpu import find_driver, tensorrt_version
 from eptc.runtime.manifest import bundle_file
 from eptc.runtime.prepacked import check_bundle, sources
@@ -28,7 +29,16 @@ if TYPE_CHECKING:
     from eptc.runtime.manifest import Manifest
     from eptc.runtime.providers import Request
 
-__all__ = ["Builder", "Kept", "keep", "open_with_engines", "this_builder", "uncached"]
+__all__ = [
+    "Builder",
+    "Kept",
+    "NewContext",
+    "keep",
+    "open_with_engines",
+    "publish",
+    "this_builder",
+    "uncached",
+]
 
 _FORMAT: Final = 1
 _RECORD: Final = "record.json"
@@ -66,16 +76,24 @@ class Kept:
     Args:
         graph: the file to open: the bundle's, or the EP-context model.
         options: the TensorRT provider's.
-        record: what an engine that is made now is recorded as; None where none is.
-        place: the file of the record; None likewise.
-        model: the EP-context model that is to be written; None likewise.
+        engine: the file or folder of the engine that is used; None where it is built first.
+        record: what an engine that is built now is kept under; None where none is.
+        context: what is to be kept of it as an EP-context model; None likewise.
     """
 
     graph: Path
     options: Mapping[str, Any]
+    engine: Path | None = None
     record: Mapping[str, Any] | None = None
-    place: Path | None = None
-    model: Path | None = None
+    context: NewContext | None = None
+
+
+class NewContext(NamedTuple):
+    """An EP-context model that ONNX Runtime writes, and where it goes once it is whole."""
+
+    unfinished: Path
+    model: Path
+    place: Path
 
 
 def this_builder(device: int) -> Builder:
@@ -177,17 +195,25 @@ def open_with_engines(
             if kept.record is not None:
                 check_bundle(folder, manifest, name)
     own = [(n, dict(kept.options) if n == TENSORRT else options) for n, options in requests]
-    session = open_session(
-        kept.graph, own, threads, fuse=manifest.fusible, allow_fallback=allow_fallback
-    )
-    if kept.record is not None and kept.place is not None:
-        if kept.model is not None and not kept.model.is_file():
-            raise OptionError(
-                f"TensorRT wrote no EP-context model of graph {name!r}",
-                expected="a graph that it runs as a whole: export it with --target tensorrt",
-            )
-        _write(kept.place, kept.record)
-    return session
+    try:
+        session = open_session(
+            kept.graph, own, threads, fuse=manifest.fusible, allow_fallback=allow_fallback
+        )
+    except BundleError as error:
+        if kept.engine is None:
+            raise
+        raise BundleError(
+            error.found,
+            fix=f"remove {kept.engine}: a process that was killed may have left half an engine, "
+            "and it is built again",
+        ) from error
+    else:
+        if kept.context is not None and kept.record is not None:
+            publish(name, kept.context, kept.record)
+        return session
+    finally:
+        if kept.context is not None:
+            kept.context.unfinished.unlink(missing_ok=True)
 
 
 def uncached(requests: Sequence[Request]) -> list[Request]:
@@ -211,10 +237,34 @@ def uncached(requests: Sequence[Request]) -> list[Request]:
     return found
 
 
+def publish(name: str, new: NewContext, record: Mapping[str, Any]) -> None:
+    """Put an EP-context model that is whole to where others look for one.
+
+    Args:
+        name: the graph, for messages.
+        new: where it is, and goes to.
+        record: what its engine was built from and for.
+
+    Raises:
+        OptionError: there is none, or the folder cannot be written.
+    """
+    if not new.unfinished.is_file():
+        raise OptionError(
+            f"TensorRT wrote no EP-context model of graph {name!r}",
+            expected="a graph that it runs as a whole: export it with --target tensorrt",
+        )
+    _write(new.place, record)  # first: a model that is there is always known
+    try:
+        new.unfinished.replace(new.model)
+    except OSError as error:
+        raise OptionError(f"{new.model} cannot be written: {error}") from error
+
+
 def _cached(cache: Path, graph: Path, options: dict[str, Any], record: Mapping[str, Any]) -> Kept:
     entry = cache / _key(record)
     place = entry / _RECORD
-    _check(place, record, there=entry.is_dir() and any(entry.iterdir()))
+    built = any(entry.glob("*.engine"))
+    _check(place, record, there=built)
     timing = cache / f"{_TIMING}-{_key(record['builder'])}"
     try:
         for folder in (entry, timing):
@@ -227,7 +277,7 @@ def _cached(cache: Path, graph: Path, options: dict[str, Any], record: Mapping[s
         "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(entry),
         "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(timing),
     }  # fmt: skip
-    return Kept(graph, options | where, record, place)
+    return Kept(graph, options | where, entry if built else None, record)
 
 
 def _with_context(
@@ -236,10 +286,8 @@ def _with_context(
     """Return the EP-context model to open, or the graph and where to write one."""
     model = context / f"{graph.stem}_ctx.onnx"
     place = model.with_suffix(".json")
-    if _check(place, record, there=model.exists()):
-        if not model.is_file():
-            raise OptionError(f"{place} is there, and {model} is not", fix=f"remove {place}")
-        return Kept(model, options)
+    if _check(place, record, there=model.exists()) and model.exists():
+        return Kept(model, options, model)
     if "trt_profile_min_shapes" not in options:
         raise OptionError(
             "an EP-context model has one engine, and there are no shapes to build it for",
@@ -250,11 +298,13 @@ def _with_context(
     except OSError as error:
         raise OptionError(f"the folder {context} cannot be written: {error}") from error
     # The engine inside the model: one file, which a record can speak for.
+    unfinished = model.with_name(f"{graph.stem}_{uuid.uuid4().hex}.onnx").absolute()
     dump = {
-        "trt_dump_ep_context_model": "1", "trt_ep_context_file_path": str(model.absolute()),
+        "trt_dump_ep_context_model": "1", "trt_ep_context_file_path": str(unfinished),
         "trt_ep_context_embed_mode": "1",
     }  # fmt: skip
-    return Kept(graph, options | dump, record, place, model)
+    new = NewContext(unfinished, model, place)
+    return Kept(graph, options | dump, None, record, new)
 
 
 def _check(place: Path, record: Mapping[str, Any], *, there: bool) -> bool:
@@ -289,7 +339,8 @@ def _check(place: Path, record: Mapping[str, Any], *, there: bool) -> bool:
 
 def _write(place: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    unfinished = place.with_name(f"{place.name}.unfinished")
+    # Of this writer alone: processes that start together write the same record.
+    unfinished = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
     try:
         unfinished.write_text(text, "utf-8")
         unfinished.replace(place)
