@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 from eptc.errors import BundleError, OptionError, TaskError
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.engine import Engine
-from eptc.runtime.engine_cache import uncached
+from eptc.runtime.engine_sessions import uncached
 from eptc.runtime.graph import Graph
 from eptc.runtime.inputs import positive
 from eptc.runtime.loading import on_best, open_graphs, open_tokenizer, written

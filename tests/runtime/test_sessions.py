@@ -32,7 +32,7 @@ def test_one_session_for_one_bundle(
     """As long as one engine holds it; another bundle, or other options, have their own."""
     first = model(classifier.path)
     with monkeypatch.context() as patch:
-        patch.setattr("eptc.runtime.engine_cache.open_session", None)  # no second one is opened
+        patch.setattr("eptc.runtime.engine_sessions.open_session", None)  # no second one is opened
         assert model(classifier.path) is first
     assert model(classifier.path, threads=2) is not first
     assert (

@@ -13,14 +13,8 @@ import pytest
 
 from eptc.errors import BundleError, OptionError
 from eptc.runtime import GraphSpec, TensorSpec, load_manifest
-from eptc.runtime.engine_cache import (
-    Builder,
-    keep,
-    open_with_engines,
-    publish,
-    this_builder,
-    uncached,
-)
+from eptc.runtime.engine_cache import Builder, keep, publish, this_builder
+from eptc.runtime.engine_sessions import open_with_engines, uncached
 from eptc.runtime.gpu import find_driver
 from eptc.runtime.tensorrt import TensorRtOptions, profile_options, read_profiles
 
@@ -262,7 +256,7 @@ def test_an_engine_that_does_not_load(
     """What is to be removed is said; of one that is built now there is nothing to remove."""
     if not isinstance(find_driver(), str):
         pytest.skip("needs a machine without a GPU, on which no engine loads")
-    monkeypatch.setattr("eptc.runtime.engine_cache.this_builder", lambda _: HERE)
+    monkeypatch.setattr("eptc.runtime.engine_sessions.this_builder", lambda _: HERE)
     cache = tmp_path / "engines"
     entry = Path(kept(bundle, cache=cache).options["trt_engine_cache_path"])
     requests = [("TensorrtExecutionProvider", {"cache": cache})]
