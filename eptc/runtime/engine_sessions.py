@@ -80,8 +80,12 @@ def open_with_engines(
             kept.context.unfinished.unlink(missing_ok=True)
 
 
-def uncached(requests: Sequence[Request]) -> list[Request]:
+def uncached(requests: Sequence[Request], precision: str) -> list[Request]:
     """Return requests for a session whose weights are not a bundle's: no engine of it is kept.
+
+    Args:
+        requests: providers in order of preference.
+        precision: of the weights.
 
     Raises:
         OptionError: engines were to be kept.
@@ -96,6 +100,6 @@ def uncached(requests: Sequence[Request]) -> list[Request]:
                     "engines of a folded task cannot be kept: its weights are in no file",
                     fix="leave 'cache', 'context' and 'profiles' out, or load a bundle",
                 )
-            own = dict(settings.own)
+            own = settings.for_any(precision)
         found.append((name, own))
     return found

@@ -175,10 +175,11 @@ class Pack:
             return found
 
         def opened(requests: Sequence[Request]) -> dict[str, Graph]:
-            graphs = {}
-            for role, spec in self.manifest.engine(name, folded=True).graphs.items():
+            graphs, manifest = {}, self.manifest.engine(name, folded=True)
+            own = uncached(requests, manifest.precision)
+            for role, spec in manifest.graphs.items():
                 session = open_session(
-                    bundle_file(self.directory, spec.file), uncached(requests), self._threads,
+                    bundle_file(self.directory, spec.file), own, self._threads,
                     weights=folded_weights(self.directory, self.manifest, tensors, [role]),
                     allow_fallback=self._allow_fallback,
                 )  # fmt: skip

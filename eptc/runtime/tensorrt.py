@@ -126,6 +126,19 @@ class TensorRtOptions:
         folders = {key: _folder(key, options.get(key)) for key in ("cache", "context")}
         return cls(own, **folders, profiles=profiles, workspace_gb=memory)
 
+    def for_any(self, precision: str) -> dict[str, Any]:
+        """Return the provider's options that do not depend on the graph.
+
+        Args:
+            precision: the bundle's.
+        """
+        found: dict[str, Any] = {}
+        if (kernels := _KERNELS.get(precision)) is not None:
+            found[kernels] = "1"
+        if self.workspace_gb is not None:
+            found["trt_max_workspace_size"] = str(int(self.workspace_gb * _GIB))
+        return found | dict(self.own)
+
     def for_graph(
         self, folder: Path, name: str, spec: GraphSpec, precision: str
     ) -> dict[str, Any]:
@@ -141,18 +154,14 @@ class TensorRtOptions:
             OptionError: profiles that do not fit the graph.
         """
         found: dict[str, Any] = {}
-        if (kernels := _KERNELS.get(precision)) is not None:
-            found[kernels] = "1"
-        if self.workspace_gb is not None:
-            found["trt_max_workspace_size"] = str(int(self.workspace_gb * _GIB))
         given = read_profiles(folder) if self.profiles is None else self.profiles
         if given is not None:
             if name not in given:
                 raise OptionError(
                     f"there is no profile of graph {name!r}", expected=", ".join(given) or "some"
                 )
-            found |= profile_options(given[name], spec)
-        return found | dict(self.own)
+            found = profile_options(given[name], spec)
+        return found | self.for_any(precision)
 
 
 def read_profiles(folder: Path) -> dict[str, Shapes] | None:

@@ -320,12 +320,21 @@ def test_a_folder_that_cannot_be_written(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_folded_engines_are_not_kept() -> None:
-    tensorrt = "TensorrtExecutionProvider"
-    assert uncached([(tensorrt, {"trt_fp16_enable": "1"}), ("CPUExecutionProvider", {})]) == [
-        (tensorrt, {"trt_fp16_enable": "1"}), ("CPUExecutionProvider", {}),
-    ]  # fmt: skip
+    tensorrt, cpu = "TensorrtExecutionProvider", ("CPUExecutionProvider", {"use_arena": "0"})
+    options = {"trt_sparsity_enable": "1", "workspace_gb": 2}
+    assert uncached([(tensorrt, options), cpu], "fp16") == [
+        (
+            tensorrt,
+            {
+                "trt_fp16_enable": "1",
+                "trt_max_workspace_size": str(2 << 30),
+                "trt_sparsity_enable": "1",
+            },
+        ),
+        cpu,
+    ]
     with pytest.raises(OptionError, match="a folded task"):
-        uncached([(tensorrt, {"cache": "x"})])
+        uncached([(tensorrt, {"cache": "x"})], "fp32")
 
 
 def test_this_builder() -> None:
