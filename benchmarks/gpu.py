@@ -151,7 +151,8 @@ class _Contestants:
         import torch
 
         if name == COMPILED and self._compiled is None:
-            self._compiled = torch.compile(self._model)
+            # Else it would compile for any shape from the second on: slower at each of them.
+            self._compiled = torch.compile(self._model, dynamic=False)
         model = self._model if name == EAGER else self._compiled
         tensors = {key: torch.from_numpy(array) for key, array in feeds.items()}
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from eptc.runtime.spec import GraphSpec, TensorSpec
     from eptc.tasks import Task
 
-__all__ = ["DeviceArray", "check_whole", "on_device", "shared"]
+__all__ = ["DeviceArray", "check_uncaptured", "check_whole", "on_device", "shared"]
 
 # DLDeviceType of the DLPack standard.
 _CPU: Final = 1
@@ -144,6 +144,24 @@ def check_whole(graph: Graph, method: str) -> None:
         raise OptionError(
             f"{method} is called on one task of an engine of several",
             fix=f"call {method} on the engine itself, and give the rows' task_ids",
+        )
+
+
+def check_uncaptured(graph: Graph) -> None:
+    """Refuse to leave arrays in the memory of a session that captures.
+
+    A captured run writes its intermediate values where they were when it was captured. Between
+    replays ONNX Runtime's arena takes that memory for free, and may give it to an output that
+    the caller keeps.
+
+    Raises:
+        OptionError: with what to call instead.
+    """
+    if graph.captures:
+        raise OptionError(
+            "run_device is called on an engine that captures: a replay may write over its arrays",
+            fix="call fixed, whose outputs have memory of their own, or load the engine without "
+            "enable_cuda_graph",
         )
 
 

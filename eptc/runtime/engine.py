@@ -12,7 +12,13 @@ from eptc.runtime.batches import in_batches
 from eptc.runtime.chat import chat_template, rendered
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.decoding import Steps, begin, sound
-from eptc.runtime.device_arrays import DeviceArray, check_whole, on_device, shared
+from eptc.runtime.device_arrays import (
+    DeviceArray,
+    check_uncaptured,
+    check_whole,
+    on_device,
+    shared,
+)
 from eptc.runtime.feeds import check_vocabulary, checked, checked_prompt
 from eptc.runtime.fixed_shape import FixedShape, fixed_shape
 from eptc.runtime.generation import greedy, limited, planned, sampled, stream, write
@@ -396,10 +402,11 @@ class Engine:
 
         Raises:
             InputError: as for `run`; an array of another type or device.
-            OptionError: the engine is a view of one task (`for_task`).
+            OptionError: the engine is a view of one task (`for_task`), or captures.
         """
         opened = self._named_graph(graph)
         check_whole(opened, "run_device")
+        check_uncaptured(opened)
         values = shared(
             feeds, opened.name, opened.spec, opened.device, self.manifest.vocab_size,
             self.manifest.tasks,

@@ -11,24 +11,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from eptc.errors import OptionError
 from eptc.runtime.gpu import find_driver, tensorrt_version
 from eptc.runtime.manifest import bundle_file
-from eptc.runtime.prepacked import check_bundle, sources
-from eptc.runtime.providers import TENSORRT, tensorrt_major
-from eptc.runtime.session import open_session
-from eptc.runtime.tensorrt import TensorRtOptions
+from eptc.runtime.prepacked import sources
+from eptc.runtime.providers import tensorrt_major
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from eptc.runtime.manifest import Manifest
-    from eptc.runtime.providers import Request
+    from eptc.runtime.tensorrt import TensorRtOptions
 
-__all__ = ["Builder", "Kept", "keep", "open_with_engines", "this_builder", "uncached"]
+__all__ = [
+    "Builder",
+    "Kept",
+    "NewContext",
+    "keep",
+    "publish",
+    "this_builder",
+]
 
 _FORMAT: Final = 1
 _RECORD: Final = "record.json"
@@ -66,16 +72,24 @@ class Kept:
     Args:
         graph: the file to open: the bundle's, or the EP-context model.
         options: the TensorRT provider's.
-        record: what an engine that is made now is recorded as; None where none is.
-        place: the file of the record; None likewise.
-        model: the EP-context model that is to be written; None likewise.
+        engine: the file or folder of the engine that is used; None where it is built first.
+        record: what an engine that is built now is kept under; None where none is.
+        context: what is to be kept of it as an EP-context model; None likewise.
     """
 
     graph: Path
     options: Mapping[str, Any]
+    engine: Path | None = None
     record: Mapping[str, Any] | None = None
-    place: Path | None = None
-    model: Path | None = None
+    context: NewContext | None = None
+
+
+class NewContext(NamedTuple):
+    """An EP-context model that ONNX Runtime writes, and where it goes once it is whole."""
+
+    unfinished: Path
+    model: Path
+    place: Path
 
 
 def this_builder(device: int) -> Builder:
@@ -141,80 +155,34 @@ def keep(
     return Kept(graph, options)
 
 
-def open_with_engines(
-    folder: Path,
-    manifest: Manifest,
-    name: str,
-    requests: Sequence[Request],
-    threads: int,
-    *,
-    allow_fallback: bool = False,
-) -> Any:
-    """Open a graph's session, with engines that are kept where TensorRT is told to keep them.
+def publish(name: str, new: NewContext, record: Mapping[str, Any]) -> None:
+    """Put an EP-context model that is whole to where others look for one.
 
     Args:
-        folder: the bundle's folder.
-        manifest: its manifest.
-        name: the graph.
-        requests: providers in order of preference.
-        threads: threads one operator may use.
-        allow_fallback: as for `open_session`.
+        name: the graph, for messages.
+        new: where it is, and goes to.
+        record: what its engine was built from and for.
 
     Raises:
-        BundleError: the graph cannot be loaded.
-        OptionError: as `keep` and `open_session`; a folder that cannot be written.
+        OptionError: there is none, or the folder cannot be written.
     """
-    given = dict(requests).get(TENSORRT)
-    kept = Kept(bundle_file(folder, manifest.graphs[name].file), {})
-    if given is not None:
-        settings = TensorRtOptions.read(given)
-        if settings.cache is None and settings.context is None:
-            spec = manifest.graphs[name]
-            options = settings.for_graph(folder, name, spec, manifest.precision)
-            kept = dataclasses.replace(kept, options=options)
-        else:
-            kept = keep(settings, folder, manifest, name, this_builder(settings.device))
-            if kept.record is not None:
-                check_bundle(folder, manifest, name)
-    own = [(n, dict(kept.options) if n == TENSORRT else options) for n, options in requests]
-    session = open_session(
-        kept.graph, own, threads, fuse=manifest.fusible, allow_fallback=allow_fallback
-    )
-    if kept.record is not None and kept.place is not None:
-        if kept.model is not None and not kept.model.is_file():
-            raise OptionError(
-                f"TensorRT wrote no EP-context model of graph {name!r}",
-                expected="a graph that it runs as a whole: export it with --target tensorrt",
-            )
-        _write(kept.place, kept.record)
-    return session
-
-
-def uncached(requests: Sequence[Request]) -> list[Request]:
-    """Return requests for a session whose weights are not a bundle's: no engine of it is kept.
-
-    Raises:
-        OptionError: engines were to be kept.
-    """
-    found = []
-    for name, options in requests:
-        own = dict(options)
-        if name == TENSORRT:
-            settings = TensorRtOptions.read(options)
-            if settings.cache or settings.context or settings.profiles:
-                raise OptionError(
-                    "engines of a folded task cannot be kept: its weights are in no file",
-                    fix="leave 'cache', 'context' and 'profiles' out, or load a bundle",
-                )
-            own = dict(settings.own)
-        found.append((name, own))
-    return found
+    if not new.unfinished.is_file():
+        raise OptionError(
+            f"TensorRT wrote no EP-context model of graph {name!r}",
+            expected="a graph that it runs as a whole: export it with --target tensorrt",
+        )
+    _write(new.place, record)  # first: a model that is there is always known
+    try:
+        new.unfinished.replace(new.model)
+    except OSError as error:
+        raise OptionError(f"{new.model} cannot be written: {error}") from error
 
 
 def _cached(cache: Path, graph: Path, options: dict[str, Any], record: Mapping[str, Any]) -> Kept:
     entry = cache / _key(record)
     place = entry / _RECORD
-    _check(place, record, there=entry.is_dir() and any(entry.iterdir()))
+    built = any(entry.glob("*.engine"))
+    _check(place, record, there=built)
     timing = cache / f"{_TIMING}-{_key(record['builder'])}"
     try:
         for folder in (entry, timing):
@@ -227,7 +195,7 @@ def _cached(cache: Path, graph: Path, options: dict[str, Any], record: Mapping[s
         "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(entry),
         "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(timing),
     }  # fmt: skip
-    return Kept(graph, options | where, record, place)
+    return Kept(graph, options | where, entry if built else None, record)
 
 
 def _with_context(
@@ -236,10 +204,8 @@ def _with_context(
     """Return the EP-context model to open, or the graph and where to write one."""
     model = context / f"{graph.stem}_ctx.onnx"
     place = model.with_suffix(".json")
-    if _check(place, record, there=model.exists()):
-        if not model.is_file():
-            raise OptionError(f"{place} is there, and {model} is not", fix=f"remove {place}")
-        return Kept(model, options)
+    if _check(place, record, there=model.exists()) and model.exists():
+        return Kept(model, options, model)
     if "trt_profile_min_shapes" not in options:
         raise OptionError(
             "an EP-context model has one engine, and there are no shapes to build it for",
@@ -250,11 +216,13 @@ def _with_context(
     except OSError as error:
         raise OptionError(f"the folder {context} cannot be written: {error}") from error
     # The engine inside the model: one file, which a record can speak for.
+    unfinished = model.with_name(f"{graph.stem}_{uuid.uuid4().hex}.onnx").absolute()
     dump = {
-        "trt_dump_ep_context_model": "1", "trt_ep_context_file_path": str(model.absolute()),
+        "trt_dump_ep_context_model": "1", "trt_ep_context_file_path": str(unfinished),
         "trt_ep_context_embed_mode": "1",
     }  # fmt: skip
-    return Kept(graph, options | dump, record, place, model)
+    new = NewContext(unfinished, model, place)
+    return Kept(graph, options | dump, None, record, new)
 
 
 def _check(place: Path, record: Mapping[str, Any], *, there: bool) -> bool:
@@ -289,7 +257,8 @@ def _check(place: Path, record: Mapping[str, Any], *, there: bool) -> bool:
 
 def _write(place: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    unfinished = place.with_name(f"{place.name}.unfinished")
+    # Of this writer alone: processes that start together write the same record.
+    unfinished = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
     try:
         unfinished.write_text(text, "utf-8")
         unfinished.replace(place)

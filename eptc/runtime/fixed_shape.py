@@ -90,6 +90,7 @@ class FixedShape:
                 expected=f"at most {self.batch} rows of {self.sequence} tokens",
                 fix="call fixed with a larger shape, or call run, which takes any",
             )
+        self._graph.check_process()  # before the lock: a fork may have left it held
         with self._turn:
             for name, array in arrays.items():
                 self._inputs[name].update_inplace(self._padded(name, array))
@@ -101,6 +102,7 @@ class FixedShape:
 
         Whoever writes the buffers from a stream of their own waits for it first.
         """
+        self._graph.check_process()
         with self._turn:
             self._run()
 

@@ -124,7 +124,7 @@ class Graph:
         Raises:
             InputError: ONNX Runtime refuses the values.
         """
-        self._check_process()
+        self.check_process()
         names = [tensor.name for tensor in self.spec.outputs]
         try:
             with self._one_at_a_time:
@@ -148,7 +148,7 @@ class Graph:
             without: outputs nobody reads, which then never leave the device.
             stay: whether every output stays on the device.
         """
-        self._check_process()
+        self.check_process()
         binding = self._session.io_binding()
         for name, value in self._fed(feeds).items():
             if isinstance(value, np.ndarray):
@@ -185,7 +185,7 @@ class Graph:
         options = _run_options(str(next(self._captured_ids))) if self.captures else None
 
         def run() -> None:
-            self._check_process()
+            self.check_process()
             try:
                 with self._one_at_a_time:
                     self._session.run_with_iobinding(binding, options)
@@ -203,7 +203,7 @@ class Graph:
         shape[0] = batch
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type(spec.dtype))
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
         """Refuse to run in a child: the session's threads and locks stayed with the parent."""
         if os.getpid() != self._process:
             raise InputError(

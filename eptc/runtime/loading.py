@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eptc.errors import BundleError, OptionError
-from eptc.runtime.engine_cache import open_with_engines
+from eptc.runtime.engine_sessions import open_with_engines
 from eptc.runtime.graph import Graph
 from eptc.runtime.manifest import Manifest, bundle_file
 from eptc.runtime.prepacked import open_prepacked

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 from eptc.errors import BundleError, OptionError, TaskError
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.engine import Engine
-from eptc.runtime.engine_cache import uncached
+from eptc.runtime.engine_sessions import uncached
 from eptc.runtime.graph import Graph
 from eptc.runtime.inputs import positive
 from eptc.runtime.loading import on_best, open_graphs, open_tokenizer, written
@@ -175,10 +175,11 @@ class Pack:
             return found
 
         def opened(requests: Sequence[Request]) -> dict[str, Graph]:
-            graphs = {}
-            for role, spec in self.manifest.engine(name, folded=True).graphs.items():
+            graphs, manifest = {}, self.manifest.engine(name, folded=True)
+            own = uncached(requests, manifest.precision)
+            for role, spec in manifest.graphs.items():
                 session = open_session(
-                    bundle_file(self.directory, spec.file), uncached(requests), self._threads,
+                    bundle_file(self.directory, spec.file), own, self._threads,
                     weights=folded_weights(self.directory, self.manifest, tensors, [role]),
                     allow_fallback=self._allow_fallback,
                 )  # fmt: skip

@@ -8,6 +8,7 @@ from eptc.errors import BundleError, OptionError
 from eptc.runtime.assignment import RECORD, check_assignment
 from eptc.runtime.cpus import saturates
 from eptc.runtime.ort_errors import ort_errors
+from eptc.runtime.providers import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -75,7 +76,8 @@ def open_session(
     options.enable_mem_pattern = False
     for key, value in _CONFIG.items():
         options.add_session_config_entry(key, value)
-    options.add_session_config_entry(*RECORD)
+    if requests[0][0] != CPU:
+        options.add_session_config_entry(*RECORD)
     keep_products_exact(options)
     if not fuse:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC

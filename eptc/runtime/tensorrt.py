@@ -21,14 +21,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from eptc.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from eptc.runtime.spec import GraphSpec
 
 __all__ = ["PROFILES", "Shapes", "TensorRtOptions", "profile_options", "read_profiles"]
@@ -47,6 +48,8 @@ _KEEPING: Final = {
     "trt_timing_cache_path": "cache", "trt_dump_ep_context_model": "context",
     "trt_ep_context_file_path": "context", "trt_ep_context_embed_mode": "context",
 }  # fmt: skip
+# It would capture once and replay that for every shape and address: it has no gpu_graph_id.
+_CAPTURE: Final = "trt_cuda_graph_enable"
 _PLAIN: Final = ("device_id", "has_user_compute_stream", "user_compute_stream")
 
 # Sizes by input and bound.
@@ -105,11 +108,36 @@ class TensorRtOptions:
                 "'cache' and 'context' are both given",
                 fix="leave one out: a context has its engine",
             )
+        if str(own.get(_CAPTURE, "0")).lower() not in ("0", "false"):
+            raise OptionError(
+                f"{_CAPTURE} is given: what is captured for one shape would answer every other",
+                fix="leave it out; fixed shapes are captured on CUDA, with enable_cuda_graph",
+            )
+        if not re.fullmatch(r"[0-9]+", str(device := own.get("device_id", 0)), re.ASCII):
+            raise OptionError(f"device_id is {device!r}", expected="the number of a GPU")
         memory = options.get("workspace_gb")
-        if memory is not None and not (_is_number(memory) and memory > 0):
+        if memory is not None and not (_is_number(memory) and 0 < memory < math.inf):
             raise OptionError(f"workspace_gb is {memory!r}", expected="a number above 0")
+        profiles = options.get("profiles")
+        if profiles is not None and not isinstance(profiles, Mapping):
+            raise OptionError(
+                f"profiles is {profiles!r}", expected="by graph and input, min, opt and max"
+            )
         folders = {key: _folder(key, options.get(key)) for key in ("cache", "context")}
-        return cls(own, **folders, profiles=options.get("profiles"), workspace_gb=memory)
+        return cls(own, **folders, profiles=profiles, workspace_gb=memory)
+
+    def for_any(self, precision: str) -> dict[str, Any]:
+        """Return the provider's options that do not depend on the graph.
+
+        Args:
+            precision: the bundle's.
+        """
+        found: dict[str, Any] = {}
+        if (kernels := _KERNELS.get(precision)) is not None:
+            found[kernels] = "1"
+        if self.workspace_gb is not None:
+            found["trt_max_workspace_size"] = str(int(self.workspace_gb * _GIB))
+        return found | dict(self.own)
 
     def for_graph(
         self, folder: Path, name: str, spec: GraphSpec, precision: str
@@ -126,18 +154,14 @@ class TensorRtOptions:
             OptionError: profiles that do not fit the graph.
         """
         found: dict[str, Any] = {}
-        if (kernels := _KERNELS.get(precision)) is not None:
-            found[kernels] = "1"
-        if self.workspace_gb is not None:
-            found["trt_max_workspace_size"] = str(int(self.workspace_gb * _GIB))
         given = read_profiles(folder) if self.profiles is None else self.profiles
         if given is not None:
             if name not in given:
                 raise OptionError(
                     f"there is no profile of graph {name!r}", expected=", ".join(given) or "some"
                 )
-            found |= profile_options(given[name], spec)
-        return found | dict(self.own)
+            found = profile_options(given[name], spec)
+        return found | self.for_any(precision)
 
 
 def read_profiles(folder: Path) -> dict[str, Shapes] | None:
@@ -172,6 +196,10 @@ def profile_options(shapes: Mapping[str, Any], spec: GraphSpec) -> dict[str, str
         for tensor in spec.inputs
         if any(isinstance(dim, str) for dim in tensor.shape)
     }
+    if not isinstance(shapes, Mapping):
+        raise OptionError(
+            f"the profile is {shapes!r}", expected=f"a shape for each of {', '.join(dynamic)}"
+        )
     if set(shapes) != set(dynamic):
         wrong = sorted(set(shapes) ^ set(dynamic))[0]
         raise OptionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import pytest
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from eptc.errors import InputError
+from eptc.errors import InputError, OptionError
 from eptc.runtime import Engine
-from eptc.runtime.device_arrays import DeviceArray, shared
+from eptc.runtime.device_arrays import DeviceArray, check_uncaptured, shared
 from eptc.runtime.spec import GraphSpec, TensorSpec
 
 IDS = torch.tensor([[4, 9, 5, 0], [7, 8, 0, 0]])
@@ -59,6 +60,18 @@ def test_nothing_is_copied(engine: Engine) -> None:
         logits.__dlpack__(copy=True)
     with pytest.raises(BufferError, match="never copied"):
         logits.__dlpack__(dl_device=(2, 0))
+
+
+def test_not_beside_what_is_captured(engine: Engine) -> None:
+    """Capture itself needs a GPU; what is refused there is refused before anything runs."""
+    graph = engine._graphs["model"]
+    check_uncaptured(graph)
+    captured = copy.copy(graph)
+    captured.captures = True
+    engine._graphs["model"] = captured
+    with pytest.raises(OptionError, match="a replay may write over its arrays") as refusal:
+        engine.run_device(FEEDS)
+    assert "call fixed" in str(refusal.value)
 
 
 def test_feeds_may_go_once_they_are_given() -> None:

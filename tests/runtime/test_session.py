@@ -1,4 +1,4 @@
-"""How sessions are opened on processors whose 8-bit sums overflow."""
+"""How sessions are opened: on processors whose 8-bit sums overflow, and without a record."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from eptc.runtime.assignment import RECORD, assigned
 from eptc.runtime.session import open_session
 
 WEIGHT = np.full((64, 32), 127, np.int8)
@@ -45,3 +46,11 @@ def test_eight_bit_sums(product: Path, overflows: bool, monkeypatch: pytest.Monk
     x = np.full((3, 64), 255, np.uint8)
     (got,) = session.run(None, {"x": x})
     assert (got == 255 * 127 * 64).all()
+
+
+def test_nothing_is_recorded_on_the_cpu(product: Path) -> None:
+    """There is nothing to fall back to, and every node would be named in the session."""
+    session = open_session(product, [("CPUExecutionProvider", {})], threads=1)
+    assert assigned(session) is None
+    with pytest.raises(RuntimeError):
+        session.get_session_options().get_session_config_entry(RECORD[0])

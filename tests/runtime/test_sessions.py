@@ -32,7 +32,7 @@ def test_one_session_for_one_bundle(
     """As long as one engine holds it; another bundle, or other options, have their own."""
     first = model(classifier.path)
     with monkeypatch.context() as patch:
-        patch.setattr("eptc.runtime.engine_cache.open_session", None)  # no second one is opened
+        patch.setattr("eptc.runtime.engine_sessions.open_session", None)  # no second one is opened
         assert model(classifier.path) is first
     assert model(classifier.path, threads=2) is not first
     assert (
@@ -122,12 +122,15 @@ from eptc.errors import InputError
 from eptc.runtime import Engine
 engine = Engine.load(sys.argv[1], ["cpu"], threads=2)
 expected = engine.classify(["rain"])
+feeds, fixed = engine.tokenize(["rain"]), engine.fixed(1, 16)
+fixed._turn.acquire()  # as by another thread at the moment of the fork
 if os.fork() == 0:
-    try:
-        engine.classify(["rain"])
-        os._exit(1)
-    except InputError as error:
-        assert "forked" in error.found
+    for ask in (lambda: engine.classify(["rain"]), lambda: fixed.run(feeds), fixed.replay):
+        try:
+            ask()
+            os._exit(1)
+        except InputError as error:
+            assert "forked" in error.found
     with Engine.load(sys.argv[1], ["cpu"], threads=2) as own:
         os._exit(0 if own.classify(["rain"]) == expected else 2)
 code = os.waitstatus_to_exitcode(os.wait()[1])

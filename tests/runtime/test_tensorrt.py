@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from eptc.errors import BundleError, OptionError
 from eptc.runtime import GraphSpec, TensorSpec, load_manifest
-from eptc.runtime.engine_cache import Builder, keep, this_builder, uncached
+from eptc.runtime.engine_cache import Builder, keep, publish, this_builder
+from eptc.runtime.engine_sessions import open_with_engines, uncached
 from eptc.runtime.gpu import find_driver
 from eptc.runtime.tensorrt import TensorRtOptions, profile_options, read_profiles
 
@@ -70,6 +72,12 @@ def test_wrong_profiles(changed: dict[str, Any], message: str) -> None:
     assert message in refusal.value.found
 
 
+def test_profiles_that_are_no_mapping() -> None:
+    for given in (3, [["input_ids"]], "input_ids"):
+        with pytest.raises(OptionError, match="the profile is"):
+            profile_options(given, SPEC)  # type: ignore[arg-type]
+
+
 def test_options_of_a_graph(tmp_path: Path) -> None:
     """Friendly names become the provider's; kernels follow the precision that was verified."""
     settings = TensorRtOptions.read({
@@ -112,6 +120,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
     "both": ({"cache": "x", "context": "y"}, "both given", "leave one out"),
     "no memory": ({"workspace_gb": 0}, "workspace_gb is 0", "above 0"),
     "memory in words": ({"workspace_gb": "2"}, "workspace_gb is '2'", "above 0"),
+    "no end of memory": ({"workspace_gb": float("inf")}, "workspace_gb is inf", "above 0"),
+    "no device": ({"device_id": "first"}, "device_id is 'first'", "the number of a GPU"),
+    "a device below 0": ({"device_id": -1}, "device_id is -1", "the number of a GPU"),
+    "profiles in a file": ({"profiles": "model.json"}, "profiles is 'model.json'", "min, opt"),
+    "captured": ({"trt_cuda_graph_enable": "True"}, "every other", "enable_cuda_graph"),
     "no folder": ({"cache": 3}, "'cache' is 3", "a folder"),
     "an empty folder": ({"context": ""}, "'context' is ''", "a folder"),
 }  # fmt: skip
@@ -151,7 +164,9 @@ def test_a_cache_for_each_machine(bundle: Path, tmp_path: Path) -> None:
     assert record["builder"] == dataclasses.asdict(HERE)
     assert set(record["files"]) >= {"model.onnx", "weights.bin"}
     (entry / "model.engine").write_bytes(b"built")
-    assert kept(bundle, cache=cache) == first
+    again = kept(bundle, cache=cache)
+    assert (first.engine, again.engine) == (None, entry)
+    assert again.options == first.options
     others = {entry}
     for change in (
         {"gpu": "NVIDIA L4"}, {"compute_capability": "8.9"}, {"driver": "550.1"},
@@ -193,20 +208,67 @@ def test_a_context_is_made_once(bundle: Path, tmp_path: Path) -> None:
     first = kept(bundle, **options)
     model = tmp_path / "contexts" / "model_ctx.onnx"
     assert first.graph == bundle / "model.onnx"
-    assert first.model == model
-    assert first.place == model.with_suffix(".json")
     assert first.options["trt_dump_ep_context_model"] == "1"
-    assert first.options["trt_ep_context_file_path"] == str(model)
     assert first.options["trt_ep_context_embed_mode"] == "1"
-    model.write_bytes(b"written by TensorRT")
-    first.place.write_text(json.dumps(first.record))
+    built(first)
     second = kept(bundle, **options)
-    assert second.graph == model
+    assert (second.graph, second.engine) == (model, model)
     assert second.record is None
     assert "trt_dump_ep_context_model" not in second.options
     model.unlink()
-    with pytest.raises(OptionError, match=r"model_ctx\.json is there, and"):
-        kept(bundle, **options)
+    assert kept(bundle, **options).record == first.record
+
+
+def built(kept: Any) -> None:
+    """Do what ONNX Runtime does with such options, and what follows."""
+    Path(kept.options["trt_ep_context_file_path"]).write_bytes(b"written by TensorRT")
+    publish("model", kept.context, kept.record)
+
+
+def test_contexts_made_at_the_same_time(bundle: Path, tmp_path: Path) -> None:
+    """Each is written beside the others and put in place whole; one of them stays."""
+    folder = tmp_path / "contexts"
+    options: dict[str, Any] = {"context": folder, "profiles": {"model": TEXTS}}
+    both = [kept(bundle, **options), kept(bundle, **options)]
+    files = {each.options["trt_ep_context_file_path"] for each in both}
+    assert len(files | {str(folder / "model_ctx.onnx")}) == 3
+    for each in both:
+        built(each)
+    assert sorted(path.name for path in folder.iterdir()) == ["model_ctx.json", "model_ctx.onnx"]
+    with pytest.raises(OptionError, match="wrote no EP-context model of graph 'model'"):
+        publish("model", both[0].context, both[0].record)
+
+
+def test_caches_made_at_the_same_time(bundle: Path, tmp_path: Path) -> None:
+    """Nor does one that was killed before it had written its record stand in the way."""
+    cache = tmp_path / "engines"
+    entry = Path(kept(bundle, cache=cache).options["trt_engine_cache_path"])
+    (entry / "record.json").rename(entry / "record.json.unfinished")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: kept(bundle, cache=cache), range(64)))
+    assert {each.options["trt_engine_cache_path"] for each in found} == {str(entry)}
+    assert json.loads((entry / "record.json").read_text()) == found[0].record
+
+
+def test_an_engine_that_does_not_load(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be removed is said; of one that is built now there is nothing to remove."""
+    if not isinstance(find_driver(), str):
+        pytest.skip("needs a machine without a GPU, on which no engine loads")
+    monkeypatch.setattr("eptc.runtime.engine_sessions.this_builder", lambda _: HERE)
+    cache = tmp_path / "engines"
+    entry = Path(kept(bundle, cache=cache).options["trt_engine_cache_path"])
+    requests = [("TensorrtExecutionProvider", {"cache": cache})]
+
+    def refused() -> str:
+        with pytest.raises((BundleError, OptionError)) as refusal:
+            open_with_engines(bundle, load_manifest(bundle), "model", requests, 1)
+        return str(refusal.value)
+
+    assert "half an engine" not in refused()
+    (entry / "model.engine").write_bytes(b"half")
+    assert f"remove {entry}: a process that was killed" in refused()
 
 
 CHANGES = {
@@ -223,8 +285,7 @@ def test_a_context_of_another_machine(bundle: Path, tmp_path: Path, field: str) 
     value, message = CHANGES[field]
     options: dict[str, Any] = {"context": tmp_path / "c", "profiles": {"model": TEXTS}}
     first = kept(bundle, **options)
-    first.model.write_bytes(b"written by TensorRT")
-    first.place.write_text(json.dumps(first.record))
+    built(first)
     with pytest.raises(OptionError, match=message) as refusal:
         kept(bundle, dataclasses.replace(HERE, **{field: value}), **options)
     assert value in str(refusal.value)
@@ -234,11 +295,12 @@ def test_a_context_of_another_machine(bundle: Path, tmp_path: Path, field: str) 
 def test_a_context_of_another_bundle(bundle: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"context": tmp_path / "c", "profiles": {"model": TEXTS}}
     first = kept(bundle, **options)
-    first.model.write_bytes(b"written by TensorRT")
-    first.place.write_text(json.dumps({**first.record, "files": {"weights.bin": "0" * 64}}))
+    built(first)
+    place = tmp_path / "c" / "model_ctx.json"
+    place.write_text(json.dumps({**first.record, "files": {"weights.bin": "0" * 64}}))
     with pytest.raises(OptionError, match="another bundle, or with other options"):
         kept(bundle, **options)
-    first.place.unlink()
+    place.unlink()
     with pytest.raises(OptionError, match="does not say what it is for"):
         kept(bundle, **options)
 
@@ -258,12 +320,21 @@ def test_a_folder_that_cannot_be_written(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_folded_engines_are_not_kept() -> None:
-    tensorrt = "TensorrtExecutionProvider"
-    assert uncached([(tensorrt, {"trt_fp16_enable": "1"}), ("CPUExecutionProvider", {})]) == [
-        (tensorrt, {"trt_fp16_enable": "1"}), ("CPUExecutionProvider", {}),
-    ]  # fmt: skip
+    tensorrt, cpu = "TensorrtExecutionProvider", ("CPUExecutionProvider", {"use_arena": "0"})
+    options = {"trt_sparsity_enable": "1", "workspace_gb": 2}
+    assert uncached([(tensorrt, options), cpu], "fp16") == [
+        (
+            tensorrt,
+            {
+                "trt_fp16_enable": "1",
+                "trt_max_workspace_size": str(2 << 30),
+                "trt_sparsity_enable": "1",
+            },
+        ),
+        cpu,
+    ]
     with pytest.raises(OptionError, match="a folded task"):
-        uncached([(tensorrt, {"cache": "x"})])
+        uncached([(tensorrt, {"cache": "x"})], "fp32")
 
 
 def test_this_builder() -> None:
