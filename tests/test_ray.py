@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "on_ray"
 _COMMAND = "import sys; sys.argv[0] = 'eptc'; from eptc.cli import main; main()"
 _MARK = "EPTC_TEST_CLUSTER"
-_PATIENCE = 120.0
+_PATIENCE = 300.0
 
 
 # Two nodes of one and two CPUs, as far as they believe; until nobody listens any more.
@@ -50,11 +51,14 @@ cluster.shutdown()
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a cluster of two nodes."""
-    with pytest.MonkeyPatch.context() as patch:
+    # Not in a test's folder: the path of a socket has a hundred characters at most.
+    temporary = tempfile.TemporaryDirectory(prefix="eptc-", ignore_cleanup_errors=True)
+    with temporary as folder, pytest.MonkeyPatch.context() as patch:
         for name, value in {
             _MARK: secrets.token_hex(8),
             "OMP_NUM_THREADS": "1",
-            # Nothing is reported, and nothing written to the user's home.
+            # Nothing is reported, and nothing stays: neither in the user's home nor in /tmp.
+            "RAY_TMPDIR": folder,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
