@@ -154,6 +154,43 @@ def test_a_plan_is_built_whoever_dies(cluster: str, small_native: Any, tmp_path:
         assert _files(engines / name) == _files(tmp_path / "local" / name)
 
 
+def test_a_build_that_always_dies_is_given_up(
+    cluster: str, small_native: Any, tmp_path: Path
+) -> None:
+    """After a few times; it is the cluster that failed, and nothing is left of it."""
+    (tmp_path / "in").symlink_to(small_native.root / "in")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'schema = 1\nout = "out/{task}"\n[defaults]\nckpt = "in/ckpt"\nbase = "in/base"\n'
+        '[matrix]\ntask = ["tone"]\n'
+    )
+    process = _start("-c", _COMMAND, "build", plan, "--json", "--ray", cluster)
+    end = time.monotonic() + _PATIENCE
+    while process.poll() is None:
+        assert time.monotonic() < end
+        for victim in _workers("tone"):
+            os.kill(victim, signal.SIGKILL)
+        time.sleep(0.005)
+    out, err = process.communicate()
+    assert process.returncode == 2, (out, err)
+    [build] = json.loads(out)["builds"]
+    assert "Ray gave it up: WorkerCrashedError" in build["error"]
+    assert not (tmp_path / "out" / "tone").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_fewer_rows_than_blocks(bundle: Path, tmp_path: Path) -> None:
+    """A block without rows reaches no engine."""
+    source, out = tmp_path / "rows.jsonl", tmp_path / "labelled"
+    source.write_text('{"id": 1, "text": "the film was good"}\n')
+    process = _start(EXAMPLES / "batch.py", bundle, source, out)
+    _, err = process.communicate(timeout=_PATIENCE)
+    assert process.returncode == 0, err
+    [row] = [json.loads(line) for path in out.iterdir() for line in path.read_text().splitlines()]
+    assert row["id"] == 1
+    assert "label" in row
+
+
 @pytest.mark.usefixtures("cluster")
 def test_every_row_is_labelled_once(bundle: Path, tmp_path: Path) -> None:
     """The example of `map_batches`, whose worker dies in the middle."""
