@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -24,11 +25,20 @@ __all__ = ["PATHS", "VERSION", "check_keys", "check_value", "keys", "recipe_sche
 
 VERSION = 1
 
-# To JSON Schema `2.0` is an integer; to a build it is none.
+
+def _is_number(_: object, value: object) -> bool:
+    """Whether it is one as a float: neither infinite nor an integer beyond all floats."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+# To JSON Schema `2.0` is an integer; to a build it is none. Infinity is a number of TOML alone.
 _Validator: Any = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
     jsonschema.Draft202012Validator,
-    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
-        "integer", lambda _, value: type(value) is int
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
+        {
+            "integer": lambda _, value: type(value) is int,
+            "number": _is_number,
+        }
     ),
 )
 _PLAIN = {str: "string", Path: "string", bool: "boolean", int: "integer", float: "number"}
@@ -38,7 +48,8 @@ _PASS = {
         {"type": "string"},
         {
             "type": "object",
-            "properties": {"name": {"type": "string"}},
+            "properties": {"name": {"type": "string", "pattern": "^[^:]+$"}},
+            "propertyNames": {"pattern": "^\\w+$"},
             "required": ["name"],
         },
     ]
@@ -127,9 +138,7 @@ def check_value(file: TomlFile, key: str, value: Any, *, table: str = "", number
             f"{key} is {value!r}" + (near(value, known) if isinstance(value, str) else ""),
             key=key, table=table, number=number, expected=_said(schema),
         )  # fmt: skip
-    if schema.get("type") == "number":
-        return float(value)
-    return value
+    return float(value) if schema.get("type") == "number" else value
 
 
 def _schema(hint: Any) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from eptc.cache import replacing
 from eptc.errors import RecipeError
 from eptc.options import Options
 from eptc.recipe_schema import PATHS, VERSION, check_keys, check_value, keys
-from eptc.toml_file import TomlFile, path_in
+from eptc.toml_file import TomlFile
 
 __all__ = ["Recipe", "read_values"]
 
-# A path only where it has a separator: else a command that the system looks up.
+# Paths only where they have a separator: else commands that the system looks up.
 _COMMANDS = frozenset({"genai_python"})
 
 
@@ -65,8 +65,15 @@ class Recipe:
         path = Path(path)
         text = self._toml(path.absolute().parent)
         try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise RecipeError(
+                f"a path is called {text[error.start : error.end]!a}, which is no UTF-8",
+                expected="names that a TOML file can hold",
+            ) from error
+        try:
             with replacing(path) as file:
-                file.write(text.encode())
+                file.write(data)
             share(path)
         except OSError as error:
             raise RecipeError(
@@ -114,19 +121,12 @@ def read_values(
     values: dict[str, Any] = {}
     for key, value in given.items():
         value = check_value(file, key, value, table=table, number=number)
-        if key in PATHS:
-            value = _absolute(file, key, value)
+        if key in PATHS and not (key in _COMMANDS and os.sep not in value):
+            value = file.place(value, key=key, table=table, number=number)
         elif key == "passes":
             value = [item if isinstance(item, str) else _pass_text(item) for item in value]
         values[key] = value
     return values
-
-
-def _absolute(file: TomlFile, key: str, value: str) -> str | Path:
-    """Return a path of a file's, which begins at the file's folder where it is relative."""
-    if key in _COMMANDS and os.sep not in value:
-        return value
-    return path_in(file.folder, value)
 
 
 def _relative(key: str, value: str | Path, folder: Path) -> str:
@@ -136,7 +136,9 @@ def _relative(key: str, value: str | Path, folder: Path) -> str:
         return str(value)
     # `..` leads out of where a link leads to, not of the link; the last part may stay a link.
     place = path.parent.resolve() / path.name
-    return Path(os.path.relpath(place, folder.resolve())).as_posix()
+    found = Path(os.path.relpath(place, folder.resolve())).as_posix()
+    # A folder that is called `~` is not the user's home.
+    return f"./{found}" if found.startswith("~") else found
 
 
 def _pass_text(item: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from eptc.errors import RecipeError
 
-__all__ = ["TomlFile", "near", "path_in"]
+__all__ = ["TomlFile", "near"]
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
 _KEY = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
@@ -42,7 +42,8 @@ class TomlFile:
         """
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8")
+            # Some editors begin every file with a byte order mark.
+            text = path.read_bytes().decode("utf-8-sig")
             return cls(path, text, tomllib.loads(text))
         except OSError as error:
             raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -50,13 +51,26 @@ class TomlFile:
             raise RecipeError(
                 f"{path} is no text in UTF-8: byte {error.start}", expected="a TOML file"
             ) from error
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also of integers that are too long
             raise RecipeError(f"{path} is no TOML: {error}", expected="a TOML file") from error
 
     @property
     def folder(self) -> Path:
         """The folder that relative paths in the file begin at."""
         return self.path.absolute().parent
+
+    def place(self, text: str, *, key: str, table: str = "", number: int = 0) -> Path:
+        """Return the path that a key names: from the file's folder; `~` is the user's home.
+
+        Raises:
+            RecipeError: no file can be called that.
+        """
+        if "\0" in text:
+            raise self.error(
+                f"{key} is {text!r}", key=key, table=table, number=number, expected="a path"
+            )
+        # Which, unlike pathlib's, takes `~x` for a name where there is no user x.
+        return self.folder / os.path.expanduser(text)  # noqa: PTH111
 
     def check_version(self, what: str, version: int) -> None:
         """Check the key `schema` of a file.
@@ -125,12 +139,6 @@ class TomlFile:
             ):
                 return place
         return None
-
-
-def path_in(folder: Path, text: str) -> Path:
-    """Return the path a file in a folder names; `~` is the user's home."""
-    # Which, unlike pathlib's, takes `~x` for a name where there is no user x.
-    return folder / os.path.expanduser(text)  # noqa: PTH111
 
 
 def near(name: str, known: Collection[str]) -> str:

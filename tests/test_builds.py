@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +20,11 @@ import pytest
 
 import eptc
 from eptc.builds import BuildPlan, Outcome
-from eptc.builds.inputs import Inputs
+from eptc.builds.inputs import Inputs, environment
 from eptc.builds.one import run_order
 from eptc.builds.run import make_orders
-from eptc.builds.state import FOLDER, Place, Record
-from eptc.errors import BundleError, RecipeError
+from eptc.builds.state import FOLDER, Place, Record, folder_hashes
+from eptc.errors import BundleError, InputError, OutputError, RecipeError
 
 HEAD = 'schema = 1\nout = "engines/{task}-{precision}"\n[defaults]\nckpt = "in/ckpt"\n'
 MATRIX = '[matrix]\ntask = ["tone", "same"]\nprecision = ["fp32", "int8"]\n'
@@ -61,6 +62,24 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "a task that is a path": (
         HEAD + '[matrix]\ntask = ["../tone"]\nprecision = ["fp32"]\n', "task = '../tone'",
         "a folder can be called",
+    ),
+    "where the records are": (
+        HEAD.replace("{task}-{precision}", ".Eptc-{task}/x") + '[matrix]\ntask = ["build"]\n',
+        "line 2: a build would be at .Eptc-build/x, where the records", "",
+    ),
+    "no place a file can have": (
+        HEAD.replace("{task}", "\\u0000{task}") + MATRIX,
+        "line 2: out is 'engines/\\x00{", "a path",
+    ),
+    "twice on a Mac, with an accent": (
+        HEAD + '[matrix]\ntask = ["\u00e9", "e\u0301"]\nprecision = ["fp32"]\n',
+        "at one place", "",
+    ),
+    "inside one another": (
+        'schema = 1\nout = "e/{task}/{precision}"\n[defaults]\nckpt = "c"\n[matrix]\n'
+        'task = ["a"]\nprecision = ["fp32"]\n[[include]]\ntask = "x"\nprecision = "fp32"\n'
+        '[[include]]\ntask = "A"\nprecision = "fp32"\n',
+        "builds 1 and 3 (the table 2 of [[include]]) would be at one place", "",
     ),
     "no key for the place": (
         HEAD + '[matrix]\nprecision = ["fp32"]\n', "a build has task = None", "",
@@ -150,6 +169,22 @@ def test_what_a_plan_asks_for(tmp_path: Path) -> None:
     assert plan.builds[0].out == tmp_path / "~x" / "e" / "onnx" / "a-fp32"
 
 
+def test_defaults_go_to_the_targets_that_take_them(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text(
+        'schema = 1\nout = "e/{target}"\n[defaults]\nckpt = "c"\nmax_rank = 4\n'
+        'profile = ["batch=1:2:4"]\nlayout = "optimum"\n'
+        '[matrix]\ntarget = ["onnx", "tensorrt", "lora", "triton"]\n'
+    )
+    found = {b.name: dict(b.recipe.options) for b in BuildPlan.read(file).builds}
+    assert found == {
+        "onnx": {"target": "onnx", "layout": "optimum"},
+        "tensorrt": {"target": "tensorrt", "profile": ["batch=1:2:4"]},
+        "lora": {"target": "lora", "max_rank": 4},
+        "triton": {"target": "triton"},
+    }
+
+
 def _plan(root: Path, *lines: str, head: str = 'base = "in/base"\n') -> Path:
     """Write a plan beside the folders of a test; return its file."""
     file = root / "plan.toml"
@@ -213,12 +248,23 @@ def test_places_of_others_stay(copy_native: Any, tmp_path: Path, cli: Any) -> No
     assert [path.name for path in (tmp_path / "engines").iterdir()] == ["same-fp32"]
     assert cli("build", plan, "--force").code == 0
     assert not mine.exists()
-    plan.write_text(plan.read_text().replace('"engines/', '"in/ckpt/'))
-    before = sorted(copy_native.ckpt.iterdir())
-    done = cli("build", plan, "--force")
+    text, before = plan.read_text(), sorted(copy_native.ckpt.iterdir())
+    for place in ("in/ckpt/{task}", "in/{ckpt}/{task}"):
+        plan.write_text(text.replace("engines/{task}", place))
+        done = cli("build", plan, "--force")
+        assert done.code == 2
+        assert "is in the checkpoint" in done.stderr
+        assert sorted(copy_native.ckpt.iterdir()) == before
+    inside = tmp_path / "alone" / "plan.toml"
+    inside.parent.mkdir()
+    inside.write_text(
+        f'schema = 1\nout = "."\n[[include]]\nckpt = "{copy_native.ckpt}"\n'
+        f'base = "{copy_native.base}"\ntask = "tone"\n'
+    )
+    done = cli("build", inside, "--force")
     assert done.code == 2
-    assert "is in the checkpoint" in done.stderr
-    assert sorted(copy_native.ckpt.iterdir()) == before
+    assert "is or holds the plan" in done.stderr
+    assert list(inside.parent.iterdir()) == [inside]
 
 
 def test_a_build_that_fails_stops_no_other(
@@ -311,6 +357,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], bool]] = {
         lambda root: Place(root / "engines", "tone-fp32").write(Record("building", "x")), True,
     ),
     "a newer record": (lambda root: _record(root, schema=2), True),
+    "a record of no files": (lambda root: _record(root, files=["weights.bin"]), True),
 }  # fmt: skip
 
 
@@ -332,7 +379,7 @@ def test_what_is_kept(case: str, built: Path, tmp_path: Path, cli: Any) -> None:
     shutil.copytree(built, root)
     change(root)
     plan = root / "plan.toml"
-    force = ["--force"] if case == "a newer record" else []
+    force = ["--force"] if case in ("a newer record", "a record of no files") else []
     done = cli("build", plan, "--dry-run", *force)
     assert done.stdout == f"{'build' if again else 'keep'} {root / 'engines' / 'tone-fp32'}\n"
     done = cli("build", plan, "--json", *force)
@@ -362,6 +409,39 @@ def test_every_option_and_every_file_counts(built: Path, tmp_path: Path) -> None
     assert key() == first
     text = "max_drop = 1.0\n" + text
     assert key() != first
+    with socket.socket(socket.AF_UNIX) as pipe:
+        pipe.bind(os.path.relpath(tmp_path / "s"))  # a short path
+    text = text.replace("e.jsonl", "s")
+    with pytest.raises(InputError, match="s cannot be read"):
+        key()
+
+
+def test_linked_folders_count(tmp_path: Path) -> None:
+    """Readers follow links, so what they lead to is read; not in a circle."""
+    for name in ("ckpt", "one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    link = tmp_path / "ckpt" / "task"
+    link.symlink_to("../one")
+    (tmp_path / "one" / "back").symlink_to("../ckpt")
+    first = folder_hashes(tmp_path / "ckpt")
+    assert list(first) == ["task/weights", "weights"]
+    link.unlink()
+    link.symlink_to("../two")
+    assert folder_hashes(tmp_path / "ckpt") != first
+    (tmp_path / "two" / "weights").write_text("one")
+    assert folder_hashes(tmp_path / "ckpt") == first
+
+
+def test_what_computes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges, searches and verdicts are another ONNX Runtime's."""
+    first = environment()
+    environment.cache_clear()
+    monkeypatch.setattr("onnxruntime.__version__", "0")
+    try:
+        assert environment() != first
+    finally:
+        environment.cache_clear()
 
 
 @pytest.mark.usefixtures("copy_native")
@@ -415,7 +495,7 @@ def _start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def _until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -499,15 +579,39 @@ def test_a_process_that_is_killed_takes_one_build_with_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("copy_native")
+def test_what_a_failed_build_found_stays(tmp_path: Path) -> None:
+    """The bundle before it, and what is known of it; where there was none, nothing is claimed."""
+    plan = _plan(tmp_path, '[matrix]\nprecision = ["int8"]\ntask = ["tone"]')
+    assert _states(plan) == {"tone-int8": "built"}
+    good = plan.read_text()
+    (tmp_path / "rows.jsonl").write_text('{"nothing": 1}\n')
+    _edit(plan, "[matrix]", 'data = "rows.jsonl"\n[matrix]')
+    assert _states(plan) == {"tone-int8": "failed"}
+    plan.write_text(good)
+    assert _states(plan) == {"tone-int8": "kept"}
+    shutil.rmtree(tmp_path / "engines")
+    _edit(plan, "[matrix]", 'data = "rows.jsonl"\n[matrix]')
+    assert _states(plan) == {"tone-int8": "failed"}
+    mine = tmp_path / "engines" / "tone-int8" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    plan.write_text(good)
+    with pytest.raises(OutputError):
+        eptc.build_all(plan)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.usefixtures("copy_native")
 def test_a_polite_end_leaves_nothing_behind(tmp_path: Path) -> None:
     """Nor processes: those of `--jobs` end as well."""
     plan, engines = _plan(tmp_path, _FOUR), tmp_path / "engines"
-    process = _start("build", plan, "--jobs", 2)
+    process = _start("build", plan, "--jobs", 2, "--json")
     _until(lambda: list(engines.glob(".*.eptc-*")), process)
     process.terminate()
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (130, "")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130
     assert "interrupted; what was built stays" in err
+    assert json.loads(out)["exit_code"] == 130
     assert list(engines.glob(".*.eptc-*")) == []
     for _ in range(3000):
         try:

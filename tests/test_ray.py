@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "on_ray"
 _COMMAND = "import sys; sys.argv[0] = 'eptc'; from eptc.cli import main; main()"
 _MARK = "EPTC_TEST_CLUSTER"
-_PATIENCE = 120.0
+_PATIENCE = 300.0
 
 
 # Two nodes of one and two CPUs, as far as they believe; until nobody listens any more.
@@ -50,11 +51,14 @@ cluster.shutdown()
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a cluster of two nodes."""
-    with pytest.MonkeyPatch.context() as patch:
+    # Not in a test's folder: the path of a socket has a hundred characters at most.
+    temporary = tempfile.TemporaryDirectory(prefix="eptc-", ignore_cleanup_errors=True)
+    with temporary as folder, pytest.MonkeyPatch.context() as patch:
         for name, value in {
             _MARK: secrets.token_hex(8),
             "OMP_NUM_THREADS": "1",
-            # Nothing is reported, and nothing written to the user's home.
+            # Nothing is reported, and nothing stays: neither in the user's home nor in /tmp.
+            "RAY_TMPDIR": folder,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
@@ -148,6 +152,43 @@ def test_a_plan_is_built_whoever_dies(cluster: str, small_native: Any, tmp_path:
     assert eptc.build_all(plan).exit_code == 0
     for name in names:
         assert _files(engines / name) == _files(tmp_path / "local" / name)
+
+
+def test_a_build_that_always_dies_is_given_up(
+    cluster: str, small_native: Any, tmp_path: Path
+) -> None:
+    """After a few times; it is the cluster that failed, and nothing is left of it."""
+    (tmp_path / "in").symlink_to(small_native.root / "in")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'schema = 1\nout = "out/{task}"\n[defaults]\nckpt = "in/ckpt"\nbase = "in/base"\n'
+        '[matrix]\ntask = ["tone"]\n'
+    )
+    process = _start("-c", _COMMAND, "build", plan, "--json", "--ray", cluster)
+    end = time.monotonic() + _PATIENCE
+    while process.poll() is None:
+        assert time.monotonic() < end
+        for victim in _workers("tone"):
+            os.kill(victim, signal.SIGKILL)
+        time.sleep(0.005)
+    out, err = process.communicate()
+    assert process.returncode == 2, (out, err)
+    [build] = json.loads(out)["builds"]
+    assert "Ray gave it up: WorkerCrashedError" in build["error"]
+    assert not (tmp_path / "out" / "tone").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_fewer_rows_than_blocks(bundle: Path, tmp_path: Path) -> None:
+    """A block without rows reaches no engine."""
+    source, out = tmp_path / "rows.jsonl", tmp_path / "labelled"
+    source.write_text('{"id": 1, "text": "the film was good"}\n')
+    process = _start(EXAMPLES / "batch.py", bundle, source, out)
+    _, err = process.communicate(timeout=_PATIENCE)
+    assert process.returncode == 0, err
+    [row] = [json.loads(line) for path in out.iterdir() for line in path.read_text().splitlines()]
+    assert row["id"] == 1
+    assert "label" in row
 
 
 @pytest.mark.usefixtures("cluster")

@@ -55,6 +55,17 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "a precision": (
         'schema = 1\nprecision = "int-8"\n', "precision is 'int-8': did you mean 'int8'?", "int8",
     ),
+    "too long a number": (f"schema = 1\ntop_k = {'9' * 5000}\n", "is no TOML", "a TOML file"),
+    "more than any float": (f"schema = 1\nmax_drop = {'9' * 400}\n", "max_drop is 9", "a number"),
+    "infinity": ("schema = 1\nmax_drop = inf\n", "line 2: max_drop is inf", "a number"),
+    "no number": ("schema = 1\nmax_drop = nan\n", "max_drop is nan", "a number"),
+    "no path": ('schema = 1\nprobe = "a\\u0000"\n', "line 2: probe is 'a\\x00'", "a path"),
+    "options in the name of a pass": (
+        'schema = 1\n[[passes]]\nname = "p:n=1"\n', "passes is [{'name': 'p:n=1'}]", "name",
+    ),
+    "no option of a pass": (
+        'schema = 1\n[[passes]]\nname = "p"\n"n=1,m" = 2\n', "'n=1,m': 2", "name",
+    ),
     "a pass without a name": ("schema = 1\n[[passes]]\nn = 3\n", "passes is [{'n': 3}]", "name"),
 }  # fmt: skip
 
@@ -84,6 +95,12 @@ def test_what_cannot_be_read(content: bytes | None, tmp_path: Path) -> None:
         eptc.Recipe.read(file)
     with pytest.raises(RecipeError, match="cannot be read"):
         eptc.Recipe.read(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_bytes(b"\xef\xbb\xbfschema = 1\r\ntop_k = 2\r\n")
+    assert eptc.Recipe.read(file).arguments == {"top_k": 2}
 
 
 def test_a_line_is_named_only_where_it_is_known(tmp_path: Path) -> None:
@@ -174,6 +191,11 @@ def test_paths_begin_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.ckpt is not None
     assert found.ckpt.samefile(tmp_path / "work" / "ckpt")
     assert found.options["genai_python"] == "python3"
+    monkeypatch.chdir(tmp_path / "near")
+    eptc.Recipe(Path("~/ckpt"), None, {"base": "~"}).save(file)  # folders that are called so
+    assert eptc.Recipe.read(file).arguments == {
+        "ckpt": tmp_path / "near" / "~" / "ckpt", "base": tmp_path / "near" / "~",
+    }  # fmt: skip
     file.write_text('schema = 1\nbase = "b"\ndata = "~/d"\ngenai_python = "e/bin/python"\n')
     assert eptc.Recipe.read(file).options == {
         "base": tmp_path / "near" / "b",
@@ -210,6 +232,12 @@ def test_objects_have_no_place_in_a_file(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match="an object of a program"):
         eptc.Recipe(options={"passes": [StableNames()]}).save(tmp_path / "r.toml")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_no_text_have_no_place_in_a_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no UTF-8"):
+        eptc.Recipe(Path("/a/b\udcff")).save(tmp_path / "r.toml")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -300,6 +328,20 @@ def test_places_are_checked_before_the_build(
     assert message in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
     assert (tmp_path / "there.toml").read_text() == "mine"
+
+
+def test_a_recipe_is_not_replaced_by_what_it_builds(
+    small_native: Any, tmp_path: Path, cli: Any
+) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        f'schema = 1\nckpt = "{small_native.ckpt}"\nbase = "{small_native.base}"\n'
+        'task = "tone"\nout = "."\n'
+    )
+    done = cli("export", "--recipe", file, "--force")
+    assert done.code == 2
+    assert "which --force would remove" in done.stderr
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_no_checkpoint_anywhere(tmp_path: Path, cli: Any) -> None:

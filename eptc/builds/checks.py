@@ -78,13 +78,13 @@ def _engines(ckpt: Path, options: Options) -> Iterator[Options]:
 
 
 def _check_place(plan: BuildPlan, build: Build, force: bool) -> None:
-    inputs = Options(**build.recipe.options).inputs(build.ckpt)
+    inputs = Options(**build.recipe.options).inputs(build.ckpt) | {"the plan": plan.path}
     ours = Place(plan.root, build.name).read() is not None
     bundle.check_place(build.out, force=force or ours, inputs=inputs)
     for what, path in inputs.items():
-        if path is not None and Path(path).is_dir() and _inside(plan.root, Path(path)):
+        if path is not None and Path(path).is_dir() and _inside(build.out, Path(path)):
             raise OutputError(
-                f"the output folder {plan.root} is in {what}, which would be another then",
+                f"the output folder {build.out} is in {what}, which would be another then",
                 expected="a place of its own",
             )
 

@@ -6,17 +6,20 @@ import functools
 from pathlib import Path
 from typing import Any, get_args
 
+import onnxruntime
+
 from eptc.builds.plan import Build
 from eptc.builds.state import digest, file_hash, folder_hashes
 from eptc.cache import code_hash
 from eptc.describe import tool_versions
+from eptc.errors import InputError
 from eptc.options import Options
 from eptc.plugins import Group, installed
 from eptc.recipe_schema import PATHS
 
 __all__ = ["Inputs", "environment"]
 
-_TOOLS = ("numpy", "onnx", "onnx-ir", "onnxscript")
+_TOOLS = ("numpy", "onnx", "onnx-ir", "onnxscript", "tokenizers")
 
 
 class Inputs:
@@ -38,7 +41,12 @@ class Inputs:
     def _content(self, path: Path) -> Any:
         path = path.resolve()
         if path not in self._found:
-            self._found[path] = folder_hashes(path) if path.is_dir() else file_hash(path)
+            try:
+                self._found[path] = folder_hashes(path) if path.is_dir() else file_hash(path)
+            except OSError as error:
+                raise InputError(
+                    f"{error.filename or path} cannot be read: {error.strerror or error}"
+                ) from error
         return self._found[path]
 
 
@@ -48,5 +56,7 @@ def environment() -> str:
     home = Path(__file__).parents[1]
     # A link in a checkout, a folder in an installation.
     code = sorted([*home.rglob("*.py"), *(home / "passes").resolve().glob("*.py")])
+    # Ranges and searched precisions follow from what it computes, and so does every verdict.
+    tools = {**tool_versions(_TOOLS), "onnxruntime": onnxruntime.__version__}
     plugins = [str(plugin) for group in get_args(Group) for plugin in installed(group)]
-    return digest([tool_versions(_TOOLS), code_hash(dict.fromkeys(code)), plugins])
+    return digest([tools, code_hash(dict.fromkeys(code)), plugins])

@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -62,6 +63,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._stopped = False
+        self._starting = threading.Lock()
         self._start()
 
     def _start(self) -> None:
@@ -81,13 +83,15 @@ class _Worker:
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
-            if not self._stopped:
-                self._start()
+            with self._starting:
+                if not self._stopped:
+                    self._start()
             return failed(order.build.name, order.build.out, _died(code))
 
     def stop(self) -> None:
         """End the process, politely: what it was writing is removed."""
-        self._stopped = True
+        with self._starting:
+            self._stopped = True
         if self._process.is_alive():
             self._process.terminate()
         self._process.join()

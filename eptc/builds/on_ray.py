@@ -13,7 +13,7 @@ from typing import Any
 
 from eptc.builds.one import Order, run_order
 from eptc.builds.outcome import Outcome, failed
-from eptc.errors import InternalError, MissingExtraError, OptionError
+from eptc.errors import InputError, MissingExtraError, OptionError
 
 __all__ = ["run_on_ray"]
 
@@ -56,7 +56,11 @@ def run_on_ray(
             try:
                 yield ray.get(ready)
             except RayError as error:
-                why = InternalError(f"Ray gave it up: {type(error).__name__}: {error}")
+                # What a build itself raises is an outcome: this is the cluster's.
+                why = InputError(
+                    f"Ray gave it up: {type(error).__name__}: {error}",
+                    fix="see the cluster's logs; where memory ran out, set max_memory",
+                )
                 yield failed(build.name, build.out, why)
 
 

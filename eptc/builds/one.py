@@ -65,10 +65,15 @@ def run_order(order: Order, progress: Callable[[Any], None] = lambda _: None) ->
             if order.done:
                 return Outcome(build.name, build.out, "kept", size=_size(build.out))
             # Only what a plan built, whole or not, may be replaced unasked.
-            ours = place.read() is not None
-            bundle.check_place(build.out, force=order.force or ours)
+            before, there = place.read(), _number(build.out)
+            bundle.check_place(build.out, force=order.force or before is not None)
             place.write(Record("building", order.key))
-            found = export(**build.recipe.arguments, force=True, progress=progress)
+            try:
+                found = export(**build.recipe.arguments, force=True, progress=progress)
+            except Exception:
+                if _number(build.out) == there:
+                    place.restore(before)
+                raise
             place.write(Record("done", order.key, folder_hashes(build.out)))
     except Exception as error:  # noqa: BLE001  # a bug in one build is no reason to give up the others
         return failed(build.name, build.out, error, time.perf_counter() - start)
@@ -76,6 +81,11 @@ def run_order(order: Order, progress: Callable[[Any], None] = lambda _: None) ->
     return Outcome(
         build.name, build.out, "built", seconds, _size(build.out), warnings=tuple(found.warnings)
     )
+
+
+def _number(folder: Path) -> int | None:
+    """Return the file system's number of a folder, which is another once one was published."""
+    return folder.stat().st_ino if folder.exists() else None
 
 
 def _size(folder: Path) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import string
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eptc.builds.state import FOLDER
 from eptc.comparison import TAKEN_BY
 from eptc.errors import RecipeError
 from eptc.interop.targets import COMMON, folder_target
 from eptc.recipe_schema import check_keys, check_value, keys
 from eptc.recipes import Recipe, read_values
-from eptc.toml_file import TomlFile, near, path_in
+from eptc.toml_file import TomlFile, near
 
 __all__ = ["Build", "BuildPlan"]
 
@@ -22,6 +24,11 @@ _VERSION = 1
 _TOP = ("schema", "out", "defaults", "matrix", "include", "exclude")
 # What text and labelled data are for beside a precision.
 _FOR_FROZEN = ("calibration", "data", "max_drop", "max_flips")
+# What one target alone takes.
+_FOR_TARGET = {
+    "build": "tensorrt", "genai_python": "genai", "layout": "onnx", "max_rank": "lora",
+    "profile": "tensorrt", "tensorrt_version": "tensorrt",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +86,7 @@ class BuildPlan:
         _refuse_out(file, "defaults", defaults)
         defaults = read_values(file, defaults, table="defaults")
         builds: list[Build] = []
+        places = _Places()
         for number, (given, table) in enumerate(_chosen(file)):
             values = _taken(defaults, given) | given
             if values.get("ckpt") is None:
@@ -86,11 +94,11 @@ class BuildPlan:
                     f"{file.path} names no checkpoint", expected="ckpt in the table [defaults]"
                 )
             name = pattern.name(values)
-            same = [i for i, build in enumerate(builds) if _overlap(build.name, name)]
-            if same:
+            same = places.taken(name, number)
+            if same is not None:
                 raise RecipeError(
-                    f"{file.path}: builds {same[0] + 1} and {number + 1} ({table}) would be at "
-                    f"one place: {builds[same[0]].name} and {name}",
+                    f"{file.path}: builds {same + 1} and {number + 1} ({table}) would be at "
+                    f"one place: {builds[same].name} and {name}",
                     expected="a place of its own for each",
                     fix=f"name in out what they differ in: {{{'}, {'.join(given)}}}",
                 )
@@ -131,11 +139,12 @@ class _Pattern:
                     expected="keys of a recipe alone, such as {task}",
                 )  # fmt: skip
         parts = Path(found).parts
+        file.place(found, key="out")
         fixed = list(itertools.takewhile(lambda part: "{" not in part, parts[:-1]))
         rest = Path(*parts[len(fixed) :]).as_posix()
         if ".." in Path(rest).parts:
             raise file.error(f"out is {found!r}, with '..' behind a key", key="out")
-        return cls(file, path_in(file.folder, str(Path(*fixed))), rest)
+        return cls(file, file.place(str(Path(*fixed)), key="out"), rest)
 
     def name(self, values: Mapping[str, Any]) -> str:
         """Return the place of a build below the root."""
@@ -153,7 +162,12 @@ class _Pattern:
                     expected="a value that a folder can be called",
                 )  # fmt: skip
             said[key] = text
-        return self.rest.format_map(said)
+        name = self.rest.format_map(said)
+        if Path(name.lower()).parts[:1] == (FOLDER,):
+            raise self.file.error(
+                f"a build would be at {name}, where the records of builds are", key="out"
+            )
+        return name
 
 
 def _text(value: Any) -> str:
@@ -162,10 +176,22 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether two places are one, or one is inside the other, on any file system."""
-    a, b = (Path(name.lower()) for name in (one, other))
-    return a == b or a in b.parents or b in a.parents
+class _Places:
+    """The places of builds: each its own on any file system, and none inside another."""
+
+    def __init__(self) -> None:
+        self._at: dict[Path, int] = {}
+        self._around: dict[Path, int] = {}
+
+    def taken(self, name: str, number: int) -> int | None:
+        """Take a place for a build; return instead the number of the one that is in its way."""
+        path = Path(unicodedata.normalize("NFC", name).lower())
+        for other in (self._around.get(path), *map(self._at.get, (path, *path.parents))):
+            if other is not None:
+                return other
+        self._at[path] = number
+        self._around |= dict.fromkeys(path.parents, number)
+        return None
 
 
 def _table(file: TomlFile, key: str) -> Mapping[str, Any]:
@@ -252,6 +278,8 @@ def _taken(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
         means = target is None or key in COMMON | target.takes | {"ckpt", "layout"}
         if "precision" in given and not (frozen and key in _FOR_FROZEN):
             means = means and precision in TAKEN_BY.get(key, (precision,))
+        if "target" in given:
+            means = means and given["target"] == _FOR_TARGET.get(key, given["target"])
         if means:
             found[key] = value
     return found

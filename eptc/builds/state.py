@@ -67,7 +67,8 @@ class Place:
             found = json.loads(self._file(".json").read_text("utf-8"))
             if found.pop("schema") != _VERSION:
                 return None
-            return Record(**found)
+            record = Record(**found)
+            return record if isinstance(record.files, dict) else None
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
@@ -81,6 +82,14 @@ class Place:
                 os.fsync(file.fileno())
         except OSError as error:
             raise self._cannot_write(error) from error
+
+    def restore(self, record: Record | None) -> None:
+        """Write back what was read; it is not worth an error where that cannot be."""
+        with contextlib.suppress(OSError, OutputError):
+            if record is None:
+                self._file(".json").unlink()
+            else:
+                self.write(record)
 
     def _cannot_write(self, error: OSError) -> OutputError:
         return OutputError(
@@ -126,12 +135,20 @@ def _lock(lock: int, waiting: Callable[[], object]) -> None:
 
 def folder_hashes(folder: Path) -> dict[str, str]:
     """Return the SHA-256 (hex) of every file in a folder, by its path inside; no hidden ones."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in inside.parts):
-            found[inside.as_posix()] = file_hash(path)
-    return found
+    return dict(_hashes(folder, ()))
+
+
+def _hashes(folder: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
+    # Links are followed, which rglob() does not: readers follow them. Not in a circle.
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path.name, file_hash(path)
+        elif path.is_dir() and path.resolve() not in above:
+            for inside, found in _hashes(path, above):
+                yield f"{path.name}/{inside}", found
 
 
 def file_hash(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eptc.cli.common import FOLDER, INTERRUPTED, command, json_option, progress_shown
+from eptc.cli.common import FOLDER, INTERRUPTED, command, fail, json_option, progress_shown
 
 if TYPE_CHECKING:
     from eptc.builds import BuildPlan, Outcome, Report
@@ -62,10 +62,8 @@ def build(
                 read, force=force, progress=progress, ended=_quiet if as_json else _say, **options
             )
     except KeyboardInterrupt:
-        click.echo(
-            "eptc: error: interrupted; what was built stays, and is kept next time", err=True
-        )
-        sys.exit(INTERRUPTED)
+        said = "interrupted; what was built stays, and is kept next time"
+        fail(said, INTERRUPTED, as_json=as_json)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:

@@ -24,6 +24,7 @@ __all__ = [
     "FOLDER",
     "INTERRUPTED",
     "command",
+    "fail",
     "json_option",
     "progress_shown",
     "source_options",
@@ -40,7 +41,7 @@ REPORT = (
 )
 
 
-def _fail(message: str, code: int, *, as_json: bool) -> None:
+def fail(message: str, code: int, *, as_json: bool) -> None:
     """Print an error to standard error; with --json also as an object to standard output."""
     if as_json:
         click.echo(json.dumps({"error": message, "exit_code": code}))
@@ -64,7 +65,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
                 message += f"\n{REPORT}"
             if os.environ.get("EPTC_DEBUG"):
                 raise
-            _fail(message, error.exit_code, as_json=as_json)
+            fail(message, error.exit_code, as_json=as_json)
         except ModuleNotFoundError as error:
             if os.environ.get("EPTC_DEBUG"):
                 raise
@@ -73,21 +74,21 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
                 expected="the compiler's packages",
                 fix="pip install 'ept-compiler[compile]'",
             )
-            _fail(str(missing), missing.exit_code, as_json=as_json)
+            fail(str(missing), missing.exit_code, as_json=as_json)
         except (KeyboardInterrupt, click.Abort):
-            _fail("interrupted; nothing was published", INTERRUPTED, as_json=as_json)
+            fail("interrupted; nothing was published", INTERRUPTED, as_json=as_json)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(INTERRUPTED)
         except MemoryError:
-            _fail("there is not enough memory; nothing was published", 2, as_json=as_json)
+            fail("there is not enough memory; nothing was published", 2, as_json=as_json)
         except Exception as error:  # the last line of defence: a bug, said as one
             if os.environ.get("EPTC_DEBUG"):
                 raise
-            _fail(f"{type(error).__name__}: {error}\n{REPORT}", INTERNAL, as_json=as_json)
-        raise AssertionError  # _fail exits
+            fail(f"{type(error).__name__}: {error}\n{REPORT}", INTERNAL, as_json=as_json)
+        raise AssertionError  # fail exits
 
     return wrapped
 

@@ -41,6 +41,7 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     def wrapped(recipe_file: Path | None, save_recipe: Path | None, **given: Any) -> None:
         if recipe_file is not None:
             given |= _from_recipe(recipe_file)
+            _check_kept(recipe_file, given["out"], given["force"])
         if given["ckpt"] is None:
             raise click.UsageError("Missing argument 'CKPT'.")
         if save_recipe is not None:
@@ -77,6 +78,16 @@ def _save(path: Path, given: dict[str, Any]) -> None:
     Recipe(options.pop("ckpt"), options.pop("out"), options).save(path)
     if not given["as_json"]:
         click.echo(f"{path}: the recipe of this build")
+
+
+def _check_kept(path: Path, out: Path | None, force: bool) -> None:
+    """Refuse to replace the folder that the recipe is in."""
+    if force and out is not None and out.resolve() in path.resolve().parents:
+        raise OutputError(
+            f"the output folder {out} holds the recipe {path}, which --force would remove",
+            expected="a place of its own",
+            fix="name another folder with --out",
+        )
 
 
 def _check_place(path: Path, out: Path | None, force: bool) -> None:
