@@ -345,8 +345,8 @@ def test_no_tokenizer_at_all(copy_native: Any, cli: Any) -> None:
 
 def test_errors_are_raised(copy_native: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OptionError, match="target is 'tensorrt'"):
-        _export(copy_native, out, target="tensorrt")
+    with pytest.raises(OptionError, match="target is 'tensorflow'"):
+        _export(copy_native, out, target="tensorflow")
     with pytest.raises(OptionError, match="no base model"):
         eptc.export(copy_native.ckpt, task="tone", out=out)
     with pytest.raises(OptionError, match="--probe was given"):

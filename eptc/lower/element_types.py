@@ -16,13 +16,16 @@ _TENSOR = {
     "tensor(int32)": ir.DataType.INT32,
     "tensor(int64)": ir.DataType.INT64,
 }
+# ONNX Runtime's operators have no schema here: the input whose type their output has, if not the
+# first one.
+_LIKE = {"GatherBlockQuantized": 2}
 
 
 def element_types(model: ir.Model) -> dict[ir.Value, ir.DataType]:
     """Return the element type of every value of the main graph whose type is known.
 
     Where a value does not say so itself (a graph that was read from a file), its node does: by
-    the operator's schema, and operators that have none make what their first input is.
+    the operator's schema, and operators that have none make what one of their inputs is.
     """
     known: dict[ir.Value, ir.DataType] = {}
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
@@ -51,7 +54,8 @@ def _made(
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
-        return inputs[0] if inputs else None
+        like = _LIKE.get(node.op_type, 0)
+        return inputs[like] if like < len(inputs) else None
     bound = {
         _formal(schema.inputs, number): dtype
         for number, dtype in enumerate(inputs)

@@ -151,7 +151,7 @@ def _cast(value: Any, tensor: TensorSpec) -> NumpyArray:
     wanted = np.dtype(tensor.dtype)
     if array.dtype == wanted:
         return array
-    if np.can_cast(array.dtype, wanted, "safe"):
+    if array.size == 0 or np.can_cast(array.dtype, wanted, "safe"):  # [] is float64 to numpy
         return array.astype(wanted)
     if array.dtype.kind in "iu" and wanted.kind == "i":
         cast = array.astype(wanted)
