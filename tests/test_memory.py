@@ -48,7 +48,7 @@ def test_a_folder_streams(tmp_path: Path) -> None:
     report = _in_a_child(tmp_path, "hf")
     assert report["mode"] == "weights"
     assert report["weight_bytes"] > 600 * MB
-    assert report["grown"] <= 250 * MB
+    assert report["grown"] <= 150 * MB
 
 
 def _in_a_child(root: Path, target: str) -> dict[str, Any]:
@@ -60,6 +60,8 @@ def _in_a_child(root: Path, target: str) -> dict[str, Any]:
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
                 "MALLOC_ARENA_MAX": "2",
+                # What is freed goes back: else glibc keeps 0 to 200 MB of it, by chance.
+                "MALLOC_MMAP_THRESHOLD_": str(MB),
                 "EPTC_CACHE_DIR": "",
             },
             capture_output=True,
