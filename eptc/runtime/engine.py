@@ -98,7 +98,8 @@ class Engine:
             providers: execution providers in order of preference, `cpu`, `cuda`, `tensorrt` or
                 ONNX Runtime's names, each alone or with its options (TensorRT's: see
                 `eptc.runtime.tensorrt`). None: the best that start here and run the whole
-                graph, TensorRT before CUDA before CPU; `engine.providers` says which did.
+                graph, CUDA before CPU, and TensorRT before both where the bundle was made for it;
+                `engine.providers` says which did.
             threads: CPU threads one operator may use. None: the CPUs this process may use, by its
                 CPU set and its control group's quota.
             cache: a folder to keep optimised graphs and packed weights in, so that later loads
@@ -121,7 +122,7 @@ class Engine:
         count = usable_cpus() if threads is None else positive("threads", threads)
         manifest = load_manifest(folder)
         tokenizer = open_tokenizer(folder, manifest)
-        requests = choose(providers)
+        requests = choose(providers, for_tensorrt=manifest.target == "tensorrt")
         graphs = open_graphs(
             folder,
             manifest,

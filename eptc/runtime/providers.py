@@ -53,18 +53,22 @@ _IDENTITY: Final = (
 _lock = threading.Lock()
 
 
-def choose(providers: Sequence[Provider] | None) -> list[Request]:
+def choose(providers: Sequence[Provider] | None, *, for_tensorrt: bool = False) -> list[Request]:
     """Return the providers to ask for, with options, in order of preference.
 
     Args:
         providers: names (`cuda` or `CUDAExecutionProvider`), or pairs of name and options.
-            None: TensorRT, CUDA, CPU, those of them that can start.
+            None: CUDA, CPU, those of them that can start.
+        for_tensorrt: whether the bundle was made for TensorRT, which then comes before CUDA by
+            itself. For others it has to be named: it builds an engine, for minutes, whenever a
+            shape comes that it was not told of, and computes float32 in TF32.
 
     Raises:
         OptionError: a provider that is not known or cannot start; what can is named.
     """
     if providers is None:
-        return [_request(name) for name in _DEFAULT_ORDER if why_not(name) is None]
+        names = _DEFAULT_ORDER if for_tensorrt else _DEFAULT_ORDER[1:]
+        return [_request(name) for name in names if why_not(name) is None]
     if isinstance(providers, str) or not providers:
         raise OptionError(
             f"providers is {providers!r}",

@@ -124,6 +124,14 @@ def test_provider_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose([("cuda", options), "cpu"]) == [(cuda, options), (CPU, {})]
 
 
+def test_tensorrt_is_for_bundles_that_were_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eptc.runtime.providers.why_not", lambda _: None)
+    names = ["CUDAExecutionProvider", CPU]
+    assert [name for name, _ in choose(None)] == names
+    made_for_it = [name for name, _ in choose(None, for_tensorrt=True)]
+    assert made_for_it == ["TensorrtExecutionProvider", *names]
+
+
 def test_a_provider_that_fails_after_all(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default the engine goes on with the rest; asked for by name, it is an error."""
     reason = probe_providers().get("CUDAExecutionProvider")
