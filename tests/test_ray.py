@@ -250,8 +250,9 @@ def test_requests_outlive_a_replica(bundle: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(Exception, match="422"):
             client.ask(url, 3)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT may be ignored here, as it is in the background of a shell
         process.communicate(timeout=_PATIENCE)
+        assert not _workers("ServeReplica")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])

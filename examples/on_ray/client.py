@@ -5,6 +5,7 @@ python examples/on_ray/client.py http://127.0.0.1:8000/ "a fine film"
 
 from __future__ import annotations
 
+import http
 import json
 import sys
 import time
@@ -35,8 +36,10 @@ def ask(url: str, text: str, *, patience: float = 60.0) -> dict[str, Any]:
                 return answer
         except urllib.error.HTTPError as error:
             error.close()
-            # Below 500 it is the request that is wrong: asking again would not help.
-            if error.code < 500 or time.monotonic() > end:
+            # Below 500 it is the request that is wrong: asking again would not help. But the proxy
+            # is up before what it serves, and has nothing there until then.
+            wrong = error.code < 500 and error.code != http.HTTPStatus.NOT_FOUND
+            if wrong or time.monotonic() > end:
                 raise
         except OSError:  # no connection, or one that broke off
             if time.monotonic() > end:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Classifier:
 
 
 def main() -> None:
-    """Read the command line; serve until Ctrl-C."""
+    """Read the command line; serve until Ctrl-C or a polite kill."""
     parser = argparse.ArgumentParser(description="Serve an engine on a Ray cluster.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--replicas", type=int, default=2)
@@ -66,6 +67,7 @@ def main() -> None:
         num_replicas=given.replicas, max_ongoing_requests=64, health_check_period_s=2,
         ray_actor_options={"num_cpus": 1},
     )(Classifier)  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is served ends with this
     try:
         serve.run(replicas.bind(str(given.bundle.absolute())), blocking=True)
     finally:
