@@ -8,12 +8,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from eptc.lower.edit import drop, insert, replace
-from eptc.lower.element_types import element_types
+from eptc.lower.element_types import INTEGERS, element_types
 from eptc.pass_base import Contract, GraphPass
 
 __all__ = ["ClipIntegers"]
-
-_INTEGERS: tuple[ir.DataType | None, ...] = (ir.DataType.INT32, ir.DataType.INT64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ class ClipIntegers(GraphPass):
             if node.op_identifier() != ("", "Clip", "") or value is None:
                 continue
             bounds = [(op, v) for op, v in (("Max", low), ("Min", high)) if v is not None]
-            if types.get(value) not in _INTEGERS or not bounds:
+            if types.get(value) not in INTEGERS or not bounds:
                 continue
             for operator, bound in bounds:
                 value = insert(node, operator, [value, bound]).outputs[0]

@@ -8,12 +8,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from eptc.lower.edit import drop, insert, made_by, replace
-from eptc.lower.element_types import element_types
+from eptc.lower.element_types import INTEGERS, element_types
 from eptc.pass_base import Contract, GraphPass
 
 __all__ = ["CountInFloat"]
-
-_INTEGERS: tuple[ir.DataType | None, ...] = (ir.DataType.INT32, ir.DataType.INT64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,7 @@ class CountInFloat(GraphPass):
             while (cast := made_by(flags, "Cast")) is not None:  # ones and zeros in any type
                 flags = cast.inputs[0]
             kind = types.get(node.outputs[0])
-            if flags is None or types.get(flags) != ir.DataType.BOOL or kind not in _INTEGERS:
+            if flags is None or types.get(flags) != ir.DataType.BOOL or kind not in INTEGERS:
                 continue
             assert kind is not None
             one = insert(node, "Cast", [flags], {"to": int(ir.DataType.FLOAT)}).outputs[0]

@@ -9,13 +9,13 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from eptc.lower.edit import drop, insert, replace
+from eptc.lower.element_types import INTEGERS
 from eptc.pass_base import Contract, GraphPass
 
 __all__ = ["SplitEqual"]
 
 logger = logging.getLogger(__name__)
 
-_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 # The version of Equal that ONNX Runtime's CUDA provider has no kernel of.
 _SINCE = 19
 
@@ -44,7 +44,7 @@ class SplitEqual(GraphPass):
                 continue
             if model.opset_imports.get("", 0) < _SINCE:
                 reason = "opset 18 and earlier have a kernel"
-            elif any(value is None or value.dtype not in _INTEGERS for value in node.inputs):
+            elif any(value is None or value.dtype not in INTEGERS for value in node.inputs):
                 reason = "it does not compare integers"
             else:
                 _split(node)

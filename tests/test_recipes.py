@@ -167,10 +167,10 @@ def test_defaults_are_left_out(tmp_path: Path) -> None:
 
 def test_paths_begin_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative ones are relative to its folder, through links too; absolute ones stay so."""
-    (tmp_path / "work").mkdir()
+    (tmp_path / "here").mkdir()
     (tmp_path / "far" / "recipes").mkdir(parents=True)
     (tmp_path / "near").symlink_to(tmp_path / "far" / "recipes")
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", "/home/me")
     file = tmp_path / "near" / "r.toml"
     eptc.Recipe(
@@ -181,15 +181,15 @@ def test_paths_begin_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         },
     ).save(file)  # fmt: skip
     text = file.read_text()
-    assert 'ckpt = "../../work/ckpt"' in text
+    assert 'ckpt = "../../here/ckpt"' in text
     assert 'base = "../../base"' in text
     assert 'probe = "../probe.jsonl"' in text
     assert 'out = "/abs/out"' in text
     monkeypatch.chdir("/")
-    (tmp_path / "work" / "ckpt").mkdir()
+    (tmp_path / "here" / "ckpt").mkdir()
     found = eptc.Recipe.read(file)
     assert found.ckpt is not None
-    assert found.ckpt.samefile(tmp_path / "work" / "ckpt")
+    assert found.ckpt.samefile(tmp_path / "here" / "ckpt")
     assert found.options["genai_python"] == "python3"
     monkeypatch.chdir(tmp_path / "near")
     eptc.Recipe(Path("~/ckpt"), None, {"base": "~"}).save(file)  # folders that are called so

@@ -9,13 +9,14 @@ from typing import Any, get_args
 import onnxruntime
 
 from eptc.builds.plan import Build
-from eptc.builds.state import digest, file_hash, folder_hashes
+from eptc.builds.state import digest, folder_hashes
 from eptc.cache import code_hash
 from eptc.describe import tool_versions
 from eptc.errors import InputError
 from eptc.options import Options
 from eptc.plugins import Group, installed
 from eptc.recipe_schema import PATHS
+from eptc.runtime.prepacked import sha256
 
 __all__ = ["Inputs", "environment"]
 
@@ -42,7 +43,7 @@ class Inputs:
         path = path.resolve()
         if path not in self._found:
             try:
-                self._found[path] = folder_hashes(path) if path.is_dir() else file_hash(path)
+                self._found[path] = folder_hashes(path) if path.is_dir() else sha256(path)
             except OSError as error:
                 raise InputError(
                     f"{error.filename or path} cannot be read: {error.strerror or error}"

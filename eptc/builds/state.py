@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 from eptc.cache import replacing
 from eptc.errors import OutputError
+from eptc.runtime.prepacked import sha256
 
-__all__ = ["FOLDER", "Place", "Record", "digest", "file_hash", "folder_hashes", "whole"]
+__all__ = ["FOLDER", "Place", "Record", "digest", "folder_hashes", "whole"]
 
 FOLDER = ".eptc-build"
 _VERSION = 1
@@ -145,16 +146,10 @@ def _hashes(folder: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
         if path.name.startswith("."):
             continue
         if path.is_file():
-            yield path.name, file_hash(path)
+            yield path.name, sha256(path)
         elif path.is_dir() and path.resolve() not in above:
             for inside, found in _hashes(path, above):
                 yield f"{path.name}/{inside}", found
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def whole(folder: Path, record: Record) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -29,6 +29,7 @@ __all__ = [
     "progress_shown",
     "source_options",
     "tensorrt_options",
+    "with_options",
 ]
 
 P = ParamSpec("P")
@@ -97,6 +98,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 FOLDER = click.Path(path_type=Path)
 
 
+def with_options(
+    function: Callable[..., Any], options: Sequence[Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Return a command with options, in the order in which --help lists them."""
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every command that reads a checkpoint."""
     options = (
@@ -123,9 +133,7 @@ def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "installed package may have it.",
         ),
     )
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return with_options(function, options)
 
 
 def tensorrt_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,9 +160,7 @@ def tensorrt_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "package tensorrt and a GPU.",
         ),
     )
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return with_options(function, options)
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:

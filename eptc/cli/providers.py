@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from eptc.cli.common import with_options
 from eptc.errors import OptionError
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ def provider_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Let the CPU run what the first provider has no kernel for.",
         ),
     )
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return with_options(function, options)
 
 
 def _providers(

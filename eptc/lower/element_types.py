@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import onnx
 import onnx_ir as ir
 
-__all__ = ["element_types"]
+__all__ = ["INTEGERS", "element_types", "formal", "schema_of"]
+
+# Those that a graph counts in.
+INTEGERS: tuple[ir.DataType | None, ...] = (ir.DataType.INT32, ir.DataType.INT64)
 
 _TENSOR = {
     "tensor(bool)": ir.DataType.BOOL,
@@ -51,22 +55,32 @@ def _made(
         value = node.attributes.get("value")
         return ir.DataType.FLOAT if value is None else value.as_tensor().dtype
     inputs = [None if value is None else known.get(value) for value in node.inputs]
-    try:
-        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
-    except onnx.defs.SchemaError:
+    schema = schema_of(node.op_type, opset, node.domain)
+    if schema is None:
         like = _LIKE.get(node.op_type, 0)
         return inputs[like] if like < len(inputs) else None
     bound = {
-        _formal(schema.inputs, number): dtype
+        formal(schema.inputs, number).type_str: dtype
         for number, dtype in enumerate(inputs)
         if dtype is not None
     }
-    name = _formal(schema.outputs, index)
+    name = formal(schema.outputs, index).type_str
     allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
     found = allowed.get(name, [name])
     return bound.get(name) or (_TENSOR.get(found[0]) if len(found) == 1 else None)
 
 
-def _formal(formals: Sequence[onnx.defs.OpSchema.FormalParameter], number: int) -> str:
-    """Return the type's name of a parameter; the last one may stand for several."""
-    return formals[min(number, len(formals) - 1)].type_str
+def formal(
+    formals: Sequence[onnx.defs.OpSchema.FormalParameter], number: int
+) -> onnx.defs.OpSchema.FormalParameter:
+    """Return what an operator's schema says of a parameter; the last one may stand for several."""
+    return formals[min(number, len(formals) - 1)]
+
+
+@functools.cache
+def schema_of(op_type: str, opset: int, domain: str) -> onnx.defs.OpSchema | None:
+    """Return an operator's schema; None where onnx has none."""
+    try:
+        return onnx.defs.get_schema(op_type, opset, domain)
+    except onnx.defs.SchemaError:
+        return None

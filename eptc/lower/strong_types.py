@@ -7,13 +7,10 @@ of its inputs.
 
 from __future__ import annotations
 
-import functools
-
-import onnx
 import onnx_ir as ir
 
 from eptc.errors import InternalError
-from eptc.lower.element_types import element_types
+from eptc.lower.element_types import element_types, formal, schema_of
 
 __all__ = ["check_types"]
 
@@ -29,7 +26,7 @@ def check_types(model: ir.Model) -> None:
     types = element_types(model)
     for node in model.graph:
         opset = model.opset_imports.get(node.domain, 1)
-        schema = _schema(node.op_type, opset, node.domain)
+        schema = schema_of(node.op_type, opset, node.domain)
         if schema is None:
             continue
         allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
@@ -38,13 +35,13 @@ def check_types(model: ir.Model) -> None:
             for number, value in enumerate(values):
                 if value is None or value not in types or not formals:
                     continue
-                formal = formals[min(number, len(formals) - 1)]
+                declared = formal(formals, number)
                 found = f"tensor({_spelled(types[value])})"
-                if not formal.is_homogeneous:
+                if not declared.is_homogeneous:
                     continue
-                if found not in allowed.get(formal.type_str, {formal.type_str}):
+                if found not in allowed.get(declared.type_str, {declared.type_str}):
                     raise _wrong(node, value, f"{found}, which it has no form for")
-                first = bound.setdefault(formal.type_str, found)
+                first = bound.setdefault(declared.type_str, found)
                 if first != found:
                     raise _wrong(node, value, f"{found}, where another one is {first}")
 
@@ -55,11 +52,3 @@ def _wrong(node: ir.Node, value: ir.Value, found: str) -> InternalError:
 
 def _spelled(dtype: ir.DataType) -> str:
     return _SPELLED.get(dtype, dtype.name.lower())
-
-
-@functools.cache
-def _schema(op_type: str, opset: int, domain: str) -> onnx.defs.OpSchema | None:
-    try:
-        return onnx.defs.get_schema(op_type, opset, domain)
-    except onnx.defs.SchemaError:
-        return None

@@ -10,8 +10,9 @@ import numpy as np
 
 from eptc.errors import InputError, ParityError
 from eptc.nn.adapted import ReferenceModel
+from eptc.parity_gate.batches import seeded_probes
 from eptc.parity_gate.compare import bound_of
-from eptc.parity_gate.gate import make_probes, prove_outputs, run_probes
+from eptc.parity_gate.gate import prove_outputs, run_probes
 from eptc.parity_gate.interface import check_manifest
 from eptc.parity_gate.mixed import mixed_rows, mixed_seeds, mixed_text
 from eptc.parity_gate.probes import Example, Probe, builtin_examples
@@ -21,7 +22,7 @@ from eptc.runtime import Engine
 from eptc.runtime.spec import TASK_IDS
 from eptc.text import TrainingTokenizer
 
-__all__ = ["check_refused", "prove_tasks"]
+__all__ = ["check_refused", "mixed_probes", "prove_tasks"]
 
 
 def prove_tasks(
@@ -84,13 +85,31 @@ def prove_tasks(
     given = {
         task.name: (examples or {}).get(task.name) or builtin_examples(task) for task in tasks
     }
-    probes: list[Probe] = []
-    if tokenizer is not None and manifest.tokenizer is not None:
-        probes += [mixed_text(engine, name, rows) for name, rows in mixed_rows(given).items()]
-    probes += mixed_seeds(make_probes(views[0], reference, task_ids[0], None, None)[0], len(tasks))
+    probes = mixed_probes(engine, reference, tokenizer, given)
     names = [task.name for task in tasks]
     mixed = run_probes(engine, reference, names, probes, empty, progress)
     return report.of_tasks(parts, mixed)
+
+
+def mixed_probes(
+    engine: Engine,
+    reference: ReferenceModel,
+    tokenizer: TrainingTokenizer | None,
+    examples: Mapping[str, Sequence[Example]],
+) -> list[Probe]:
+    """Return batches whose rows are of several tasks.
+
+    Args:
+        engine: an engine of several tasks.
+        reference: the unfolded model.
+        tokenizer: the tokenizer of training; without it there is no text among them.
+        examples: texts of each task, by its name.
+    """
+    probes: list[Probe] = []
+    if tokenizer is not None and engine.manifest.tokenizer is not None:
+        probes += [mixed_text(engine, name, rows) for name, rows in mixed_rows(examples).items()]
+    seeded = seeded_probes(engine.for_task(0).manifest, reference)
+    return probes + list(mixed_seeds(seeded, len(engine.tasks)))
 
 
 def check_refused(engine: Engine) -> None:

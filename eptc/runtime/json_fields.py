@@ -47,6 +47,17 @@ class Fields:
             raise self._wrong(key, value, "a non-empty string")
         return value
 
+    def schema_version(self, newest: int, what: str) -> int:
+        """Return the version of the object's form; one that is newer than known is refused."""
+        version = self.integer("schema_version", at_least=1)
+        if version > newest:
+            raise BundleError(
+                f"{what} has schema version {version}",
+                expected=f"{newest} or older",
+                fix="upgrade eptc (pip install -U ept-compiler)",
+            )
+        return version
+
     def optional_text(self, key: str, default: object = _REQUIRED) -> str | None:
         """Return a string or None."""
         return None if self.optional(key, default) is None else self.text(key)

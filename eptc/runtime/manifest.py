@@ -136,13 +136,7 @@ class Manifest:
                 file name that is not a plain name, or parts that contradict each other.
         """
         fields = Fields(data, "the manifest")
-        version = fields.integer("schema_version", at_least=1)
-        if version > SCHEMA_VERSION:
-            raise BundleError(
-                f"the bundle has schema version {version}",
-                expected=f"{SCHEMA_VERSION} or older",
-                fix="upgrade eptc (pip install -U ept-compiler)",
-            )
+        version = fields.schema_version(SCHEMA_VERSION, "the bundle")
         manifest = cls(
             kind=fields.choice("kind", tuple(INTERFACES)),
             target=fields.text("target"),

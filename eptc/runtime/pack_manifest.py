@@ -97,13 +97,7 @@ class PackManifest:
                 parts that contradict each other.
         """
         fields = Fields(data, "the pack's manifest")
-        version = fields.integer("schema_version", at_least=1)
-        if version > _SCHEMA:
-            raise BundleError(
-                f"the pack has schema version {version}",
-                expected=f"{_SCHEMA} or older",
-                fix="upgrade eptc (pip install -U ept-compiler)",
-            )
+        version = fields.schema_version(_SCHEMA, "the pack")
         fields.choice("layout", ("pack",))
         found = cls(
             kind=fields.choice("kind", tuple(INTERFACES)),

@@ -17,10 +17,10 @@ from eptc.nn.frozen import frozen
 from eptc.parity_gate import LocalVerifier, ParityReport, Subject, refuse
 from eptc.parity_gate.compare import bound_of
 from eptc.parity_gate.gate import make_probes, run_probes
-from eptc.parity_gate.mixed import mixed_rows, mixed_seeds, mixed_text
 from eptc.parity_gate.outputs import WRITTEN
 from eptc.parity_gate.probes import Probe, builtin_examples
 from eptc.parity_gate.reference import frozen_gates
+from eptc.parity_gate.several import mixed_probes
 from eptc.planning import Plan
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
@@ -130,11 +130,7 @@ def prove_engine(
             for task in manifest.tasks
             if examples is None or isinstance(examples, Mapping)
         }
-        probes = []
-        if tokenizer is not None and manifest.tokenizer is not None:
-            probes += [mixed_text(engine, name, rows) for name, rows in mixed_rows(given).items()]
-        seeded, _ = make_probes(views[0], reference, task_ids[0], None, None)
-        probes += mixed_seeds(seeded, len(views))
+        probes = mixed_probes(engine, reference, tokenizer, given)
         kept = _fitting(probes, manifest, found)
         left_out += len(probes) - len(kept)
         mixed = run_probes(engine, reference, list(parts), kept, empty, progress)

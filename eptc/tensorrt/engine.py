@@ -16,7 +16,7 @@ import numpy as np
 
 from eptc.errors import BundleError, InputError, MissingExtraError
 from eptc.runtime import Engine
-from eptc.runtime.graph import Graph, NumpyArray
+from eptc.runtime.graph import DTYPE_OF_ORT, Graph, NumpyArray, element_type
 from eptc.runtime.loading import open_tokenizer
 from eptc.runtime.manifest import load_manifest
 from eptc.runtime.prepacked import sha256
@@ -27,15 +27,11 @@ from eptc.tensorrt.record import Here, read_record
 
 __all__ = ["Session", "here", "load"]
 
-_ORT = {
-    "bfloat16": "tensor(bfloat16)", "bool": "tensor(bool)", "float16": "tensor(float16)",
-    "float32": "tensor(float)", "int32": "tensor(int32)", "int64": "tensor(int64)",
-}  # fmt: skip
+_ORT = {dtype: name for name, dtype in DTYPE_OF_ORT.items()}
 _TENSORRT = {
     "bfloat16": "BF16", "bool": "BOOL", "float16": "HALF", "float32": "FLOAT", "int32": "INT32",
     "int64": "INT64",
 }  # fmt: skip
-_BFLOAT16 = 16  # its number in onnx.TensorProto.DataType; numpy has no such type
 
 
 def here(device: int = 0) -> Here:
@@ -204,8 +200,9 @@ class Session:
         import onnxruntime
 
         shape = list(self._context.get_tensor_shape(tensor.name))
-        kind = _BFLOAT16 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).type
-        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, kind)
+        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            shape, element_type(tensor.dtype)
+        )
         address = memory.take(_bytes(value))
         self._context.set_tensor_address(tensor.name, address)
         return value, address

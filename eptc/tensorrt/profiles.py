@@ -9,7 +9,6 @@ with the prompts before it, where a checkpoint has some.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from eptc.errors import OptionError
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import GraphSpec
+from eptc.toml_file import near
 
 __all__ = [
     "Profile", "Range", "Ranges", "check_given", "dimension", "parse_profiles", "profiles",
@@ -124,8 +124,7 @@ def check_given(given: Ranges, names: Sequence[str], positions: int | None, kind
         needed["sequence"] = 1
     for name, range_ in given.items():
         if name not in own:
-            near = difflib.get_close_matches(name, own, 1, cutoff=0.5)
-            why = f": did you mean {near[0]!r}?" if near else ""
+            why = near(name, own)
             if name in _SUMS and name in names:
                 why = f", which is {_SUMS[name]}"
             raise OptionError(

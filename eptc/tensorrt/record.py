@@ -62,13 +62,7 @@ class Built:
     def from_json(cls, data: object) -> Self:
         """Read JSON values; raises BundleError."""
         fields = Fields(data, RECORD)
-        version = fields.integer("schema_version", at_least=1)
-        if version > _SCHEMA:
-            raise BundleError(
-                f"{RECORD} has schema version {version}",
-                expected=f"{_SCHEMA} or older",
-                fix="upgrade eptc (pip install -U ept-compiler)",
-            )
+        fields.schema_version(_SCHEMA, RECORD)
         by = Here(*(fields.text(field.name) for field in dataclasses.fields(Here)))
         engines = {}
         for role, item in fields.mapping("engines").items():
