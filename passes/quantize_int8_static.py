@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 from eptc.lower.int8 import activation
-from eptc.lower.int8_nodes import add_bias, by_position, node, read_rows, store, turned
+from eptc.lower.int8_nodes import node, read_rows, store, turned
 from eptc.lower.int8_pass import Int8Pass
 from eptc.lower.quantizable import Product, Quantizable
-from eptc.lower.ranges import Ranges, digest, round_activation, with_ranges
+from eptc.lower.ranges import Ranges, digest, round_products, with_ranges
 from eptc.tensors import Array
 
 __all__ = ["QuantizeInt8Static"]
@@ -59,16 +60,13 @@ class QuantizeInt8Static(Int8Pass):
         """Quantize every weight that can be; return how many were."""
         graph = model.graph
         sites = self.sites(graph, self.left)
-        products = by_position(sites, graph)
-        # First: a value has another name once the product that makes it was replaced.
-        steps = [self._step(product) for _, product in products]
-        scales = {site.weight: store(site, graph, largest=self.largest) for site in sites}
-        rounded: dict[ir.Value, ir.Value] = {}
-        for (site, product), step in zip(products, steps, strict=True):
-            if product.x not in rounded:
-                rounded[product.x] = round_activation(product, step, graph)
-            inputs = [rounded[product.x], self._weight(site, product, scales[site.weight])]
-            add_bias(product, node(product.node, "MatMul", inputs, [_FLOAT])[0])
+        scales = round_products(
+            sites,
+            graph,
+            step=self._step,
+            store=functools.partial(store, graph=graph, largest=self.largest),
+            weight=self._weight,
+        )
         for site in sites:
             read_rows(site, scales[site.weight], graph)
         return len(sites)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +13,9 @@ import onnx_ir as ir
 from eptc.errors import OptionError
 from eptc.lower import float8, int8
 from eptc.lower.edit import constant
-from eptc.lower.int8_nodes import add_bias, by_position, node, register_scale
+from eptc.lower.int8_nodes import node, register_scale
 from eptc.lower.quantizable import Product, Quantizable, quantizable
-from eptc.lower.ranges import Ranges, digest, round_activation, with_ranges
+from eptc.lower.ranges import Ranges, digest, round_products, with_ranges
 from eptc.pass_base import QuantizingPass
 from eptc.tensors import Array
 
@@ -78,17 +79,9 @@ class QuantizeQdq(QuantizingPass):
         """Quantize every weight that can be; return how many were."""
         graph = model.graph
         sites = self.sites(graph, self.left)
-        products = by_position(sites, graph)
-        # First: a value has another name once the product that makes it was replaced.
-        steps = [self._step(product) for _, product in products]
-        scales = {site.weight: self._store(site, graph) for site in sites}
-        rounded: dict[ir.Value, ir.Value] = {}
-        for (site, product), step in zip(products, steps, strict=True):
-            if product.x not in rounded:
-                rounded[product.x] = round_activation(product, step, graph)
-            weight = self._weight(site, product, scales[site.weight], graph)
-            inputs = [rounded[product.x], weight]
-            add_bias(product, node(product.node, "MatMul", inputs, [_FLOAT])[0])
+        store = functools.partial(self._store, graph=graph)
+        weight = functools.partial(self._weight, graph=graph)
+        round_products(sites, graph, step=self._step, store=store, weight=weight)
         return len(sites)
 
     def sites(self, graph: ir.Graph, left: Callable[[str, str], None]) -> list[Quantizable]:
@@ -123,7 +116,7 @@ class QuantizeQdq(QuantizingPass):
         return register_scale(scale, graph)
 
     def _weight(
-        self, site: Quantizable, product: Product, scale: ir.Value, graph: ir.Graph
+        self, site: Quantizable, product: Product, scale: ir.Value, *, graph: ir.Graph
     ) -> ir.Value:
         """Return the weight as the product reads it."""
         assert scale.shape is not None

@@ -10,11 +10,11 @@ from typing import Any
 import onnx_ir as ir
 
 from eptc.lower.edit import constant
-from eptc.lower.int8_nodes import node
+from eptc.lower.int8_nodes import add_bias, by_position, node
 from eptc.lower.quantizable import Product, Quantizable
 from eptc.tensors import Array
 
-__all__ = ["Ranges", "digest", "round_activation", "with_ranges"]
+__all__ = ["Ranges", "digest", "round_products", "with_ranges"]
 
 # Smallest and largest value of each activation, by its name in the graph.
 Ranges = Mapping[str, tuple[float, float]]
@@ -51,7 +51,41 @@ def with_ranges(
     return found
 
 
-def round_activation(product: Product, step: tuple[Array, Array], graph: ir.Graph) -> ir.Value:
+def round_products(
+    sites: Sequence[Quantizable],
+    graph: ir.Graph,
+    *,
+    step: Callable[[Product], tuple[Array, Array]],
+    store: Callable[[Quantizable], ir.Value],
+    weight: Callable[[Quantizable, Product, ir.Value], ir.Value],
+) -> dict[ir.Value, ir.Value]:
+    """Let every product of some weights multiply what is rounded; return the weights' scales.
+
+    Before: y = MatMul(x, W)
+    After:  xd = DequantizeLinear(QuantizeLinear(x, *step), *step)     once for all that read x
+            y = MatMul(xd, weight)
+
+    Args:
+        sites: the weights.
+        graph: the main graph; it is as it was where `step` raises.
+        step: gives scale and zero point of what a product multiplies.
+        store: makes a weight 8 bits, in place, and gives its scale.
+        weight: gives a weight, of this scale, as a product reads it.
+    """
+    products = by_position(sites, graph)
+    # First: a value has another name once the product that makes it was replaced.
+    steps = [step(product) for _, product in products]
+    scales = {site.weight: store(site) for site in sites}
+    rounded: dict[ir.Value, ir.Value] = {}
+    for (site, product), its_step in zip(products, steps, strict=True):
+        if product.x not in rounded:
+            rounded[product.x] = _round_activation(product, its_step, graph)
+        inputs = [rounded[product.x], weight(site, product, scales[site.weight])]
+        add_bias(product, node(product.node, "MatMul", inputs, [ir.DataType.FLOAT])[0])
+    return scales
+
+
+def _round_activation(product: Product, step: tuple[Array, Array], graph: ir.Graph) -> ir.Value:
     """Put QuantizeLinear and DequantizeLinear behind what is multiplied; return the result.
 
     Args:
