@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from eptc.option_values import option_value
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.plugins import Group, Plugin, find_plugin, installed
 from eptc.registry import PASSES
+from eptc.similar_names import did_you_mean
 
 __all__ = ["AddedPass", "added_passes", "pass_class"]
 
@@ -69,7 +69,7 @@ def _named(text: str) -> AddedPass:
         _check_name(name)
         names = [plugin.name for plugin in installed(_GROUP)]
         raise OptionError(
-            f"there is no pass {name!r}" + _near(name, names),
+            f"there is no pass {name!r}" + did_you_mean(name, names),
             expected=", ".join(names)
             if names
             else "a pass of a package that is installed: there is none",
@@ -141,18 +141,13 @@ def _options(name: str, kind: type, text: str) -> dict[str, Any]:
             )
         if key not in known:
             raise OptionError(
-                f"the pass {name} has no option {key!r}" + _near(key, known),
+                f"the pass {name} has no option {key!r}" + did_you_mean(key, known),
                 expected=", ".join(known) if known else "none: it has no options",
             )
         if key in options:
             raise OptionError(f"the pass {name} was given {key} twice")
         options[key] = option_value(kind, key, value)
     return options
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _unsound(step: AdapterPass | GraphPass) -> str | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from eptc.errors import BaseModelError
+from eptc.similar_names import similar
 
 __all__ = [
     "ARCHITECTURES",
@@ -167,7 +167,7 @@ def architecture(config: Any, *, prompted: bool = False) -> Architecture:
     model_type = config if isinstance(config, str) else setting(config, "model_type")
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
-    near = difflib.get_close_matches(str(model_type), known, n=1)
+    near = similar(str(model_type), known)
     hint = f"use a base of one of these types; {near[0]!r} is the nearest" if near else None
     raise BaseModelError(
         f"the base's model type is {model_type!r}" + (" and has prompts" if prompted else ""),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import onnx_ir
 
 from eptc.errors import InputError, OptionError
 from eptc.lower.weights import PART
+from eptc.similar_names import did_you_mean
 
 __all__ = ["FILE", "LEVELS", "PrecisionPlan", "stored_weights"]
 
@@ -85,10 +85,9 @@ class PrecisionPlan:
         """
         for name in self.weights:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
                 raise OptionError(
                     f"the precision plan names the weight {name!r}, which the engine does not have"
-                    + (f"; did you mean {near[0]!r}?" if near else ""),
+                    + did_you_mean(name, known),
                     fix="leave it out",
                 )
             if self.weights[name] not in known[name]:

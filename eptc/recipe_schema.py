@@ -19,7 +19,8 @@ import jsonschema
 
 from eptc.options import Options
 from eptc.pass_base import AdapterPass, GraphPass
-from eptc.toml_file import TomlFile, near
+from eptc.similar_names import did_you_mean
+from eptc.toml_file import TomlFile
 
 __all__ = ["PATHS", "VERSION", "check_keys", "check_value", "keys", "recipe_schema"]
 
@@ -113,7 +114,7 @@ def check_keys(file: TomlFile, table: str, given: Mapping[str, Any], known: Any)
     for key in given:
         if key not in known:
             raise file.error(
-                f"there is no key {key!r}{near(key, known)}", key=key, table=table,
+                f"there is no key {key!r}{did_you_mean(key, known)}", key=key, table=table,
                 expected=", ".join(known),
             )  # fmt: skip
 
@@ -135,7 +136,7 @@ def check_value(file: TomlFile, key: str, value: Any, *, table: str = "", number
     if not _Validator(schema).is_valid(value):
         known = schema.get("enum", ())
         raise file.error(
-            f"{key} is {value!r}" + (near(value, known) if isinstance(value, str) else ""),
+            f"{key} is {value!r}" + (did_you_mean(value, known) if isinstance(value, str) else ""),
             key=key, table=table, number=number, expected=_said(schema),
         )  # fmt: skip
     return float(value) if schema.get("type") == "number" else value

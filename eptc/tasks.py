@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from eptc.errors import TaskError
+from eptc.similar_names import did_you_mean
 
 __all__ = [
     "GLUE", "Kind", "Task", "TaskChoice", "chosen", "fill", "names_several", "resolve",
@@ -120,7 +120,7 @@ class Task:
         for key in data:
             if key not in known:
                 raise TaskError(
-                    f"a task has the unknown key {key!r}{_nearest(key, known)}",
+                    f"a task has the unknown key {key!r}{did_you_mean(key, known)}",
                     expected=", ".join(known),
                 )
         if missing := [key for key in ("name", "kind") if key not in data]:
@@ -202,7 +202,7 @@ def resolve(wanted: str | int, tasks: Sequence[Task]) -> int:
         return int(text)
     known = names + [alias for task in tasks for alias in task.aliases]
     raise TaskError(
-        f"there is no task {text!r}{_nearest(text, known)}",
+        f"there is no task {text!r}{did_you_mean(text, known, 3)}",
         expected=", ".join(f"{i} {name}" for i, name in enumerate(names)),
     )
 
@@ -269,11 +269,6 @@ def tasks_from_names(names: Sequence[str], specs: Mapping[str, Task]) -> tuple[T
     if repeated := sorted({name for name in names if list(names).count(name) > 1}):
         raise TaskError(f"the task {repeated[0]!r} is listed twice: {', '.join(names)}")
     return tuple(specs.get(name, Task(name, "generation", metric="")) for name in names)
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(dict.fromkeys(close))}" if close else ""
 
 
 def _glue(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from eptc.errors import RecipeError
 
-__all__ = ["TomlFile", "near"]
+__all__ = ["TomlFile"]
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
 _KEY = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
@@ -139,9 +138,3 @@ class TomlFile:
             ):
                 return place
         return None
-
-
-def near(name: str, known: Collection[str]) -> str:
-    """Return `: did you mean ...?` where one of the known names is like this one, else nothing."""
-    found = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.5)
-    return f": did you mean {found[0]!r}?" if found else ""

@@ -351,7 +351,7 @@ def test_errors_are_raised(copy_native: Any, tmp_path: Path) -> None:
         eptc.export(copy_native.ckpt, task="tone", out=out)
     with pytest.raises(OptionError, match="--probe was given"):
         _export(copy_native, out, probe=tmp_path / "x")
-    with pytest.raises(TaskError, match="no task 'stone'; nearest: tone"):
+    with pytest.raises(TaskError, match="no task 'stone': did you mean 'tone'"):
         _export(copy_native, out, "stone")
     assert not out.exists()
 

@@ -193,7 +193,8 @@ def replaced(name: str, value: str) -> tuple[str, ...]:
 
 RELEASED = [
     # the command line
-    case("unknown-task", nothing, "no task 'sst3'|nearest: sst, sst2|expected: 0 cola, 1 mnli",
+    case("unknown-task", nothing,
+         "no task 'sst3': did you mean 'sst' or 'sst2'?|expected: 0 cola, 1 mnli",
          arguments=replaced("--task", "sst3")),
     case("unknown-id", nothing, "no task '8'|7 stsb", arguments=replaced("--task", "8")),
     case("negative-id", nothing, "no task '-1'", arguments=replaced("--task", "-1")),
@@ -231,7 +232,7 @@ RELEASED = [
     case("no-task-spec", nothing, "x.json cannot be read", "--task-spec", "{in}/x.json"),
     case("bad-task-spec",
          text("x.json", '[{"name": "sst2", "kind": "text-to-text", "lables": []}]'),
-         "unknown key 'lables'|nearest: labels", "--task-spec", "{in}/x.json"),
+         "unknown key 'lables': did you mean 'labels'?", "--task-spec", "{in}/x.json"),
     case("classifier-spec-for-t5", text(
         "x.json", '[{"name": "sst2", "kind": "classification", "labels": ["a", "b"]}]'),
          "classification task|text-to-text or generation", "--task-spec", "{in}/x.json"),
@@ -439,7 +440,7 @@ def test_a_base_of_another_shape(
 NATIVE_TASK = ("--task", "tone")
 QUERY = "bert.encoder.layer.0.attention.self.query"
 NATIVE_CASES = [
-    case("unknown-task", nothing, "no task 'tune'|nearest: tone|0 tone, 1 same, 2 score",
+    case("unknown-task", nothing, "no task 'tune': did you mean 'tone'?|0 tone, 1 same, 2 score",
          "--task", "tune"),
     case("top-k-contradicts", nothing, "--top-k 3 contradicts the checkpoint, which says 2",
          "--top-k", "3"),

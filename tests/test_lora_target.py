@@ -651,8 +651,8 @@ def test_parameters_beside_the_low_ranks_are_refused(tmp_path: Path) -> None:
     ("options", "error", "words"),
     [
         ({"task": None}, TaskError, "3 tasks, and none was chosen"),
-        ({"task": "tome"}, TaskError, "nearest: tone"),
-        ({"task": "tone,tome"}, TaskError, "nearest: tone"),
+        ({"task": "tome"}, TaskError, "did you mean 'tone'"),
+        ({"task": "tone,tome"}, TaskError, "did you mean 'tone'"),
         ({"task": "tone,mood"}, TaskError, "'tone' is chosen twice: as 'tone' and as 'mood'"),
         ({"task": ["topic", 1]}, TaskError, "'topic' is chosen twice"),
         ({"task": []}, TaskError, "tasks chosen are"),

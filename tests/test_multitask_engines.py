@@ -175,7 +175,7 @@ def test_arrays(engine: Engine) -> None:
     ("tasks", "words"),
     [
         (None, "3 tasks, and none was named"),
-        ("tune", "no task 'tune'; nearest: tone"),
+        ("tune", "no task 'tune': did you mean 'tone'"),
         (3, "no task 3"),
         (-1, "no task -1"),
         (["tone"], "1 tasks for 2 texts"),

@@ -74,7 +74,7 @@ def test_name_beats_alias() -> None:
         ({"name": "a", "kind": "sorting"}, "classification or regression"),
         ({"name": "", "kind": "generation"}, "non-empty"),
         ({"kind": "generation"}, "no 'name'"),
-        ({"name": "a", "kind": "generation", "promt": "x"}, "nearest: prompt"),
+        ({"name": "a", "kind": "generation", "promt": "x"}, "did you mean 'prompt'"),
         ({"name": "a", "kind": "generation", "prompt": "{other}"}, "names 'other'"),
         ({"name": "a", "kind": "generation", "prompt": "{"}, "bad prompt"),
         ({"name": "a", "kind": "generation", "prompt": "{} {text}"}, "names ''"),
@@ -150,7 +150,7 @@ def test_chosen(choice: TaskChoice, ids: list[int]) -> None:
     ("choice", "words"),
     [
         (None, "8 tasks, and none was chosen"),
-        ("sst2,colla", "nearest: cola"),
+        ("sst2,colla", "did you mean 'cola'"),
         ("sst2,sentiment", "'sst2' is chosen twice: as 'sst2' and as 'sentiment'"),
         ([6, "6"], "'sst2' is chosen twice"),
         ("sst2,", "tasks chosen are 'sst2,'"),

@@ -259,7 +259,7 @@ def test_a_wrong_engine_is_never_published(
     ("options", "error", "words"),
     [
         ({"task": None}, TaskError, "3 tasks, and none was chosen"),
-        ({"task": "tone,tome"}, TaskError, "nearest: tone"),
+        ({"task": "tone,tome"}, TaskError, "did you mean 'tone'"),
         ({"max_rank": 4}, OptionError, "--max-rank 4"),
         ({"precision": "int8-static"}, OptionError, "given no text"),
         (

@@ -16,9 +16,9 @@ from eptc.interop.triton import REPOSITORIES
 from eptc.job import Job, read_source
 from eptc.options import Options
 from eptc.plugins import installed
+from eptc.similar_names import did_you_mean
 from eptc.targets import TARGETS
 from eptc.tasks import chosen
-from eptc.toml_file import near
 
 __all__ = ["check_plan"]
 
@@ -50,7 +50,7 @@ def _check(build: Build) -> None:
     known += [plugin.name for plugin in installed("eptc.targets")]
     if options.target not in known:
         raise OptionError(
-            f"the target is {options.target!r}{near(options.target, known)}",
+            f"the target is {options.target!r}{did_you_mean(options.target, known)}",
             expected=" or ".join(known),
         )
     for what, path in options.inputs(build.ckpt).items():

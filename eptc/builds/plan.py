@@ -16,7 +16,8 @@ from eptc.errors import RecipeError
 from eptc.interop.targets import COMMON, folder_target
 from eptc.recipe_schema import check_keys, check_value, keys
 from eptc.recipes import Recipe, read_values
-from eptc.toml_file import TomlFile, near
+from eptc.similar_names import did_you_mean
+from eptc.toml_file import TomlFile
 
 __all__ = ["Build", "BuildPlan"]
 
@@ -135,7 +136,7 @@ class _Pattern:
         for _, name, form, conversion in fields:
             if name is not None and (name not in keys() or form or conversion):
                 raise file.error(
-                    f"out names {{{name}}}{near(name, keys())}", key="out",
+                    f"out names {{{name}}}{did_you_mean(name, keys())}", key="out",
                     expected="keys of a recipe alone, such as {task}",
                 )  # fmt: skip
         parts = Path(found).parts
@@ -260,7 +261,7 @@ def _excluded(file: TomlFile, axes: Mapping[str, list[Any]]) -> list[dict[str, A
                 known = [_text(item) for item in axes[key]]
                 raise file.error(
                     f"{key} {_text(value)!r} is excluded, and no build has it"
-                    + near(_text(value), known),
+                    + did_you_mean(_text(value), known),
                     key=key, table="exclude", number=number, expected=" or ".join(known),
                 )  # fmt: skip
         rules.append(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -23,6 +22,7 @@ from eptc.nn.rules import (
     count,
     strings,
 )
+from eptc.similar_names import did_you_mean
 from eptc.tasks import Task
 
 __all__ = ["EptConfig"]
@@ -227,9 +227,8 @@ def _check_keys(
 ) -> None:
     for key in data:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             raise OptionError(
-                f"unknown key '{prefix}{key}'" + (f"; nearest: {close[0]!r}" if close else ""),
+                f"unknown key '{prefix}{key}'{did_you_mean(key, known)}",
                 expected=", ".join(known),
             )
     if missing := [key for key in required if key not in data]:

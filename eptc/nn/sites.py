@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from eptc.errors import OptionError
 from eptc.nn import losses
 from eptc.nn.config import EptConfig
 from eptc.nn.experts import Factors, PaperExperts
+from eptc.similar_names import similar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def target_linears(hf_model: PreTrainedModel, config: EptConfig) -> dict[str, nn
     names = {p.rpartition(".")[2] for p, m in hf_model.named_modules() if type(m) is nn.Linear}
     for target in config.targets:
         if not named(target, found):
-            close = difflib.get_close_matches(target, sorted(names), n=3, cutoff=0.4)
+            close = similar(target, names, 3)
             raise OptionError(
                 f"no linear of the base is named {target!r}",
                 expected=f"one of its linears, such as {', '.join(close or sorted(names))}",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from eptc.errors import BundleError
+from eptc.similar_names import did_you_mean
 
 __all__ = ["Fields"]
 
@@ -130,10 +130,9 @@ class Fields:
         """Refuse keys that were not read: what they ask for would not be done."""
         unknown = [key for key in self.data if key not in self._read]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], self._read, n=1)
             raise BundleError(
                 f"{self._where} has the unknown key {unknown[0]!r}"
-                + (f"; nearest: {near[0]}" if near else "")
+                + did_you_mean(unknown[0], self._read)
             )
 
     def _wrong(self, key: str, value: object, expected: str) -> BundleError:

@@ -19,7 +19,6 @@ Written against ONNX Runtime's documentation.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from eptc.errors import OptionError
+from eptc.similar_names import did_you_mean
 
 if TYPE_CHECKING:
     from eptc.runtime.spec import GraphSpec
@@ -96,10 +96,8 @@ class TensorRtOptions:
                     fix=f"give {_KEEPING[key]!r}, a folder, instead",
                 )
             if not key.startswith("trt_") and key not in _PLAIN:
-                near = difflib.get_close_matches(key, named, 1)
-                meant = f": did you mean {near[0]!r}?" if near else ""
                 raise OptionError(
-                    f"TensorRT has no option {key!r}{meant}",
+                    f"TensorRT has no option {key!r}{did_you_mean(key, named)}",
                     expected=f"{', '.join(named)}, {', '.join(_PLAIN)}, or the provider's own, "
                     "which begin with trt_",
                 )

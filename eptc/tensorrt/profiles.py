@@ -16,7 +16,7 @@ from typing import Any
 from eptc.errors import OptionError
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import GraphSpec
-from eptc.toml_file import near
+from eptc.similar_names import did_you_mean
 
 __all__ = [
     "Profile", "Range", "Ranges", "check_given", "dimension", "parse_profiles", "profiles",
@@ -124,7 +124,7 @@ def check_given(given: Ranges, names: Sequence[str], positions: int | None, kind
         needed["sequence"] = 1
     for name, range_ in given.items():
         if name not in own:
-            why = near(name, own)
+            why = did_you_mean(name, own)
             if name in _SUMS and name in names:
                 why = f", which is {_SUMS[name]}"
             raise OptionError(

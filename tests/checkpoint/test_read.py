@@ -153,7 +153,7 @@ def test_no_base_names_the_one_that_is_wanted(tmp_path: Path, config: str, words
         ("[7]", "described by 7"),
         ('[{"name": "a"}]', "no 'kind'"),
         ('[{"name": "a", "kind": "chat"}]', "the kind 'chat'"),
-        ('[{"name": "a", "kind": "generation", "promt": "x"}]', "nearest: prompt"),
+        ('[{"name": "a", "kind": "generation", "promt": "x"}]', "did you mean 'prompt'"),
         ('[{"name": "a", "kind": "generation", "prompt": "{x}"}]', "names 'x'"),
         ('[{"name": "a", "kind": "generation", "prompt": "{"}]', "bad prompt"),
         ('[{"name": "a", "kind": "generation", "fields": "text"}]', "expected: a list"),

@@ -140,8 +140,8 @@ def test_refuses_parts(make: Any, text: str) -> None:
 BAD_JSON: dict[str, tuple[Any, str]] = {
     "a list": ([], r"is \[\]"),
     "no version": ({"schema_version": None}, "schema_version is None"),
-    "an unknown key": ({"top-k": 2}, "unknown key 'top-k'; nearest: 'top_k'"),
-    "an unknown inner key": ({"gate": {"temprature": 1}}, "'gate.temprature'; nearest: 'temp"),
+    "an unknown key": ({"top-k": 2}, "unknown key 'top-k': did you mean 'top_k'"),
+    "an unknown inner key": ({"gate": {"temprature": 1}}, "'gate.temprature': did you mean 'temp"),
     "a missing key": ({"rank": "gone"}, "the key 'rank' is missing"),
     "a wrong value": ({"rank": "4"}, "rank is '4'"),
     "sizes as a number": ({"kernel_sizes": 2}, "kernel_sizes is 2"),
@@ -204,7 +204,7 @@ def test_refuses_another_type(make_base: MakeBase) -> None:
 
 def test_unknown_tasks_name_the_nearest(make_base: MakeBase) -> None:
     model = EptModel.attach(load_base(make_base()), EptConfig(**FIELDS))
-    with pytest.raises(TaskError, match="nearest: sentiment"):
+    with pytest.raises(TaskError, match="did you mean 'sentiment'"):
         model(task="sentimant")
     with pytest.raises(TaskError, match="no task is active"):
         model()

@@ -166,7 +166,7 @@ def test_a_pack_whose_files_changed_is_refused(packed: Packed, name: str) -> Non
         ({"task": "same", "name": "score"}, "has a task 'score' already"),
         ({"task": "same", "name": ""}, "called ''"),
         ({"task": "same", "name": "Sentiment"}, "is an alias of the task 'tone'"),
-        ({"task": "sam"}, "there is no task 'sam'; nearest: same"),
+        ({"task": "sam"}, "there is no task 'sam': did you mean 'same'"),
         ({"task": "all"}, "several tasks were chosen: 'all'"),
         ({"task": "same,tone"}, "several tasks were chosen"),
         ({}, "there are 3 tasks, and none was chosen"),

@@ -238,7 +238,7 @@ def test_a_task_is_found_by_name_or_alias(built_pack: Path, alone: Alone) -> Non
     pack = Pack.load(built_pack, providers=["cpu"])
     assert list(pack.tasks) == ["tone", "score"]
     assert pack.engine("sentiment").task == pack.tasks["tone"]
-    with pytest.raises(TaskError, match="there is no task 'tonne'; nearest: tone"):
+    with pytest.raises(TaskError, match="there is no task 'tonne': did you mean 'tone'"):
         pack.engine("tonne")
     with pytest.raises(TaskError, match="has 2 tasks, and none was chosen"):
         open_engine(built_pack, providers=["cpu"])

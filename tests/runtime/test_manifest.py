@@ -57,7 +57,7 @@ REFUSED = {
     "newer": (put(SCHEMA_VERSION + 1, "schema_version"), "schema version 3"),
     "version is a string": (put("1", "schema_version"), "'schema_version' is '1'"),
     "missing key": (rename("kind", "sort"), "no 'kind'"),
-    "unknown key": (put(1, "tolls"), "unknown key 'tolls'; nearest: tools"),
+    "unknown key": (put(1, "tolls"), "unknown key 'tolls': did you mean 'tools'?"),
     "unknown kind": (put("decoder", "kind"), "'kind' is 'decoder'"),
     "other graphs": (rename("graphs", "graph"), "no 'graphs'"),
     "wrong role": (lambda d: d["graphs"].update(rename=1), "graph 'rename' is 1"),
