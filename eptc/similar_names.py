@@ -28,4 +28,7 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
         most: how many names are told at most.
     """
     found = [repr(each) for each in similar(name, known, most)]
-    return f": did you mean {' or '.join(found)}?" if found else ""
+    if not found:
+        return ""
+    listed = f"{', '.join(found[:-1])} or {found[-1]}" if len(found) > 1 else found[0]
+    return f": did you mean {listed}?"

@@ -194,7 +194,7 @@ def replaced(name: str, value: str) -> tuple[str, ...]:
 RELEASED = [
     # the command line
     case("unknown-task", nothing,
-         "no task 'sst3': did you mean 'sst' or 'sst2'?|expected: 0 cola, 1 mnli",
+         "no task 'sst3': did you mean 'sst', 'sst2' or 'sst-2'?|expected: 0 cola, 1 mnli",
          arguments=replaced("--task", "sst3")),
     case("unknown-id", nothing, "no task '8'|7 stsb", arguments=replaced("--task", "8")),
     case("negative-id", nothing, "no task '-1'", arguments=replaced("--task", "-1")),

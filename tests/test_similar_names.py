@@ -14,6 +14,7 @@ from eptc.similar_names import did_you_mean, similar
     [
         ("tune", ["score", "tone"], 1, ": did you mean 'tone'?"),
         ("sst3", ["cola", "sst", "sst2"], 3, ": did you mean 'sst' or 'sst2'?"),
+        ("sst3", ["cola", "sst", "sst2", "sst-2"], 3, ": did you mean 'sst', 'sst2' or 'sst-2'?"),
         ("sst3", ["cola", "sst", "sst2"], 1, ": did you mean 'sst'?"),
         ("tune", ["tone", "tone"], 3, ": did you mean 'tone'?"),
         ("tune", ["score"], 1, ""),
