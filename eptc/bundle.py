@@ -10,18 +10,15 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
-import fcntl
-import glob
-import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from eptc.errors import OutputError
+from eptc.files import sha256, sync, unfinished
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import MANIFEST, FileRecord
 
@@ -33,7 +30,6 @@ __all__ = [
     "draft",
     "file_records",
     "share",
-    "sync",
     "write_json",
     "write_manifest",
     "written_by",
@@ -95,23 +91,18 @@ def draft(out: Path, *, force: bool) -> Iterator[Draft]:
     """
     out = _absolute(out)
     check_place(out, force=force)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        path, lock = _locked_folder(out)
-    except OSError as error:
-        raise _cannot_write(out, error) from error
-    try:
-        path.chmod(0o777 & ~_umask())
-        yield Draft(path, out, force)
-    except OSError as error:
-        if error.errno in NO_PLACE:
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            path = stack.enter_context(unfinished(out, folder=True))
+        except OSError as error:
             raise _cannot_write(out, error) from error
-        raise
-    finally:
-        os.close(lock)
-        if path.exists() and path != out:
-            shutil.rmtree(path, ignore_errors=True)
+        try:
+            yield Draft(path, out, force)
+        except OSError as error:
+            if error.errno in NO_PLACE:
+                raise _cannot_write(out, error) from error
+            raise
 
 
 def check_place(
@@ -232,51 +223,10 @@ def file_records(
     """Return hash and size of each file of a folder but its manifest; arguments as above."""
     known = digests or {}
     return {
-        path.name: FileRecord(known.get(path.name) or _sha256(path), path.stat().st_size)
+        path.name: FileRecord(known.get(path.name) or sha256(path), path.stat().st_size)
         for path in sorted(directory.iterdir())
         if path.name != MANIFEST and path.is_file()
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _prefix(out: Path) -> str:
-    return f".{out.name}.eptc-"
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove drafts of this place whose builder is gone."""
-    for path in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
-        # Not by the builder's process id: in a container every builder may have the same one.
-        with contextlib.suppress(OSError):  # held, gone, or no locks here: not ours to remove
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
-def _locked_folder(out: Path) -> tuple[Path, int]:
-    """Return a new folder beside `out` and the open lock that says it is being written.
-
-    Another build may find it before it is locked, take it for abandoned and remove it: then
-    there is a next one.
-    """
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-        try:
-            lock = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            return path, lock
-        os.close(lock)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -315,15 +265,6 @@ def written_by(library: str, path: Path, failure: type[Exception]) -> Iterator[N
             expected=_ROOM,
             fix="free some space or name another folder; nothing was published",
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

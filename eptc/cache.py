@@ -2,70 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import glob
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
-__all__ = ["cache_folder", "code_hash", "replacing"]
-
-_UNFINISHED = ".tmp"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file that takes a place when it is complete; its folder is made.
-
-    It is written beside its place and renamed: who is killed leaves no half of one there, and
-    two may write at once. What a killed writer left beside the place is removed by the next.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    with _locked_file(path) as file:
-        try:
-            yield file
-            file.flush()
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def _prefix(path: Path) -> str:
-    return f".{path.name}."
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove unfinished files of this place whose writer is gone: nobody holds their lock."""
-    for found in path.parent.glob(f"{glob.escape(_prefix(path))}*{_UNFINISHED}"):
-        with contextlib.suppress(OSError), found.open("rb") as file:  # held, gone, no locks here
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found.unlink()
-
-
-def _locked_file(path: Path) -> IO[bytes]:
-    """Return a new file beside a place, with the lock that says that it is being written.
-
-    Another writer may find it before it is locked and take it for abandoned: then there is a next
-    one.
-    """
-    while True:
-        file = tempfile.NamedTemporaryFile(  # noqa: SIM115  # closed by the caller
-            dir=path.parent, prefix=_prefix(path), suffix=_UNFINISHED, delete=False
-        )
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if Path(file.name).exists():
-            return file
-        file.close()
+__all__ = ["cache_folder", "code_hash"]
 
 
 def code_hash(files: Iterable[Path]) -> str:

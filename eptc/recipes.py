@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eptc.bundle import share
-from eptc.cache import replacing
 from eptc.errors import RecipeError
+from eptc.files import replacing
 from eptc.options import Options
 from eptc.recipe_schema import PATHS, VERSION, check_keys, check_value, keys
 from eptc.toml_file import TomlFile
@@ -74,7 +73,6 @@ class Recipe:
         try:
             with replacing(path) as file:
                 file.write(data)
-            share(path)
         except OSError as error:
             raise RecipeError(
                 f"the recipe {path} cannot be written: {error.strerror or error}",

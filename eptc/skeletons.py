@@ -23,7 +23,8 @@ import onnx_ir
 from google.protobuf.message import DecodeError
 
 from eptc import lower
-from eptc.cache import cache_folder, code_hash, replacing
+from eptc.cache import cache_folder, code_hash
+from eptc.files import replacing
 from eptc.ir import PromptLayout
 
 __all__ = ["Skeleton", "known_parameters", "skeleton"]

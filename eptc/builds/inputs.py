@@ -13,10 +13,10 @@ from eptc.builds.state import digest, folder_hashes
 from eptc.cache import code_hash
 from eptc.describe import tool_versions
 from eptc.errors import InputError
+from eptc.files import sha256
 from eptc.options import Options
 from eptc.plugins import Group, installed
 from eptc.recipe_schema import PATHS
-from eptc.runtime.prepacked import sha256
 
 __all__ = ["Inputs", "environment"]
 

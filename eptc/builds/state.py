@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from eptc.cache import replacing
 from eptc.errors import OutputError
-from eptc.runtime.prepacked import sha256
+from eptc.files import replacing, sha256
 
 __all__ = ["FOLDER", "Place", "Record", "digest", "folder_hashes", "whole"]
 

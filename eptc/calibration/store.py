@@ -14,8 +14,9 @@ from typing import Any
 
 import onnxruntime
 
-from eptc.cache import cache_folder, code_hash, replacing
+from eptc.cache import cache_folder, code_hash
 from eptc.examples_file import Example
+from eptc.files import replacing
 from eptc.runtime import Manifest
 
 __all__ = ["key", "load", "store"]

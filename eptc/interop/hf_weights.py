@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from eptc.bundle import share, write_json, written_by
+from eptc.files import sha256
 from eptc.tensors import Array, LazyTensor, as_dtype
 
 __all__ = ["SHARD", "Shard", "plan_shards", "shards_peak", "write_shards"]
@@ -99,8 +99,7 @@ def write_shards(
         del arrays
         done += shard.nbytes
         progress(done, total)
-        with path.open("rb") as file:
-            digests[shard.file] = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[shard.file] = sha256(path)
     if len(shards) > 1:
         places = {name: shard.file for shard in shards for name in sorted(shard.tensors)}
         write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": places})

@@ -19,6 +19,7 @@ import onnx_ir
 
 from eptc import bundle, checkpoint
 from eptc.errors import OutputError, TaskError
+from eptc.files import sync
 from eptc.fitting import check_fit, task_config
 from eptc.job import Progress
 from eptc.packs.export import pack_gate, proven
@@ -191,17 +192,17 @@ class _Change:
         """Put a manifest in the place of the old one in one step, new files synced before."""
         self._check_place()
         for name in manifest.tasks.keys() - self.manifest.tasks.keys():
-            bundle.sync(self.folder / manifest.tasks[name].file)
+            sync(self.folder / manifest.tasks[name].file)
         following = self.folder / _NEXT
         try:
             bundle.write_json(following, manifest.to_json())
-            bundle.sync(following)
+            sync(following)
             self._check_place()
             following.replace(self.folder / PACK)
         except BaseException:
             following.unlink(missing_ok=True)
             raise
-        bundle.sync(self.folder)
+        sync(self.folder)
 
     def _check_place(self) -> None:
         """Raise OutputError where another folder was put in the place of the locked one."""

@@ -16,6 +16,7 @@ from eptc import bundle, text
 from eptc.checkpoint import Checkpoint
 from eptc.describe import describe
 from eptc.errors import BundleError, CheckpointError
+from eptc.files import sha256
 from eptc.fitting import task_config
 from eptc.interop.lora_files import low_ranks
 from eptc.ir import AdaptedModel
@@ -25,7 +26,6 @@ from eptc.pipeline import PassRecord, factoring_passes, run_adapter_passes
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.pack_spec import PackTask
 from eptc.runtime.pack_tensors import factor_names
-from eptc.runtime.prepacked import sha256
 from eptc.runtime.spec import FileRecord, file_name
 from eptc.tensors import Array, as_dtype
 

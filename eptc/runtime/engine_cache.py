@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from eptc.errors import OptionError
+from eptc.files import replacing
 from eptc.runtime.gpu import find_driver, tensorrt_version
 from eptc.runtime.manifest import bundle_file
 from eptc.runtime.prepacked import sources
@@ -257,11 +258,9 @@ def _check(place: Path, record: Mapping[str, Any], *, there: bool) -> bool:
 
 def _write(place: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    # Of this writer alone: processes that start together write the same record.
-    unfinished = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
     try:
-        unfinished.write_text(text, "utf-8")
-        unfinished.replace(place)
+        with replacing(place) as file:  # processes that start together write the same record
+            file.write(text.encode())
     except OSError as error:
         raise OptionError(f"{place} cannot be written: {error}") from error
 

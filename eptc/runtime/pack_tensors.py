@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from eptc.errors import BundleError
+from eptc.files import sha256
 from eptc.runtime.manifest import bundle_file
 from eptc.runtime.ort_errors import ort_errors
 from eptc.runtime.pack_spec import LABELS
-from eptc.runtime.prepacked import sha256
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping

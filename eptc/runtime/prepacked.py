@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from eptc.cache import cache_folder
 from eptc.errors import BundleError
+from eptc.files import sha256, sync
 from eptc.runtime.cpus import cpu_kind
 from eptc.runtime.manifest import Manifest, bundle_file
 from eptc.runtime.providers import CPU
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from eptc.runtime.providers import Request
 
-__all__ = ["check_bundle", "kept_in", "open_prepacked", "sha256", "sources"]
+__all__ = ["check_bundle", "kept_in", "open_prepacked", "sources"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +112,6 @@ def open_prepacked(
 
 def _without(entry: Path, error: Exception) -> None:
     logger.warning("the bundle is loaded without the kept graph %s: %s", entry, error)
-
-
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256 in hex; it is read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sources(manifest: Manifest, name: str) -> list[str]:
@@ -200,7 +195,7 @@ def _make(
         text = json.dumps({"identity": identity, "files": records}, indent=2)
         (made / _ENTRY).write_text(text, "utf-8")
         for file in (*_FILES, _ENTRY):
-            _sync(made / file)
+            sync(made / file)
         _publish(made, entry, identity)
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -267,11 +262,3 @@ def _remove_abandoned(cache: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > _ABANDONED_AFTER:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from eptc.errors import BundleError, OptionError
+from eptc.files import sha256
 from eptc.runtime.graph import signature
 from eptc.runtime.manifest import Manifest, bundle_file, read_manifest
 from eptc.runtime.pack_manifest import PackManifest
-from eptc.runtime.prepacked import sha256
 from eptc.runtime.providers import CPU
 from eptc.runtime.session import open_session
 from eptc.runtime.spec import MANIFEST, PACK, FileRecord

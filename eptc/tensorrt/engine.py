@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from eptc.errors import BundleError, InputError, MissingExtraError
+from eptc.files import sha256
 from eptc.runtime import Engine
 from eptc.runtime.graph import DTYPE_OF_ORT, Graph, NumpyArray, element_type
 from eptc.runtime.loading import open_tokenizer
 from eptc.runtime.manifest import load_manifest
-from eptc.runtime.prepacked import sha256
 from eptc.runtime.spec import TASK_IDS, GraphSpec, TensorSpec
 from eptc.tensorrt.build_engine import BuildError, machine, package
 from eptc.tensorrt.cuda import Device, Memory

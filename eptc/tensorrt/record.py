@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Self
 
 from eptc.errors import BundleError
+from eptc.files import sha256
 from eptc.runtime.json_fields import Fields
 from eptc.runtime.manifest import bundle_file, parsed
-from eptc.runtime.prepacked import sha256
 from eptc.runtime.spec import file_name
 from eptc.tensorrt.build_engine import RECORD
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -248,6 +251,30 @@ def test_caches_made_at_the_same_time(bundle: Path, tmp_path: Path) -> None:
         found = list(pool.map(lambda _: kept(bundle, cache=cache), range(64)))
     assert {each.options["trt_engine_cache_path"] for each in found} == {str(entry)}
     assert json.loads((entry / "record.json").read_text()) == found[0].record
+
+
+_KILLED = """
+import os, pathlib, signal, sys
+from eptc.runtime import load_manifest
+from eptc.runtime.engine_cache import Builder, keep
+from eptc.runtime.tensorrt import TensorRtOptions
+pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+bundle, cache, *here = sys.argv[1:]
+settings = TensorRtOptions.read({"cache": cache})
+keep(settings, pathlib.Path(bundle), load_manifest(bundle), "model", Builder(*here))
+"""
+
+
+def test_a_process_killed_while_it_writes_a_record(bundle: Path, tmp_path: Path) -> None:
+    """What it left is no record, and goes with the next one."""
+    cache = tmp_path / "engines"
+    arguments = [bundle, cache, *dataclasses.astuple(HERE)]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *map(str, arguments)])
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = cache.glob("*/.*")
+    entry = Path(kept(bundle, cache=cache).options["trt_engine_cache_path"])
+    assert left.parent == entry
+    assert [path.name for path in entry.iterdir()] == ["record.json"]
 
 
 def test_an_engine_that_does_not_load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from eptc.cache import replacing
+from eptc.files import replacing
 
 _WRITER = """
 import pathlib, sys
-from eptc.cache import replacing
+from eptc.files import replacing
 with replacing(pathlib.Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
@@ -83,3 +84,14 @@ def test_a_writer_that_fails_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         _put(place, b"new", "no bytes")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {place.name: b"old"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_may_read_it_as_any_file(tmp_path: Path, umask: int) -> None:
+    place = tmp_path / "record.json"
+    before = os.umask(umask)
+    try:
+        _put(place, b"new")
+    finally:
+        os.umask(before)
+    assert place.stat().st_mode & 0o777 == 0o666 & ~umask
