@@ -18,7 +18,8 @@ from onnx import numpy_helper
 
 import eptc
 from eptc import checkpoint, skeletons
-from eptc.build import SMALL_MARGIN, Bundle, precise_routes
+from eptc.build import Bundle
+from eptc.close_routes import SMALL_MARGIN, close_routes
 from eptc.errors import OptionError, ParityError, TaskError
 from eptc.pipeline import PassRecord
 from eptc.runtime import Engine
@@ -312,7 +313,7 @@ def test_a_choice_of_experts_that_is_nearly_a_tie(copy_native: Any, cli: Any) ->
     router = source.contents.adapters[path].router
     assert router is not None
     assert router.route(0).margin < SMALL_MARGIN
-    assert [note.split(":")[0] for note in precise_routes(source, 0)] == [path]
+    assert [note.split(":")[0] for note in close_routes(source, 0)] == [path]
     options = ("--base", copy_native.base, "--task", "tone", "--no-verify")
     result = cli("export", copy_native.ckpt, *options, "-o", copy_native.out)
     assert result.code == 0

@@ -365,8 +365,8 @@ def _interrupts() -> Iterator[None]:
 @pytest.mark.parametrize("force", [True, False])
 @pytest.mark.parametrize(
     "moment",
-    ["eptc.checkpoint.read", "eptc.lower.bind", "eptc.lower.write", "eptc.build.describe",
-     "eptc.build.write_texts", "eptc.bundle.write_manifest", "eptc.runtime.engine.Engine.load",
+    ["eptc.checkpoint.read", "eptc.lower.bind", "eptc.lower.write", "eptc.compiled.describe",
+     "eptc.compiled.write_texts", "eptc.bundle.write_manifest", "eptc.runtime.engine.Engine.load",
      "eptc.bundle.write_json", "eptc.bundle.sync"],
 )  # fmt: skip
 def test_interrupted(
@@ -378,7 +378,7 @@ def test_interrupted(
     force: bool,
 ) -> None:
     """A real signal, each time just after another step; a bundle that was there stays whole."""
-    import eptc.build  # noqa: F401  # so that its names can be replaced
+    import eptc.compiled  # noqa: F401  # so that its names can be replaced
 
     out = tmp_path / "out"
     if force:

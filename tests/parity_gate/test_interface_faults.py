@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eptc import build, describe
+from eptc import compiled, describe
 from eptc.runtime import decoding, generation
 from eptc.runtime.manifest import Manifest
 from eptc.text import TrainingTokenizer
@@ -46,7 +46,7 @@ def manifest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def changed(*arguments: Any, **options: Any) -> Manifest:
             return change(sound(*arguments, **options))
 
-        monkeypatch.setattr(build, "describe", changed)
+        monkeypatch.setattr(compiled, "describe", changed)
 
     return plant
 

@@ -292,7 +292,7 @@ def test_tasks_exchanged_in_the_manifest(
         found = describe_soundly(source, task_ids, *given, **options)
         return dataclasses.replace(found, tasks=(found.tasks[1], found.tasks[0], found.tasks[2]))
 
-    monkeypatch.setattr("eptc.build.describe", describe)
+    monkeypatch.setattr("eptc.compiled.describe", describe)
     assert "the engine's tasks are ['same', 'tone', 'score']" in failure()
 
 
@@ -304,7 +304,7 @@ def test_a_task_described_wrong(
         wrong = dataclasses.replace(found.tasks[0], labels=("good", "bad"))
         return dataclasses.replace(found, tasks=(wrong, *found.tasks[1:]))
 
-    monkeypatch.setattr("eptc.build.describe", describe)
+    monkeypatch.setattr("eptc.compiled.describe", describe)
     assert "the engine's task is" in failure()
 
 

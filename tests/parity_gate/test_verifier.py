@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import eptc
-from eptc import build, checkpoint, planning
+from eptc import checkpoint, engine_build, planning
 from eptc.errors import BaseModelError, InternalError, OptionError, ParityError
 from eptc.parity_gate import LocalVerifier, RemoteVerifier, Subject
 
@@ -203,5 +203,5 @@ def test_no_reference_where_none_is_wanted(
     def refuse(*_: Any) -> None:
         raise AssertionError("the reference was asked for")
 
-    monkeypatch.setattr(build, "_verifier", refuse)
+    monkeypatch.setattr(engine_build, "_verifier", refuse)
     _build(small_native, tmp_path / "out", verify=False)
