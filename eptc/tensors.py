@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from eptc.errors import CheckpointError, InputError
 
@@ -30,6 +31,7 @@ __all__ = [
     "content_hash",
     "numpy_dtype",
     "round_to_odd",
+    "round_up",
     "unit_roundoff",
 ]
 
@@ -110,6 +112,20 @@ def _from_float16(array: Array) -> Array:
     # A copy: torch has no tensors that may not be written to.
     widened: Array = torch.from_numpy(np.array(array, order="C")).to(torch.float32).numpy()
     return widened
+
+
+def round_up(array: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
+    """Return numbers above 0, each with no more digits than a type has, and never smaller.
+
+    Whether its exponent fits is not looked at: the type of the array stays.
+
+    Args:
+        array: float32, any shape.
+        dtype: floating-point type whose digits are kept.
+    """
+    fraction, exponent = np.frexp(array)
+    digits = 1 / unit_roundoff(dtype)
+    return np.asarray(np.ldexp(np.ceil(fraction * digits) / digits, exponent), np.float32)
 
 
 def round_to_odd(array: Array) -> Array:

@@ -11,12 +11,14 @@ import onnx_ir as ir
 
 from eptc.lower.edit import MICROSOFT, made_by
 from eptc.lower.element_types import element_types
+from eptc.lower.explicit_quantization import NUMBERS
 from eptc.lower.half_plan import HalfPlan
 from eptc.lower.naming import CHOICE, chooses_experts
+from eptc.lower.sharing import is_scaling, quantized_from, sharing
 from eptc.lower.weights import PACKED, WeightTensor
 from eptc.tensors import cast, numpy_dtype, unit_roundoff
 
-__all__ = ["CACHES", "HALF", "MOVES", "limit", "plan_half"]
+__all__ = ["CACHES", "HALF", "MOVES", "limit", "plan_half", "smallest"]
 
 HALF = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 # What the names of a cache's inputs and outputs begin with.
@@ -51,6 +53,12 @@ def limit(dtype: str) -> float:
     return float(info(numpy_dtype(dtype)).max)
 
 
+def smallest(dtype: str) -> float:
+    """Return the smallest number of a floating-point type that has all its digits."""
+    info: Any = ml_dtypes.finfo
+    return float(info(numpy_dtype(dtype)).smallest_normal)
+
+
 def plan_half(
     model: ir.Model,
     dtype: str,
@@ -58,6 +66,7 @@ def plan_half(
     *,
     safety: float,
     keep: tuple[str, ...],
+    small: tuple[str, ...] = (),
 ) -> HalfPlan:
     """Return what stays in float32; the graph is left as it is, and no weight is read.
 
@@ -69,8 +78,9 @@ def plan_half(
         safety: how many times larger than what was observed a value must still fit; a weight
             only has to fit as it is.
         keep: parameters that stay float32.
+        small: 8-bit weights with scales below `smallest`, where 16 bits have fewer digits.
     """
-    return _Planner(model, dtype, ranges, safety, frozenset(keep)).plan()
+    return _Planner(model, dtype, ranges, safety, frozenset(keep), frozenset(small)).plan()
 
 
 class _Planner:
@@ -83,6 +93,7 @@ class _Planner:
         ranges: Mapping[str, float],
         safety: float,
         keep: frozenset[str],
+        small: frozenset[str],
     ) -> None:
         self.graph = model.graph
         self.dtype = dtype
@@ -91,6 +102,7 @@ class _Planner:
         self.kept: dict[ir.Node, str] = {}
         self.weights: dict[ir.Value, str] = {}
         self._names = keep
+        self._small = small
         self._limit = limit(dtype)
         self._bound = self._limit / safety if dtype == "float16" else np.inf
         self._safety = safety
@@ -106,7 +118,9 @@ class _Planner:
         self._head()
         masks = self._masks()
         self._operators()
+        self._scales()
         wide = self._ranged(masks)
+        self._shared()
         self._moves()
         kept = {node: self.kept[node] for node in self.nodes if node in self.kept}
         return HalfPlan(kept, frozenset(masks), wide, self.weights, self.types)
@@ -155,7 +169,11 @@ class _Planner:
                 self._keep(node, "it has a graph of its own")
             elif node.op_type in ("Softmax", "LogSoftmax"):
                 self._keep(node, "softmax: its sum has many small terms")
-            elif (node.domain, node.op_type) not in _COMPUTES and not self._moves_only(node):
+            elif not (
+                (node.domain, node.op_type) in _COMPUTES
+                or self._moves_only(node)
+                or (is_scaling(node) and self.dtype == "float16")
+            ):
                 self._keep(node, f"{node.op_type} has no 16-bit kernel everywhere")
             for value in self._single(node.outputs):
                 if any(reader.graph is not self.graph for reader in value.consumers()):
@@ -168,6 +186,8 @@ class _Planner:
 
     def _weights(self) -> None:
         for value in self.graph.initializers.values():
+            if self.types.get(value) in NUMBERS:
+                self._eight_bits(value)
             if self.types.get(value) != ir.DataType.FLOAT:
                 continue
             name, magnitude = str(value.name), self._ranges.get(str(value.name), 0.0)
@@ -187,6 +207,33 @@ class _Planner:
                 or any(node.graph is not self.graph for node in value.consumers())
             ):
                 self.weights[value] = "a caller, or a graph inside a node, reads it"
+
+    def _eight_bits(self, value: ir.Value) -> None:
+        """Keep the products of a weight that 16 bits cannot hold once it is dequantized."""
+        name, magnitude = str(value.name), self._ranges.get(str(value.name), 0.0)
+        for node in value.consumers():
+            if name in self._small:
+                self._keep(node, f"{name} has scales below {smallest(self.dtype):.3g}")
+            elif magnitude > self._limit:
+                self._keep(node, f"{name} has numbers up to {magnitude:.3g}")
+
+    def _scales(self) -> None:
+        """Keep activations with scales that have fewer digits in 16 bits."""
+        for node in filter(is_scaling, self.nodes):
+            scale = node.inputs[1]
+            if scale is None or scale.const_value is None or scale.const_value.size != 1:
+                continue
+            if isinstance(scale.const_value, WeightTensor):
+                continue
+            if (number := float(scale.const_value.numpy())) < smallest(self.dtype):
+                self._keep(node, f"its scale {number:.3g} is below {smallest(self.dtype):.3g}")
+
+    def _shared(self) -> None:
+        """Keep all that shares a scale with what is kept."""
+        for group in sharing(self.graph):
+            for reason in [self.kept[node] for node in group if node in self.kept][:1]:
+                for node in group:
+                    self._keep(node, reason)
 
     def _readers(self, value: ir.Value, reason: str) -> None:
         """Keep what computes with the numbers of a value, moved and added to others too.
@@ -238,7 +285,7 @@ class _Planner:
         if self.dtype != "float16":
             return
         for node in (node for node in self.nodes if node.op_type == "MatMul"):
-            x, weight = node.inputs
+            x, weight = (None if v is None else quantized_from(v) for v in node.inputs)
             if x is None or weight is None or not str(weight.name).endswith(".wo.weight"):
                 continue
             self._keep(node, "T5's wo: what it reads and makes grows beyond float16")
@@ -271,13 +318,21 @@ class _Planner:
                 f"{self._limit:.5g}"
             )
             readers = [node for node in value.consumers() if node.op_type not in _BLIND]
-            for node in (value.producer(), *readers):
+            for node in (*self._makers(value), *readers):
                 self._keep(node, reason)
             if name in cached:
                 # What one run puts into a cache the next one takes out of it.
                 twins = {side + name.partition(".")[2] for side in CACHES}
                 wide |= dict.fromkeys(sorted(twins & cached), reason)
         return wide
+
+    def _makers(self, value: ir.Value) -> Iterator[ir.Node | None]:
+        """Yield what makes a value, and parts of the sum it is that were not observed."""
+        maker = value.producer()
+        yield maker
+        if maker is not None and maker.op_identifier() in _ADDS:
+            parts = [part for part in self._single(maker.inputs) if part.name not in self._ranges]
+            yield from (part.producer() for part in parts)
 
     def _moves_only(self, node: ir.Node) -> bool:
         return not node.domain and node.op_type in MOVES
