@@ -21,7 +21,6 @@ from eptc.calibration import (
 from eptc.errors import InternalError
 from eptc.lower import float8, int8
 from eptc.lower.explicit_quantization import check_explicit
-from eptc.lower.half import limit, smallest
 from eptc.lower.quantizable import quantizable, quantized_inputs
 from eptc.lower.weights import STACKED, WeightTensor
 from eptc.options import CalibrationMethod, Options
@@ -33,6 +32,7 @@ from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
 from eptc.runtime import Engine
 from eptc.search import search
 from eptc.tasks import Task
+from eptc.tensors import limit, smallest
 from eptc.trials import levels
 
 __all__ = ["Lowered", "budget_of", "lower_precision"]

@@ -29,9 +29,11 @@ __all__ = [
     "as_dtype",
     "cast",
     "content_hash",
+    "limit",
     "numpy_dtype",
     "round_to_odd",
     "round_up",
+    "smallest",
     "unit_roundoff",
 ]
 
@@ -67,6 +69,18 @@ def unit_roundoff(dtype: str) -> float:
     """Return the largest relative error of one rounding to a floating-point type."""
     info: Any = ml_dtypes.finfo
     return float(info(numpy_dtype(dtype)).eps) / 2
+
+
+def limit(dtype: str) -> float:
+    """Return the largest finite number of a floating-point type."""
+    info: Any = ml_dtypes.finfo
+    return float(info(numpy_dtype(dtype)).max)
+
+
+def smallest(dtype: str) -> float:
+    """Return the smallest number above 0 that has all digits of a floating-point type."""
+    info: Any = ml_dtypes.finfo
+    return float(info(numpy_dtype(dtype)).smallest_normal)
 
 
 def cast(array: Array, dtype: str) -> Array:

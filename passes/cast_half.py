@@ -13,12 +13,12 @@ import onnx_ir as ir
 
 from eptc.errors import OptionError
 from eptc.lower.edit import constant, insert, module
-from eptc.lower.half import CACHES, HALF, MOVES, limit, plan_half, smallest
+from eptc.lower.half import CACHES, HALF, MOVES, plan_half
 from eptc.lower.half_plan import HalfPlan
 from eptc.lower.sharing import is_scaling
 from eptc.lower.weights import Piece, WeightTensor, split
 from eptc.pass_base import LossyPass
-from eptc.tensors import Array, cast
+from eptc.tensors import Array, cast, limit, smallest
 
 __all__ = ["CastHalf"]
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from eptc.errors import OptionError
 from eptc.lower import float8, int8
-from eptc.lower.edit import constant
+from eptc.lower.edit import constant, drop
 from eptc.lower.int8_nodes import add_bias, by_position, node, register_scale
 from eptc.lower.quantizable import Product, Quantizable, quantizable
 from eptc.lower.ranges import Ranges, digest, round_activation, with_ranges
@@ -41,7 +41,7 @@ class QuantizeQdq(QuantizingPass):
     fp8 (FLOAT8E4M3FN): one W8@scale for the weight. Lossy: what is not very small moves by up to
     a sixteenth of itself. What is beyond an activation's range is cut off.
 
-    What a MatMul or Gemm made keeps its name, so that ranges of it are found.
+    What was made keeps its name, so that ranges of it are found.
 
     A range that is not finite, or the wrong way round, is an `OptionError`.
 
@@ -92,10 +92,7 @@ class QuantizeQdq(QuantizingPass):
             if product.x not in rounded:
                 rounded[product.x] = round_activation(product, step, graph)
             weight = self._weight(site, product, scales[site.weight], graph)
-            inputs = [rounded[product.x], weight]
-            name = product.node.outputs[0].name
-            made = add_bias(product, node(product.node, "MatMul", inputs, [_FLOAT])[0])
-            made.name = name
+            _multiply(product, rounded[product.x], weight)
         return len(sites)
 
     def sites(self, graph: ir.Graph, left: Callable[[str, str], None]) -> list[Quantizable]:
@@ -149,3 +146,16 @@ class QuantizeQdq(QuantizingPass):
         if not product.transposed:
             return weight
         return node(product.node, "Transpose", [weight], [_FLOAT], {"perm": [1, 0]})[0]
+
+
+def _multiply(product: Product, x: ir.Value, weight: ir.Value) -> None:
+    """Let a product read other operands; a Gemm becomes a MatMul and an Add."""
+    old = product.node
+    if old.op_type == "MatMul":
+        before = old.inputs[1]
+        old.replace_input_with(0, x)
+        old.replace_input_with(1, weight)
+        drop(before)
+        return
+    name = old.outputs[0].name
+    add_bias(product, node(old, "MatMul", [x, weight], [_FLOAT])[0]).name = name

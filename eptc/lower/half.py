@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from eptc.lower.edit import MICROSOFT, made_by
+from eptc.lower.edit import MICROSOFT
 from eptc.lower.element_types import element_types
-from eptc.lower.explicit_quantization import NUMBERS
+from eptc.lower.half_norms import around_means
 from eptc.lower.half_plan import HalfPlan
+from eptc.lower.half_scales import lossy_scales
 from eptc.lower.naming import CHOICE, chooses_experts
 from eptc.lower.sharing import is_scaling, quantized_from, sharing
 from eptc.lower.weights import PACKED, WeightTensor
-from eptc.tensors import cast, numpy_dtype, unit_roundoff
+from eptc.tensors import cast, limit, unit_roundoff
 
-__all__ = ["CACHES", "HALF", "MOVES", "limit", "plan_half", "smallest"]
+__all__ = ["CACHES", "HALF", "MOVES", "plan_half"]
 
 HALF = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 # What the names of a cache's inputs and outputs begin with.
@@ -38,25 +37,12 @@ _COMPUTES = frozenset({
 })  # fmt: skip
 # Operators that any type of input suits, for none of its numbers is read.
 _BLIND = frozenset({"Shape", "Size", "Cast"})
-_NORM = frozenset({"Add", "Div", "Mul", "Pow", "ReduceMean", "Reciprocal", "Sqrt", "Sub"})
 _MASKING = MOVES | {"Add", "Cast", "Clip", "Max", "Min", "Mul", "Pad", "Sub", "Where"}
 _ACTIVATIONS = frozenset({"Gelu", "Mul", "Relu", "Sigmoid", "Tanh"})
 # What makes numbers as large as those it reads.
 _ADDS = frozenset({("", "Add", ""), ("", "Sub", "")})
 # Bytes of a constant that may be read while a graph is rewritten.
 _SMALL = 1024
-
-
-def limit(dtype: str) -> float:
-    """Return the largest finite number of a floating-point type."""
-    info: Any = ml_dtypes.finfo
-    return float(info(numpy_dtype(dtype)).max)
-
-
-def smallest(dtype: str) -> float:
-    """Return the smallest number of a floating-point type that has all its digits."""
-    info: Any = ml_dtypes.finfo
-    return float(info(numpy_dtype(dtype)).smallest_normal)
 
 
 def plan_half(
@@ -78,7 +64,7 @@ def plan_half(
         safety: how many times larger than what was observed a value must still fit; a weight
             only has to fit as it is.
         keep: parameters that stay float32.
-        small: 8-bit weights with scales below `smallest`, where 16 bits have fewer digits.
+        small: 8-bit weights with scales below the smallest number that has all its digits.
     """
     return _Planner(model, dtype, ranges, safety, frozenset(keep), frozenset(small)).plan()
 
@@ -118,7 +104,8 @@ class _Planner:
         self._head()
         masks = self._masks()
         self._operators()
-        self._scales()
+        for node, reason in lossy_scales(self.graph, self.dtype, self._ranges, self._small):
+            self._keep(node, reason)
         wide = self._ranged(masks)
         self._shared()
         self._moves()
@@ -186,8 +173,6 @@ class _Planner:
 
     def _weights(self) -> None:
         for value in self.graph.initializers.values():
-            if self.types.get(value) in NUMBERS:
-                self._eight_bits(value)
             if self.types.get(value) != ir.DataType.FLOAT:
                 continue
             name, magnitude = str(value.name), self._ranges.get(str(value.name), 0.0)
@@ -207,26 +192,6 @@ class _Planner:
                 or any(node.graph is not self.graph for node in value.consumers())
             ):
                 self.weights[value] = "a caller, or a graph inside a node, reads it"
-
-    def _eight_bits(self, value: ir.Value) -> None:
-        """Keep the products of a weight that 16 bits cannot hold once it is dequantized."""
-        name, magnitude = str(value.name), self._ranges.get(str(value.name), 0.0)
-        for node in value.consumers():
-            if name in self._small:
-                self._keep(node, f"{name} has scales below {smallest(self.dtype):.3g}")
-            elif magnitude > self._limit:
-                self._keep(node, f"{name} has numbers up to {magnitude:.3g}")
-
-    def _scales(self) -> None:
-        """Keep activations with scales that have fewer digits in 16 bits."""
-        for node in filter(is_scaling, self.nodes):
-            scale = node.inputs[1]
-            if scale is None or scale.const_value is None or scale.const_value.size != 1:
-                continue
-            if isinstance(scale.const_value, WeightTensor):
-                continue
-            if (number := float(scale.const_value.numpy())) < smallest(self.dtype):
-                self._keep(node, f"its scale {number:.3g} is below {smallest(self.dtype):.3g}")
 
     def _shared(self) -> None:
         """Keep all that shares a scale with what is kept."""
@@ -251,24 +216,8 @@ class _Planner:
 
     def _norms(self) -> None:
         """Keep each sequence of nodes around a mean: the squares may overflow."""
-        for mean in self.nodes:
-            if mean.op_type != "ReduceMean":
-                continue
-            source = _squared(mean)
-            inside: set[ir.Value | None] = {source, *mean.outputs}
-            found, waiting = [mean], [mean]
-            while waiting:
-                for reader in (r for v in waiting.pop().outputs for r in v.consumers()):
-                    others = [v for v in reader.inputs if v not in inside]
-                    if reader in found or reader.op_type not in _NORM:
-                        continue
-                    if all(v is None or v.const_value is not None for v in others):
-                        inside.update(reader.outputs)
-                        found.append(reader)
-                        waiting.append(reader)
-            square = mean.inputs[0].producer() if mean.inputs[0] is not None else None
-            for node in (square, *found) if mean.inputs[0] is not source else found:
-                self._keep(node, "a norm: squares, their mean and its root")
+        for node in around_means(self.nodes):
+            self._keep(node, "a norm: squares, their mean and its root")
 
     def _angles(self) -> None:
         """Keep what sines and cosines are made of: large angles need every digit."""
@@ -343,14 +292,3 @@ class _Planner:
             makers = [value.producer() for value in self._single(node.inputs)]
             if self._moves_only(node) and makers and all(maker in self.kept for maker in makers):
                 self._keep(node, "it moves numbers that are float32")
-
-
-def _squared(mean: ir.Node) -> ir.Value | None:
-    """Return what a mean is the mean of: the x of mean(x * x) or mean(x ** 2), else its input."""
-    value = mean.inputs[0]
-    power, product = made_by(value, "Pow"), made_by(value, "Mul")
-    if power is not None:
-        return power.inputs[0]
-    if product is not None and product.inputs[0] is product.inputs[1]:
-        return product.inputs[0]
-    return value
