@@ -102,10 +102,10 @@ class _Planner:
         self._angles()
         self._t5_outputs()
         self._head()
-        masks = self._masks()
-        self._operators()
         for node, reason in lossy_scales(self.graph, self.dtype, self._ranges, self._small):
             self._keep(node, reason)
+        masks = self._masks()
+        self._operators()
         wide = self._ranged(masks)
         self._shared()
         self._moves()
