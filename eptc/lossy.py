@@ -10,21 +10,29 @@ from typing import Any
 import onnx_ir
 
 from eptc.architectures import Architecture
-from eptc.calibration import Range, cut_rows, float_values, observe, weight_ranges
+from eptc.calibration import (
+    Range,
+    cut_rows,
+    float_values,
+    least_magnitudes,
+    observe,
+    weight_ranges,
+)
 from eptc.errors import InternalError
+from eptc.lower import float8, int8
 from eptc.lower.explicit_quantization import check_explicit
-from eptc.lower.half import limit
-from eptc.lower.quantizable import quantized_inputs
+from eptc.lower.quantizable import quantizable, quantized_inputs
 from eptc.lower.weights import STACKED, WeightTensor
-from eptc.options import Options
+from eptc.options import CalibrationMethod, Options
 from eptc.parity_gate import Budget, Example
 from eptc.pass_base import LossyPass, QuantizingPass
 from eptc.pipeline import PassRecord, Ranges, Step, lossy_passes, run_graph_passes
-from eptc.precision import SCHEMES
+from eptc.precision import SCHEMES, Scheme
 from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
 from eptc.runtime import Engine
 from eptc.search import search
 from eptc.tasks import Task
+from eptc.tensors import limit, smallest
 from eptc.trials import levels
 
 __all__ = ["Lowered", "budget_of", "lower_precision"]
@@ -93,19 +101,26 @@ def lower_precision(
     """
     kept = dict.fromkeys(_heads(graphs, architecture), _HEAD)
     kept |= dict.fromkeys(_branches(graphs), _BRANCH)
-    ranges = None
+    seen = _Seen()
     report: Mapping[str, Any] = {}
     notes: tuple[str, ...] = ()
     if options.precision == "auto":
         plan, report = _planned(graphs, options, exact, plan, kept, data, progress)
     elif SCHEMES[options.precision].calibrated:
-        ranges, notes = _observed(graphs, options, exact, kept, texts, progress)
+        seen, notes = _observed(graphs, options, exact, kept, texts, progress)
     steps = lossy_passes(
-        options.precision, options.provider, keep=tuple(kept), ranges=ranges, plan=plan,
-        method=options.block_method,
+        options.precision, options.provider, keep=tuple(kept), ranges=seen.ranges,
+        extremes=seen.extremes, small=seen.small, plan=plan, method=options.block_method,
     )  # fmt: skip
+    records = []
+    if options.explicit_quantization and SCHEMES[options.precision].half is not None:
+        # What 16 bits take depends on what 8 bits left, and that is in 16 bits for a reason.
+        left = _left(graphs, steps[:1], plan)
+        records += run_graph_passes(graphs, steps[:1])
+        steps = steps[1:]
+        report = {"not_quantized": dict(sorted({**left, **kept}.items()))}
     kept = dict(sorted({**_left(graphs, steps, plan), **kept}.items()))
-    records = run_graph_passes(graphs, steps)
+    records += run_graph_passes(graphs, steps)
     if options.explicit_quantization:
         for model in graphs.values():
             check_explicit(model.graph)
@@ -173,6 +188,15 @@ def _planned(
     return found.plan, {"search": found.record}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What an exact engine showed of itself; each as for `lossy_passes`."""
+
+    ranges: Ranges | None = None
+    extremes: Ranges | None = None
+    small: tuple[str, ...] = ()
+
+
 def _observed(
     graphs: Graphs,
     options: Options,
@@ -180,7 +204,7 @@ def _observed(
     kept: Mapping[str, str],
     texts: Sequence[Example],
     progress: Progress,
-) -> tuple[Ranges, tuple[str, ...]]:
+) -> tuple[_Seen, tuple[str, ...]]:
     """Run the exact engine on text; return how far its values reach, and what to know of it.
 
     16 bits overflow whatever a value is used for, so that all are observed, by their extremes, and
@@ -188,30 +212,55 @@ def _observed(
     """
     if exact is None:
         raise InternalError("ranges are observed without an exact engine")
-    quantized = SCHEMES[options.precision].quantized
-    values = {
-        name: quantized_inputs(model.graph, keep=tuple(kept)) if quantized else float_values(model)
-        for name, model in graphs.items()
-    }
-    method = options.calibration_method if quantized else "minmax"
-    progress(f"ranges of {sum(map(len, values.values()))} values on {len(texts)} texts")
-    found = observe(exact, texts, values, method=method)
-    if not quantized:
-        found = {name: {**found[name], **each} for name, each in _large(graphs, options, exact)}
+    scheme, keep = SCHEMES[options.precision], tuple(kept)
+
+    def seen(values: Mapping[str, Sequence[str]], method: CalibrationMethod) -> Mapping[str, Any]:
+        progress(f"ranges of {sum(map(len, values.values()))} values on {len(texts)} texts")
+        return observe(exact, texts, values, method=method)
+
+    ranges = extremes = None
+    small: tuple[str, ...] = ()
+    if scheme.number is not None:
+        values = {k: quantized_inputs(m.graph, keep=keep) for k, m in graphs.items()}
+        ranges = _ends(seen(values, options.calibration_method))
+    if scheme.half is not None:
+        found = seen({k: float_values(m) for k, m in graphs.items()}, "minmax")
+        large = _large(graphs, scheme.half, exact)
+        extremes = _ends({name: {**found[name], **each} for name, each in large})
+        if scheme.number is not None:
+            small = tuple(_small(graphs, scheme, keep, exact))
     with Engine.load(exact, providers=["cpu"]) as engine:
         cut = cut_rows(engine, texts)
     notes = f"{cut} of {len(texts)} texts were longer than training's and cut for calibration"
+    return _Seen(ranges, extremes, small), (notes,) if cut else ()
+
+
+def _ends(found: Mapping[str, Mapping[str, Range]]) -> Ranges:
     return {
-        name: {value: (range_.low, range_.high) for value, range_ in found[name].items()}
-        for name in graphs
-    }, (notes,) if cut else ()
+        graph: {value: (range_.low, range_.high) for value, range_ in each.items()}
+        for graph, each in found.items()
+    }
 
 
-def _large(
-    graphs: Graphs, options: Options, exact: Path
-) -> Iterator[tuple[str, Mapping[str, Range]]]:
+def _small(graphs: Graphs, scheme: Scheme, keep: tuple[str, ...], exact: Path) -> Iterator[str]:
+    """Yield the weights with scales for which 16 bits have fewer digits."""
+    assert scheme.half is not None
+    axes = {
+        name: {
+            str(site.weight.name): site.axis if scheme.number == "int8" else None
+            for site in quantizable(model.graph, keep=keep)
+        }
+        for name, model in graphs.items()
+    }
+    largest = int8.FULL if scheme.number == "int8" else float8.LARGEST
+    least = smallest(scheme.half) * largest
+    for found in least_magnitudes(exact, axes).values():
+        yield from (name for name, magnitude in found.items() if magnitude < least)
+
+
+def _large(graphs: Graphs, half: str, exact: Path) -> Iterator[tuple[str, Mapping[str, Range]]]:
     """Yield, by graph, the ranges of the weights that 16 bits cannot hold."""
-    most = limit("float16" if options.precision == "fp16" else "bfloat16")
+    most = limit(half)
     names = {
         name: [
             n

@@ -229,10 +229,11 @@ class Options:
                 f"{self.precision} has no ranges to choose",
                 expected=f"it with --precision {' or '.join(WITH_RANGES)}",
             )
-        if self.calibration_method == "entropy" and self.precision == "fp8":
+        if self.calibration_method == "entropy" and SCHEMES[self.precision].number == "fp8":
             raise OptionError(
-                "--calibration-method entropy was given together with --precision fp8: it weighs "
-                "ranges of 128 equal steps, and those of fp8 are not equal",
+                "--calibration-method entropy was given together with --precision "
+                f"{self.precision}: it weighs ranges of 128 equal steps, and those of fp8 are not "
+                "equal",
                 expected="minmax or percentile",
             )
         if self.precision in WITH_RANGES and self.calibration is None:

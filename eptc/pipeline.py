@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import onnx
@@ -18,7 +18,7 @@ from eptc.linear_probe import LinearProbe
 from eptc.lower.blocks import PRECISIONS, Method
 from eptc.lower.strong_types import check_types
 from eptc.node_makers import sign
-from eptc.pass_base import AdapterPass, GraphPass
+from eptc.pass_base import AdapterPass, GraphPass, QuantizingPass
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.drop_dead_experts import DropDeadExperts
 from eptc.passes.factor_pyramid import FactorPyramid
@@ -39,7 +39,7 @@ from eptc.passes.split_equal import SplitEqual
 from eptc.passes.stable_names import StableNames
 from eptc.passes.stack_tasks import StackTasks
 from eptc.passes.truncate_rank import TruncateRank
-from eptc.precision import OptimizeFor, Precision
+from eptc.precision import SCHEMES, OptimizeFor, Precision, Scheme
 from eptc.precision_plan import PrecisionPlan
 from eptc.tensors import unit_roundoff
 
@@ -175,6 +175,8 @@ def lossy_passes(
     *,
     keep: tuple[str, ...] = (),
     ranges: Ranges | None = None,
+    extremes: Ranges | None = None,
+    small: tuple[str, ...] = (),
     plan: PrecisionPlan | None = None,
     method: Method = "rtn",
 ) -> list[Step]:
@@ -184,32 +186,24 @@ def lossy_passes(
         precision: what to.
         optimize_for: where the engine will run.
         keep: weights that stay float32.
-        ranges: least and largest number of each value that was observed, by graph, where the
-            precision is a calibrated one.
+        ranges: by graph, from where to where each value that is quantised goes, where the
+            precision fixes that.
+        extremes: by graph, least and largest number of each value and of large weights, where
+            the precision has 16 bits.
+        small: weights with scales that are too small for 16 bits (`CastHalf.small`).
         plan: for `auto`, what each weight is stored as.
         method: how the scales of blocks are chosen.
     """
     steps: list[Step]
-    if precision in ("fp16", "bf16"):
-        assert ranges is not None
-        dtype: Literal["float16", "bfloat16"]
-        dtype = "float16" if precision == "fp16" else "bfloat16"
-        steps = [
-            {
-                graph: CastHalf(
-                    dtype, {name: max(abs(low), abs(high)) for name, (low, high) in found.items()},
-                    keep=keep,
-                )
-                for graph, found in ranges.items()
-            }
-        ]  # fmt: skip
-    elif precision == "int8-static" and optimize_for == "cpu":
-        assert ranges is not None
-        steps = [{key: QuantizeInt8Static(found, keep=keep) for key, found in ranges.items()}]
-    elif precision in ("int8-static", "fp8"):
-        assert ranges is not None
-        number: Literal["int8", "fp8"] = "fp8" if precision == "fp8" else "int8"
-        steps = [{key: QuantizeQdq(found, number, keep=keep) for key, found in ranges.items()}]
+    scheme = SCHEMES[precision]
+    if scheme.number is not None or scheme.half is not None:
+        steps = []
+        if scheme.number is not None:
+            assert ranges is not None
+            steps += [{key: _fixed(scheme, optimize_for, keep, r) for key, r in ranges.items()}]
+        if scheme.half is not None:  # behind what has weights in float64 to round
+            assert extremes is not None
+            steps += [{key: _half(scheme, keep, small, r) for key, r in extremes.items()}]
     elif plan is not None:
         steps = [
             _blocks("int4", method, keep, plan.of("int4")),
@@ -221,6 +215,30 @@ def lossy_passes(
         steps = [_blocks(precision, method, keep, None)]
     # New nodes and initializers get names of their own, and their place.
     return [*steps, StableNames()]
+
+
+def _fixed(
+    scheme: Scheme,
+    optimize_for: OptimizeFor,
+    keep: tuple[str, ...],
+    ranges: Mapping[str, tuple[float, float]],
+) -> QuantizingPass:
+    """Return the pass that quantises activations by ranges that were observed."""
+    assert scheme.number is not None
+    if optimize_for == "cpu":
+        return QuantizeInt8Static(ranges, keep=keep)
+    return QuantizeQdq(ranges, scheme.number, scheme.half or "float32", keep=keep)
+
+
+def _half(
+    scheme: Scheme,
+    keep: tuple[str, ...],
+    small: tuple[str, ...],
+    extremes: Mapping[str, tuple[float, float]],
+) -> CastHalf:
+    assert scheme.half is not None
+    ranges = {name: max(abs(low), abs(high)) for name, (low, high) in extremes.items()}
+    return CastHalf(scheme.half, ranges, keep=keep, small=small)
 
 
 def _blocks(

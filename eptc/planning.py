@@ -90,7 +90,7 @@ def make_plan(
         max_memory: bytes each process may have resident; None: what is available.
         runs_exact: whether the float32 engine is run on text before the precision is lowered.
         beside: bytes of weights beside those of the checkpoint's model.
-        wide_tables: whether the table of tokens stays float32 whatever the precision.
+        wide_tables: whether the table of tokens stays as wide as what is not quantised.
 
     Raises:
         OptionError: it cannot be done within `max_memory`, or, where the float32 engine is run,
@@ -99,7 +99,8 @@ def make_plan(
     weights = list(source.weights.values())
     weights += source.routed_tensors
     table = source.weights.get(source.base.architecture.embedding) if wide_tables else None
-    sizes = [_stored_bytes(t, "fp32" if t is table else precision) for t in weights]
+    tables: Precision = "fp16" if SCHEMES[precision].half is not None else "fp32"
+    sizes = [_stored_bytes(t, tables if t is table else precision) for t in weights]
     limit = available_memory() if max_memory is None else max_memory
     in_flight, working = _working(weights, sizes, limit)
     compiler = _COMPILER + working

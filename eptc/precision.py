@@ -29,6 +29,8 @@ Precision = Literal[
     "int8",
     "int8-static",
     "fp8",
+    "int8-fp16",
+    "fp8-fp16",
     "int8-weights",
     "int4",
     "auto",
@@ -44,8 +46,8 @@ class Scheme:
         quantized: whether weights become numbers of 8 bits or fewer; they are rounded from the
             float64 they were folded in.
         calibrated: whether the float32 engine has to be run on text first.
-        simulated: whether a CPU computes it in another type, so that only a simulation shows
-            what rounding does.
+        number: what products are quantised to where every range is fixed; None: they are not.
+        half: the type that what is not quantised is computed in, where it is one of 16 bits.
         runs_on: what graphs of this kind can be optimised for; where they run.
         why_not: why they do not run elsewhere.
         for_tensorrt: whether TensorRT reads it, with every type in the file.
@@ -55,20 +57,29 @@ class Scheme:
     lossy: bool = True
     quantized: bool = False
     calibrated: bool = False
-    simulated: bool = False
+    number: Literal["int8", "fp8"] | None = None
+    half: Literal["float16", "bfloat16"] | None = None
     runs_on: tuple[OptimizeFor, ...] = ("cpu", "cuda", "any")
     why_not: str = ""
     for_tensorrt: bool = False
     targets: tuple[str, ...] | None = None
 
+    @property
+    def simulated(self) -> bool:
+        """Whether a CPU computes it in another type, so that only a simulation shows rounding."""
+        return self.half is not None
+
+
+_EIGHT_BIT_FLOATS: Final = "8-bit floating point is for TensorRT, which reads standard operators"
+_BOTH: Final = "8 bits between 16-bit values are for TensorRT, which reads standard operators"
 
 SCHEMES: Final[dict[Precision, Scheme]] = {
     "fp32": Scheme(lossy=False, for_tensorrt=True),
     "keep": Scheme(lossy=False, for_tensorrt=True),
-    "fp16": Scheme(calibrated=True, simulated=True, for_tensorrt=True),
+    "fp16": Scheme(calibrated=True, half="float16", for_tensorrt=True),
     "bf16": Scheme(
         calibrated=True,
-        simulated=True,
+        half="bfloat16",
         runs_on=("cuda", "any"),
         why_not="ONNX Runtime's CPU provider has no bfloat16 kernels",
         for_tensorrt=True,
@@ -78,12 +89,33 @@ SCHEMES: Final[dict[Precision, Scheme]] = {
         runs_on=("cpu", "any"),
         why_not="ONNX Runtime's CUDA provider has no kernels for dynamic quantisation",
     ),
-    "int8-static": Scheme(quantized=True, calibrated=True, for_tensorrt=True),
+    "int8-static": Scheme(quantized=True, calibrated=True, number="int8", for_tensorrt=True),
     "fp8": Scheme(
         quantized=True,
         calibrated=True,
+        number="fp8",
         runs_on=("any",),
-        why_not="8-bit floating point is for TensorRT, which reads standard operators",
+        why_not=_EIGHT_BIT_FLOATS,
+        for_tensorrt=True,
+        targets=("onnx", TENSORRT),
+    ),
+    "int8-fp16": Scheme(
+        quantized=True,
+        calibrated=True,
+        number="int8",
+        half="float16",
+        runs_on=("any",),
+        why_not=_BOTH,
+        for_tensorrt=True,
+        targets=("onnx", TENSORRT),
+    ),
+    "fp8-fp16": Scheme(
+        quantized=True,
+        calibrated=True,
+        number="fp8",
+        half="float16",
+        runs_on=("any",),
+        why_not=_BOTH,
         for_tensorrt=True,
         targets=("onnx", TENSORRT),
     ),

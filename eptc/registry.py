@@ -28,11 +28,11 @@ PASSES: dict[str, str] = {
     "narrow-weights": "eptc.passes.narrow_weights:NarrowWeights",
     "clip-integers": "eptc.passes.clip_integers:ClipIntegers",
     "count-in-float": "eptc.passes.count_in_float:CountInFloat",
-    "cast-half": "eptc.passes.cast_half:CastHalf",
     "quantize-weights": "eptc.passes.quantize_weights:QuantizeWeights",
     "quantize-int8-dynamic": "eptc.passes.quantize_int8_dynamic:QuantizeInt8Dynamic",
     "quantize-int8-static": "eptc.passes.quantize_int8_static:QuantizeInt8Static",
     "quantize-qdq": "eptc.passes.quantize_qdq:QuantizeQdq",
+    "cast-half": "eptc.passes.cast_half:CastHalf",
     "stable-names": "eptc.passes.stable_names:StableNames",
 }
 

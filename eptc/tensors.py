@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from eptc.errors import CheckpointError, InputError
 
@@ -28,8 +29,11 @@ __all__ = [
     "as_dtype",
     "cast",
     "content_hash",
+    "limit",
     "numpy_dtype",
     "round_to_odd",
+    "round_up",
+    "smallest",
     "unit_roundoff",
 ]
 
@@ -65,6 +69,18 @@ def unit_roundoff(dtype: str) -> float:
     """Return the largest relative error of one rounding to a floating-point type."""
     info: Any = ml_dtypes.finfo
     return float(info(numpy_dtype(dtype)).eps) / 2
+
+
+def limit(dtype: str) -> float:
+    """Return the largest finite number of a floating-point type."""
+    info: Any = ml_dtypes.finfo
+    return float(info(numpy_dtype(dtype)).max)
+
+
+def smallest(dtype: str) -> float:
+    """Return the smallest number above 0 that has all digits of a floating-point type."""
+    info: Any = ml_dtypes.finfo
+    return float(info(numpy_dtype(dtype)).smallest_normal)
 
 
 def cast(array: Array, dtype: str) -> Array:
@@ -110,6 +126,20 @@ def _from_float16(array: Array) -> Array:
     # A copy: torch has no tensors that may not be written to.
     widened: Array = torch.from_numpy(np.array(array, order="C")).to(torch.float32).numpy()
     return widened
+
+
+def round_up(array: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
+    """Return numbers above 0, each with no more digits than a type has, and never smaller.
+
+    Whether its exponent fits is not looked at: the type of the array stays.
+
+    Args:
+        array: float32, any shape.
+        dtype: floating-point type whose digits are kept.
+    """
+    fraction, exponent = np.frexp(array)
+    digits = 1 / unit_roundoff(dtype)
+    return np.asarray(np.ldexp(np.ceil(fraction * digits) / digits, exponent), np.float32)
 
 
 def round_to_odd(array: Array) -> Array:

@@ -13,11 +13,12 @@ import onnx_ir as ir
 
 from eptc.errors import OptionError
 from eptc.lower.edit import constant, insert, module
-from eptc.lower.half import CACHES, HALF, MOVES, limit, plan_half
+from eptc.lower.half import CACHES, HALF, MOVES, plan_half
 from eptc.lower.half_plan import HalfPlan
+from eptc.lower.sharing import is_scaling
 from eptc.lower.weights import Piece, WeightTensor, split
 from eptc.pass_base import LossyPass
-from eptc.tensors import Array, cast
+from eptc.tensors import Array, cast, limit, smallest
 
 __all__ = ["CastHalf"]
 
@@ -41,7 +42,10 @@ class CastHalf(LossyPass):
     * routers, norms that are written out, softmax, masks (cut to what 16 bits hold where an
       attention kernel reads them), angles of positions, T5's `wo`, the product that makes the
       logits;
-    * whatever has no 16-bit kernel in ONNX Runtime's CUDA provider, and what `keep` names.
+    * whatever has no 16-bit kernel in ONNX Runtime's CUDA provider, and what `keep` names;
+    * of 8-bit products, those with scales for which float16 has not all its digits, below 2**-14,
+      and those that share a scale with one that is kept: no cast comes between QuantizeLinear,
+      DequantizeLinear and their product. Scales may not move: `quantize-qdq` with `digits`.
 
     Scores inside one attention kernel are no value of the graph, so `ranges` cannot cover them.
 
@@ -55,6 +59,8 @@ class CastHalf(LossyPass):
         safety: how many times larger than observed a value must still fit; text that was not
             observed may reach further. float16 only: bfloat16 reaches as far as float32.
         keep: parameters that stay float32, with the nodes that read them.
+        small: 8-bit weights with scales below 2**-14; one that is not named here is an
+            `OptionError` once its scales are read.
     """
 
     name: ClassVar[str] = "cast-half"
@@ -63,6 +69,7 @@ class CastHalf(LossyPass):
     ranges: Mapping[str, float] = dataclasses.field(default_factory=dict, repr=False)
     safety: float = 8.0
     keep: Sequence[str] = ()
+    small: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in HALF:
@@ -70,6 +77,7 @@ class CastHalf(LossyPass):
         if not self.safety >= 1:
             raise OptionError(f"the safety factor is {self.safety!r}", expected="1 or more")
         object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "small", tuple(self.small))
 
     def options(self) -> dict[str, Any]:
         """Return the options, of the ranges only those that keep something in float32."""
@@ -80,6 +88,7 @@ class CastHalf(LossyPass):
             "ranges": beyond if self.dtype == "float16" else {},
             "safety": self.safety,
             "keep": list(self.keep),
+            "small": list(self.small),
         }
 
     def plan(self, model: ir.Model) -> dict[str, str]:
@@ -97,8 +106,10 @@ class CastHalf(LossyPass):
         return _Writer(model.graph, plan, self.dtype).write()
 
     def _plan(self, model: ir.Model) -> HalfPlan:
-        keep = tuple(self.keep)
-        return plan_half(model, self.dtype, self.ranges, safety=self.safety, keep=keep)
+        keep, small = tuple(self.keep), tuple(self.small)
+        return plan_half(
+            model, self.dtype, self.ranges, safety=self.safety, keep=keep, small=small
+        )
 
 
 class _Writer:
@@ -182,7 +193,8 @@ class _Writer:
                 and len(tensor.shape) > 1
                 and not any(_moves(node) for node in nodes)
             ):
-                value.const_value = _rounded(tensor, self._dtype, str(value.name))
+                exact = any(is_scaling(node) for node in nodes)
+                value.const_value = _rounded(tensor, self._dtype, str(value.name), exact)
                 self._retype(value)
 
     def _retype_constant(
@@ -245,16 +257,23 @@ def _moves(node: ir.Node) -> bool:
     return not node.domain and node.op_type in MOVES
 
 
-def _rounded(tensor: ir.TensorProtocol, dtype: str, name: str) -> WeightTensor:
-    """Return the lazy 16-bit form of a weight."""
+def _rounded(tensor: ir.TensorProtocol, dtype: str, name: str, exact: bool) -> WeightTensor:
+    """Return the lazy 16-bit form of a weight, or of scales, none of which may move."""
     piece = Piece("", HALF[dtype], tuple(tensor.shape.numpy()))
-    round_once = functools.partial(_round, name=name, dtype=dtype)
-    return split(tensor, ("cast-half", dtype), round_once, [piece])[0]
+    round_once = functools.partial(_round, name=name, dtype=dtype, exact=exact)
+    return split(tensor, ("cast-half", dtype, exact), round_once, [piece])[0]
 
 
-def _round(array: Array, *, name: str, dtype: str) -> tuple[Array]:
+def _round(array: Array, *, name: str, dtype: str, exact: bool) -> tuple[Array]:
     with np.errstate(over="ignore"):
         rounded = cast(array, dtype)
+    if exact and not np.array_equal(rounded.astype(np.float64), array.astype(np.float64)):
+        raise OptionError(
+            f"{name} has a number that {dtype} does not hold: weights would not be what they were "
+            "rounded for",
+            expected=f"scales of {smallest(dtype):.3g} or more, with the digits of {dtype}",
+            fix="round them by quantize-qdq with `digits`, and name small ones in `small`",
+        )
     if not np.isfinite(rounded).all():
         raise OptionError(
             f"{name} has numbers beyond {limit(dtype):.5g}, where {dtype} ends",

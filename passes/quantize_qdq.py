@@ -17,7 +17,7 @@ from eptc.lower.int8_nodes import node, register_scale
 from eptc.lower.quantizable import Product, Quantizable, quantizable
 from eptc.lower.ranges import Ranges, digest, round_products, with_ranges
 from eptc.pass_base import QuantizingPass
-from eptc.tensors import Array
+from eptc.tensors import Array, round_up
 
 __all__ = ["QuantizeQdq"]
 
@@ -42,6 +42,8 @@ class QuantizeQdq(QuantizingPass):
     fp8 (FLOAT8E4M3FN): one W8@scale for the weight. Lossy: what is not very small moves by up to
     a sixteenth of itself. What is beyond an activation's range is cut off.
 
+    What was made keeps its name, so that ranges of it are found.
+
     A range that is not finite, or the wrong way round, is an `OptionError`.
 
     Main graph only. A weight is left alone, its reason logged at DEBUG, where
@@ -54,11 +56,14 @@ class QuantizeQdq(QuantizingPass):
         ranges: smallest and largest value of each activation, by its name in the graph; each is
             widened to hold zero.
         number: `int8` or `fp8`.
+        digits: `float16`: scales are rounded up to what float16 has digits for, so that
+            `cast-half` behind this pass changes none.
     """
 
     name: ClassVar[str] = "quantize-qdq"
     ranges: Ranges = dataclasses.field(default_factory=dict, repr=False)
     number: Literal["int8", "fp8"] = "int8"
+    digits: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,15 +107,21 @@ class QuantizeQdq(QuantizingPass):
         name = str(product.x.name)
         low, high = self.ranges[name]
         if self.number == "fp8":
-            return float8.activation_scale(low, high, name=name), float8.ZERO
-        return int8.activation(low, high, symmetric=True, name=name)
+            scale, zero = float8.activation_scale(low, high, name=name), float8.ZERO
+        else:
+            scale, zero = int8.activation(low, high, symmetric=True, name=name)
+        return round_up(scale, self.digits), zero
 
     def _store(self, site: Quantizable, graph: ir.Graph) -> ir.Value:
         """Make a weight 8 bits, in place, and return the new initializer with its scale."""
         tensor = site.weight.const_value
         assert tensor is not None
         fp8 = self.number == "fp8"
-        stored, scale = float8.float8(tensor) if fp8 else int8.integers(tensor, site.axis)
+        stored, scale = (
+            float8.float8(tensor, digits=self.digits)
+            if fp8
+            else int8.integers(tensor, site.axis, digits=self.digits)
+        )
         # A type of its own: copies of a graph share theirs.
         site.weight.const_value, site.weight.type = stored, ir.TensorType(stored.dtype)
         return register_scale(scale, graph)

@@ -45,7 +45,7 @@ def test_every_precision_is_a_row(compared: Any) -> None:
     rows = {row.precision: row for row in compared.rows}
     assert set(rows) == EVERY
     refused = {name: row.refused for name, row in rows.items() if row.refused is not None}
-    assert set(refused) == {"bf16", "fp8", "int4", "int8-static"}
+    assert set(refused) == {"bf16", "fp8", "fp8-fp16", "int4", "int8-fp16", "int8-static"}
     assert "does not run" in refused["bf16"]
     for name in ("int4", "int8-static"):
         assert "the pearson drops by" in refused[name]

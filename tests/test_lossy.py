@@ -43,6 +43,8 @@ BUILT: dict[str, tuple[dict[str, Any], float, str]] = {
     "int8-static": ({"calibration": True}, 0.30, "int8"),
     # The table of words, and of positions, is most of this model.
     "fp8": ({"calibration": True, "optimize_for": "any"}, 0.65, "fp8"),
+    "int8-fp16": ({"calibration": True, "target": "tensorrt"}, 0.40, "int8"),
+    "fp8-fp16": ({"calibration": True, "optimize_for": "any"}, 0.40, "fp8"),
     "int4": ({}, 0.31, "int4"),  # rows of 34 numbers are filled up to two blocks of 32
 }
 
@@ -100,7 +102,7 @@ def test_built_and_judged(
     assert details["scores"] == parity["scores"]
     assert details["scores"]["rows"] == 120
     assert 0 <= details["scores"]["drop"] <= 0.1
-    assert ("engine" in details) is (precision in ("fp16", "bf16"))
+    assert ("engine" in details) is (precision in ("fp16", "bf16", "int8-fp16", "fp8-fp16"))
 
     plan = read(one.path / "precision.json")
     assert plan["weights"][HEAD] == "fp32"
@@ -110,7 +112,9 @@ def test_built_and_judged(
     assert {path.name for path in one.path.iterdir()} == {*one.manifest.files, "manifest.json"}
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-static", "fp8", "int4", "fp16"])
+@pytest.mark.parametrize(
+    "precision", ["int8", "int8-static", "fp8", "int4", "fp16", "int8-fp16", "fp8-fp16"]
+)
 def test_engines_answer(build: Any, small_rows: Any, tmp_path: Path, precision: str) -> None:
     """An engine loads where it was optimised for and answers nearly as float32 does."""
     rows = [json.loads(line) for line in small_rows.values.read_text().splitlines()]
@@ -127,7 +131,11 @@ def test_checked_again(
     build: Any, small_native: Any, small_rows: Any, tmp_path: Path, precision: str
 ) -> None:
     """A published engine is judged as it was when it was built, 16 bits by their twin."""
-    given = {"data": small_rows.values, "max_drop": 10.0} if precision in ("int4", "fp8") else {}
+    given = (
+        {"data": small_rows.values, "max_drop": 10.0}
+        if "fp8" in precision or precision == "int4"
+        else {}
+    )
     bundle = build(tmp_path / "out", precision, **given, **BUILT[precision][0])
     report = eptc.parity(
         bundle.path, reference=small_native.ckpt, base=small_native.base, data=small_rows.values

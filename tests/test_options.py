@@ -35,6 +35,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "ranges of 128 equal steps",
     ),
+    "fp8 between fp16 on a CPU": (
+        {"precision": "fp8-fp16", "calibration": "x"}, "--precision fp8-fp16 does not run",
+    ),
+    "int8 between fp16 on CUDA": (
+        {"precision": "int8-fp16", "calibration": "x", "optimize_for": "cuda"},
+        "8 bits between 16-bit values are for TensorRT",
+    ),
+    "int8 between fp16 without ranges": (
+        {"precision": "int8-fp16", "target": "tensorrt"}, "--precision int8-fp16 fixes the range",
+    ),
+    "entropy for fp8 between fp16": (
+        {
+            "precision": "fp8-fp16", "optimize_for": "any", "calibration": "x",
+            "calibration_method": "entropy",
+        },
+        "ranges of 128 equal steps",
+    ),
     "no ranges": ({"precision": "int8-static"}, "was given no text"),
     "needless ranges": ({"precision": "int8", "calibration": "x"}, "--precision int8 needs none"),
     "data for fp32": ({"data": "x"}, "--precision fp32 changes no answer"),
@@ -96,8 +113,9 @@ def test_what_tensorrt_does_not_read(precision: Any) -> None:
     with pytest.raises(OptionError, match=f"--precision {precision} was given") as caught:
         check_target(precision, "tensorrt")
     expected = caught.value.expected or ""
-    assert "fp32, keep, fp16, bf16, int8-static, fp8;" in expected
-    for name in ("fp32", "keep", "fp16", "bf16", "int8-static", "fp8"):
+    known_to_it = ("fp32", "keep", "fp16", "bf16", "int8-static", "fp8", "int8-fp16", "fp8-fp16")
+    assert f"{', '.join(known_to_it)};" in expected
+    for name in known_to_it:
         known: Any = name
         check_target(known, "tensorrt")
 
@@ -113,6 +131,14 @@ def test_what_tensorrt_does_not_read(precision: Any) -> None:
             "optimize_for": "any",
             "calibration_method": "percentile",
         },
+        {"precision": "int8-fp16", "calibration": "x", "optimize_for": "any"},
+        {
+            "precision": "int8-fp16",
+            "calibration": "x",
+            "target": "tensorrt",
+            "calibration_method": "entropy",
+        },
+        {"precision": "fp8-fp16", "calibration": "x", "target": "tensorrt"},
         {"precision": "fp16"},
         {"precision": "bf16", "optimize_for": "cuda"},
         {"precision": "int8-static", "calibration": "x", "optimize_for": "any"},

@@ -54,8 +54,8 @@ def test_no_weight_of_the_base_is_read(
     ("precision", "least", "most"),
     [
         ("fp32", 1.0, 1.0), ("fp16", 0.5, 0.505), ("bf16", 0.5, 0.505), ("int8", 0.25, 0.26),
-        ("int8-static", 0.25, 0.26), ("fp8", 0.25, 0.26), ("int8-weights", 0.25, 0.27),
-        ("int4", 0.125, 0.18),
+        ("int8-static", 0.25, 0.26), ("fp8", 0.25, 0.26), ("fp8-fp16", 0.25, 0.26),
+        ("int8-weights", 0.25, 0.27), ("int4", 0.125, 0.18),
     ],
 )  # fmt: skip
 def test_sizes_of_precisions(golden: Path, precision: Any, least: float, most: float) -> None:
@@ -67,9 +67,9 @@ def test_sizes_of_precisions(golden: Path, precision: Any, least: float, most: f
     assert planning._stored_bytes(norm, precision) == 4 * 4096
     folder = golden / "ept" / "llama-tiny"
     options: dict[str, Any] = {"optimize_for": "cuda"} if precision == "bf16" else {}
-    if precision in ("int8-static", "fp8"):
+    if precision in ("int8-static", "fp8", "fp8-fp16"):
         options["calibration"] = "never read"
-    if precision == "fp8":
+    if precision.startswith("fp8"):
         options["optimize_for"] = "any"
     found = eptc.plan(
         folder / "adapter", task="sst2", base=folder / "base", precision=precision, **RELEASED,
@@ -78,11 +78,13 @@ def test_sizes_of_precisions(golden: Path, precision: Any, least: float, most: f
     assert found.stored == precision
 
 
-@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
+@pytest.mark.parametrize(
+    ("precision", "width"), [("int8-static", 4), ("fp8", 4), ("int8-fp16", 2), ("fp8-fp16", 2)]
+)
 def test_explicit_quantization_leaves_the_table(
-    small_native: Any, small_rows: Any, precision: Any
+    small_native: Any, small_rows: Any, precision: Any, width: int
 ) -> None:
-    """Four bytes a number instead of one and a scale a row."""
+    """Two or four bytes a number instead of one and a scale a row."""
     table = "bert.embeddings.word_embeddings.weight"
     given: dict[str, Any] = {"task": "score", "base": small_native.base}
     found = Job.read(small_native.ckpt, Options(**given)).source.weights[table]
@@ -91,7 +93,7 @@ def test_explicit_quantization_leaves_the_table(
         eptc.plan(small_native.ckpt, **given, **options).weight_bytes
         for options in (explicit, {"precision": "int8"})
     )
-    assert one - other == 3 * found.shape[0] * found.shape[1] - 4 * found.shape[0] > 0
+    assert one - other == (width - 1) * found.shape[0] * found.shape[1] - 4 * found.shape[0] > 0
 
 
 def test_a_large_model_is_verified_elsewhere(

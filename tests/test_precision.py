@@ -115,7 +115,7 @@ def test_providers(golden: Path, tmp_path: Path, provider: Any) -> None:
     assert domains == ({""} if provider == "any" else {"", "com.microsoft"})
 
 
-@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
+@pytest.mark.parametrize("precision", ["int8-static", "fp8", "int8-fp16", "fp8-fp16"])
 @pytest.mark.parametrize("name", ["t5-tiny", "llama-tiny"])
 def test_explicit_quantization(golden: Path, tmp_path: Path, name: str, precision: Any) -> None:
     """Standard operators, proven as published; kept graphs give the same answers.
@@ -132,16 +132,17 @@ def test_explicit_quantization(golden: Path, tmp_path: Path, name: str, precisio
     assert built.manifest.precision == precision
     assert built.manifest.parity["passed"]
     assert built.manifest.parity["exact"]["passed"]
-    number = {"int8-static": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
+    fp8 = precision.startswith("fp8")
+    number = onnx.TensorProto.FLOAT8E4M3FN if fp8 else onnx.TensorProto.INT8
     for file in built.path.glob("*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph
         assert {node.domain for node in graph.node} == {""}
-        stored = [t for t in graph.initializer if t.data_type == number[precision]]
+        stored = [t for t in graph.initializer if t.data_type == number]
         assert sum(len(t.dims) == 2 for t in stored) > 5
     with built.load() as one, built.load(cache=tmp_path / "kept") as kept:
         assert [a.probabilities for a in one.classify(texts)] == [
             a.probabilities for a in kept.classify(texts)
         ]
-    if precision == "fp8":
+    if fp8:
         assert any((tmp_path / "kept").iterdir())
     assert eptc.verify(built.path)

@@ -177,7 +177,13 @@ def test_precisions(precision: Any, small_native: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "element"), [("int8-static", "INT8"), ("fp8", "FLOAT8E4M3FN")]
+    ("precision", "element"),
+    [
+        ("int8-static", "INT8"),
+        ("fp8", "FLOAT8E4M3FN"),
+        ("int8-fp16", "INT8"),
+        ("fp8-fp16", "FLOAT8E4M3FN"),
+    ],
 )
 @pytest.mark.parametrize("task", ["tone", "score"])
 def test_explicit_quantization(
@@ -197,6 +203,9 @@ def test_explicit_quantization(
     assert len([t for t in stored if len(t.dims) == 2]) >= 6
     kinds = {node.op_type for node in graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    scales = {t.name: t.data_type for t in graph.initializer if t.name.endswith("@scale")}
+    half = precision.endswith("fp16")
+    assert set(scales.values()) == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
 
 
 def test_prompts_take_positions(small_mept: Any, tmp_path: Path) -> None:

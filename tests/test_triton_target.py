@@ -267,6 +267,11 @@ def test_a_wrong_engine_is_never_published(
             OptionError,
             "--precision fp8 was given together with --target triton",
         ),
+        (
+            {"precision": "int8-fp16", "optimize_for": "any", "calibration": "x"},
+            OptionError,
+            "--precision int8-fp16 was given together with --target triton",
+        ),
         ({"layout": "optimum"}, OptionError, "--layout optimum"),
         ({"target": "tritton"}, OptionError, "triton"),
     ],

@@ -7,6 +7,7 @@ from eptc.calibration.observe import (
     Method,
     Range,
     float_values,
+    least_magnitudes,
     observe,
     weight_ranges,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "cut_rows",
     "float_values",
     "greedy_tokens",
+    "least_magnitudes",
     "observe",
     "observe_gates",
     "read_calibration",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from eptc.calibration.histograms import BINS, Histogram, entropy_bins, percentile_bins
@@ -21,8 +22,18 @@ from eptc.runtime import Engine, Manifest, load_manifest
 from eptc.runtime.graph import NumpyArray
 from eptc.runtime.loading import open_tokenizer
 
-__all__ = ["MAX_BYTES", "Method", "Range", "float_values", "observe", "weight_ranges"]
+__all__ = [
+    "MAX_BYTES",
+    "Method",
+    "Range",
+    "float_values",
+    "least_magnitudes",
+    "observe",
+    "weight_ranges",
+]
 
+Array = npt.NDArray[Any]
+T = TypeVar("T")
 Method = Literal["minmax", "entropy", "percentile"]
 
 # Bytes of values that are held at once.
@@ -59,7 +70,37 @@ def weight_ranges(
         bundle: folder of the engine.
         weights: names by graph.
     """
-    found: dict[str, dict[str, Range]] = {}
+    return _each(
+        bundle, weights, lambda _graph, _name, w: Range(float(np.min(w)), float(np.max(w)))
+    )
+
+
+def least_magnitudes(
+    bundle: Path, weights: Mapping[str, Mapping[str, int | None]]
+) -> dict[str, dict[str, float]]:
+    """Return the magnitude of the smallest channel of weights, by graph; one is read at a time.
+
+    The magnitude of a channel is that of its largest number; channels of zeros have none. Of a
+    weight of zeros it is infinite.
+
+    Args:
+        bundle: folder of the engine.
+        weights: by graph and name, the axis of the channels; None: the weight is one channel.
+    """
+
+    def least(graph: str, name: str, weight: Array) -> float:
+        others = tuple(n for n in range(weight.ndim) if n != weights[graph][name])
+        channels = np.maximum(weight.max(axis=others), -weight.min(axis=others))
+        return float(np.min(channels, initial=np.inf, where=channels > 0))
+
+    return _each(bundle, weights, least)
+
+
+def _each(
+    bundle: Path, weights: Mapping[str, Collection[str]], compute: Callable[[str, str, Array], T]
+) -> dict[str, dict[str, T]]:
+    """Return what a function of graph, name and numbers makes of each weight."""
+    found: dict[str, dict[str, T]] = {}
     for graph, spec in load_manifest(bundle).graphs.items():
         stored = ir.load(bundle / spec.file).graph.initializers
         found[graph] = {}
@@ -67,7 +108,7 @@ def weight_ranges(
             tensor = stored[name].const_value
             assert tensor is not None
             # No view of the file may be left when it is closed.
-            found[graph][name] = Range(float(np.min(tensor)), float(np.max(tensor)))
+            found[graph][name] = compute(graph, name, tensor.numpy())
             if isinstance(tensor, ir.ExternalTensor):
                 tensor.release()
     return found

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from eptc.bundle import write_manifest
@@ -22,6 +23,7 @@ from eptc.errors import BundleError
 from eptc.lower.edit import insert, module
 from eptc.lower.element_types import element_types
 from eptc.lower.half import HALF, MOVES
+from eptc.lower.sharing import is_scaling
 from eptc.runtime.manifest import Manifest, load_manifest
 from eptc.runtime.spec import GraphSpec, TensorSpec
 
@@ -110,6 +112,8 @@ class _Twin:
             if self._is_half(value):
                 value.type, self._wide[value] = ir.TensorType(ir.DataType.FLOAT), value
         nodes = tuple(self._graph)
+        for node in filter(is_scaling, nodes):
+            self._widen(node.inputs[1])
         for node, following in itertools.zip_longest(nodes, nodes[1:]):
             self._rewrite(node, following)
         for index, value in enumerate(self._graph.outputs):
@@ -118,6 +122,16 @@ class _Twin:
                 value.name, wide.name = wide.name, value.name
                 self._graph.outputs[index] = wide
         return self._rounded
+
+    def _widen(self, scale: ir.Value | None) -> None:
+        """Store a scale in float32, which changes no number: it stays one that the file has."""
+        if scale is None or not self._is_half(scale) or scale.const_value is None:
+            return
+        numbers = scale.const_value.numpy().astype(np.float32)
+        scale.const_value, scale.type = (
+            ir.tensor(numbers, name=scale.name), ir.TensorType(ir.DataType.FLOAT),
+        )  # fmt: skip
+        self._types[scale] = ir.DataType.FLOAT
 
     def _is_half(self, value: ir.Value | None) -> bool:
         return value is not None and self._types.get(value) in _HALVES

@@ -22,6 +22,7 @@ from eptc.errors import OptionError, ParityError
 from eptc.interop.portable import portable_config, portable_tokenizer
 from eptc.job import Job
 from eptc.lower.first_step import first_step
+from eptc.precision import SCHEMES
 from eptc.runtime import Manifest
 from eptc.runtime.cpus import usable_cpus
 from eptc.runtime.providers import CPU
@@ -52,10 +53,10 @@ def check_layout(job: Job) -> None:
             "optimum, has no type for",
             fix="leave one out",
         )
-    if options.precision == "fp8":
+    if SCHEMES[options.precision].number == "fp8":
         raise OptionError(
-            "--layout optimum was given together with --precision fp8, whose operators ONNX "
-            "Runtime must not fuse, which optimum does not tell it",
+            f"--layout optimum was given together with --precision {options.precision}, whose "
+            "operators ONNX Runtime must not fuse, which optimum does not tell it",
             fix="leave one out",
         )
     kind, settings = source.base.architecture.kind, job.config.to_dict()

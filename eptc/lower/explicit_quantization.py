@@ -2,7 +2,7 @@
 
 They are those of its "explicit quantization" and of its ONNX parser: symmetric numbers in int8 or
 FLOAT8E4M3FN, scales above 0 in the file, one for an activation; what is quantized is only ever
-dequantized, with the scale it was quantized by.
+dequantized, with the scale it was quantized by, and then multiplied without a cast between.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ __all__ = ["NUMBERS", "check_explicit"]
 
 # What TensorRT quantizes activations and weights to, of what eptc writes.
 NUMBERS = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
+# What it computes the rest in.
+_COMPUTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _Q, _DQ = (("", name, "") for name in ("QuantizeLinear", "DequantizeLinear"))
 
 
@@ -49,8 +51,8 @@ def _broken(node: ir.Node) -> str | None:
         return f"has numbers of {zero.dtype}, expected int8 or float8e4m3fn"
     if middle.numpy().astype(float).any():
         return "has a zero point other than 0"
-    if scale.dtype != ir.DataType.FLOAT:
-        return f"has a scale of {scale.dtype}, expected float32"
+    if scale.dtype not in _COMPUTED:
+        return f"has a scale of {scale.dtype}, expected float32 or float16"
     if not isinstance(steps, WeightTensor) and not (steps.numpy() > 0).all():
         return "has a scale that is not above 0"
     return _wrong_scale(node, x, scale, zero)
@@ -71,6 +73,10 @@ def _wrong_scale(node: ir.Node, x: ir.Value, scale: ir.Value, zero: ir.Value) ->
         maker = x.producer()
         if maker is None or maker.op_identifier() != _Q or maker.inputs[1:] != (scale, zero):
             return "has another scale than what quantized its input"
+    if node.op_identifier() == _DQ and any(
+        user.op_type == "Cast" for user in node.outputs[0].consumers()
+    ):
+        return "makes numbers that are cast before they are multiplied"
     if node.op_identifier() == _Q and any(
         user.op_identifier() != _DQ for user in node.outputs[0].consumers()
     ):

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from eptc.errors import BaseModelError
 from eptc.lower.int8 import ends
 from eptc.lower.weights import Piece, WeightTensor, split
-from eptc.tensors import Array, round_to_odd
+from eptc.tensors import Array, round_to_odd, round_up
 
 __all__ = ["FLOAT8", "LARGEST", "ZERO", "activation_scale", "encode", "float8", "quantize_float8"]
 
@@ -35,25 +35,30 @@ _BLOCK = 2**16
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
-def float8(tensor: ir.TensorProtocol) -> tuple[WeightTensor, WeightTensor]:
+def float8(
+    tensor: ir.TensorProtocol, *, digits: str = "float32"
+) -> tuple[WeightTensor, WeightTensor]:
     """Return the lazy fp8 form of a weight: `W ~ numbers * scale`.
 
     Args:
         tensor: the weight, any shape; not read before one of the two is.
+        digits: as for `quantize_float8`.
 
     Returns:
         The numbers, named and shaped like the weight, and `<name>@scale`, float32 [].
     """
-    compute = functools.partial(quantize_float8, name=str(tensor.name))
+    compute = functools.partial(quantize_float8, name=str(tensor.name), digits=digits)
     pieces = [
         Piece("", FLOAT8, tuple(tensor.shape.numpy())),
         Piece("scale", ir.DataType.FLOAT, ()),
     ]
-    numbers, scale = split(tensor, ("float8",), compute, pieces)
+    numbers, scale = split(tensor, ("float8", digits), compute, pieces)
     return numbers, scale
 
 
-def quantize_float8(weight: Array, *, name: str = "the weight") -> tuple[Array, Single]:
+def quantize_float8(
+    weight: Array, *, name: str = "the weight", digits: str = "float32"
+) -> tuple[Array, Single]:
     """Round a weight to fp8.
 
     The scale is the largest magnitude divided by 448, as a float32. A number is divided by that
@@ -63,6 +68,8 @@ def quantize_float8(weight: Array, *, name: str = "the weight") -> tuple[Array, 
     Args:
         weight: [rows, ...] of any floating-point type.
         name: what an error calls it.
+        digits: the floating-point type that has all digits of the scale, which is rounded up to
+            it, and stays float32.
 
     Returns:
         float8_e4m3fn in the weight's shape, and the scale, float32 [].
@@ -84,6 +91,7 @@ def quantize_float8(weight: Array, *, name: str = "the weight") -> tuple[Array, 
         )
     if scale < _SMALLEST:
         scale = np.asarray(np.float32(1))
+    scale = round_up(scale, digits)
     numbers = np.empty(weight.shape, ml_dtypes.float8_e4m3fn)
     for rows in _rows(weight):
         numbers[rows] = encode(weight[rows].astype(np.float64) / float(scale))

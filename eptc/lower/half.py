@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from eptc.lower.edit import MICROSOFT, made_by
+from eptc.lower.edit import MICROSOFT
 from eptc.lower.element_types import element_types
+from eptc.lower.half_norms import around_means
 from eptc.lower.half_plan import HalfPlan
+from eptc.lower.half_scales import lossy_scales
 from eptc.lower.naming import CHOICE, chooses_experts
+from eptc.lower.sharing import is_scaling, quantized_from, sharing
 from eptc.lower.weights import PACKED, WeightTensor
-from eptc.tensors import cast, numpy_dtype, unit_roundoff
+from eptc.tensors import cast, limit, unit_roundoff
 
-__all__ = ["CACHES", "HALF", "MOVES", "limit", "plan_half"]
+__all__ = ["CACHES", "HALF", "MOVES", "plan_half"]
 
 HALF = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 # What the names of a cache's inputs and outputs begin with.
@@ -36,19 +37,12 @@ _COMPUTES = frozenset({
 })  # fmt: skip
 # Operators that any type of input suits, for none of its numbers is read.
 _BLIND = frozenset({"Shape", "Size", "Cast"})
-_NORM = frozenset({"Add", "Div", "Mul", "Pow", "ReduceMean", "Reciprocal", "Sqrt", "Sub"})
 _MASKING = MOVES | {"Add", "Cast", "Clip", "Max", "Min", "Mul", "Pad", "Sub", "Where"}
 _ACTIVATIONS = frozenset({"Gelu", "Mul", "Relu", "Sigmoid", "Tanh"})
 # What makes numbers as large as those it reads.
 _ADDS = frozenset({("", "Add", ""), ("", "Sub", "")})
 # Bytes of a constant that may be read while a graph is rewritten.
 _SMALL = 1024
-
-
-def limit(dtype: str) -> float:
-    """Return the largest finite number of a floating-point type."""
-    info: Any = ml_dtypes.finfo
-    return float(info(numpy_dtype(dtype)).max)
 
 
 def plan_half(
@@ -58,6 +52,7 @@ def plan_half(
     *,
     safety: float,
     keep: tuple[str, ...],
+    small: tuple[str, ...] = (),
 ) -> HalfPlan:
     """Return what stays in float32; the graph is left as it is, and no weight is read.
 
@@ -69,8 +64,9 @@ def plan_half(
         safety: how many times larger than what was observed a value must still fit; a weight
             only has to fit as it is.
         keep: parameters that stay float32.
+        small: 8-bit weights with scales below the smallest number that has all its digits.
     """
-    return _Planner(model, dtype, ranges, safety, frozenset(keep)).plan()
+    return _Planner(model, dtype, ranges, safety, frozenset(keep), frozenset(small)).plan()
 
 
 class _Planner:
@@ -83,6 +79,7 @@ class _Planner:
         ranges: Mapping[str, float],
         safety: float,
         keep: frozenset[str],
+        small: frozenset[str],
     ) -> None:
         self.graph = model.graph
         self.dtype = dtype
@@ -91,6 +88,7 @@ class _Planner:
         self.kept: dict[ir.Node, str] = {}
         self.weights: dict[ir.Value, str] = {}
         self._names = keep
+        self._small = small
         self._limit = limit(dtype)
         self._bound = self._limit / safety if dtype == "float16" else np.inf
         self._safety = safety
@@ -104,9 +102,12 @@ class _Planner:
         self._angles()
         self._t5_outputs()
         self._head()
+        for node, reason in lossy_scales(self.graph, self.dtype, self._ranges, self._small):
+            self._keep(node, reason)
         masks = self._masks()
         self._operators()
         wide = self._ranged(masks)
+        self._shared()
         self._moves()
         kept = {node: self.kept[node] for node in self.nodes if node in self.kept}
         return HalfPlan(kept, frozenset(masks), wide, self.weights, self.types)
@@ -155,7 +156,11 @@ class _Planner:
                 self._keep(node, "it has a graph of its own")
             elif node.op_type in ("Softmax", "LogSoftmax"):
                 self._keep(node, "softmax: its sum has many small terms")
-            elif (node.domain, node.op_type) not in _COMPUTES and not self._moves_only(node):
+            elif not (
+                (node.domain, node.op_type) in _COMPUTES
+                or self._moves_only(node)
+                or (is_scaling(node) and self.dtype == "float16")
+            ):
                 self._keep(node, f"{node.op_type} has no 16-bit kernel everywhere")
             for value in self._single(node.outputs):
                 if any(reader.graph is not self.graph for reader in value.consumers()):
@@ -188,6 +193,13 @@ class _Planner:
             ):
                 self.weights[value] = "a caller, or a graph inside a node, reads it"
 
+    def _shared(self) -> None:
+        """Keep all that shares a scale with what is kept."""
+        for group in sharing(self.graph):
+            for reason in [self.kept[node] for node in group if node in self.kept][:1]:
+                for node in group:
+                    self._keep(node, reason)
+
     def _readers(self, value: ir.Value, reason: str) -> None:
         """Keep what computes with the numbers of a value, moved and added to others too.
 
@@ -204,24 +216,8 @@ class _Planner:
 
     def _norms(self) -> None:
         """Keep each sequence of nodes around a mean: the squares may overflow."""
-        for mean in self.nodes:
-            if mean.op_type != "ReduceMean":
-                continue
-            source = _squared(mean)
-            inside: set[ir.Value | None] = {source, *mean.outputs}
-            found, waiting = [mean], [mean]
-            while waiting:
-                for reader in (r for v in waiting.pop().outputs for r in v.consumers()):
-                    others = [v for v in reader.inputs if v not in inside]
-                    if reader in found or reader.op_type not in _NORM:
-                        continue
-                    if all(v is None or v.const_value is not None for v in others):
-                        inside.update(reader.outputs)
-                        found.append(reader)
-                        waiting.append(reader)
-            square = mean.inputs[0].producer() if mean.inputs[0] is not None else None
-            for node in (square, *found) if mean.inputs[0] is not source else found:
-                self._keep(node, "a norm: squares, their mean and its root")
+        for node in around_means(self.nodes):
+            self._keep(node, "a norm: squares, their mean and its root")
 
     def _angles(self) -> None:
         """Keep what sines and cosines are made of: large angles need every digit."""
@@ -238,7 +234,7 @@ class _Planner:
         if self.dtype != "float16":
             return
         for node in (node for node in self.nodes if node.op_type == "MatMul"):
-            x, weight = node.inputs
+            x, weight = (None if v is None else quantized_from(v) for v in node.inputs)
             if x is None or weight is None or not str(weight.name).endswith(".wo.weight"):
                 continue
             self._keep(node, "T5's wo: what it reads and makes grows beyond float16")
@@ -271,13 +267,21 @@ class _Planner:
                 f"{self._limit:.5g}"
             )
             readers = [node for node in value.consumers() if node.op_type not in _BLIND]
-            for node in (value.producer(), *readers):
+            for node in (*self._makers(value), *readers):
                 self._keep(node, reason)
             if name in cached:
                 # What one run puts into a cache the next one takes out of it.
                 twins = {side + name.partition(".")[2] for side in CACHES}
                 wide |= dict.fromkeys(sorted(twins & cached), reason)
         return wide
+
+    def _makers(self, value: ir.Value) -> Iterator[ir.Node | None]:
+        """Yield what makes a value, and parts of the sum it is that were not observed."""
+        maker = value.producer()
+        yield maker
+        if maker is not None and maker.op_identifier() in _ADDS:
+            parts = [part for part in self._single(maker.inputs) if part.name not in self._ranges]
+            yield from (part.producer() for part in parts)
 
     def _moves_only(self, node: ir.Node) -> bool:
         return not node.domain and node.op_type in MOVES
@@ -288,14 +292,3 @@ class _Planner:
             makers = [value.producer() for value in self._single(node.inputs)]
             if self._moves_only(node) and makers and all(maker in self.kept for maker in makers):
                 self._keep(node, "it moves numbers that are float32")
-
-
-def _squared(mean: ir.Node) -> ir.Value | None:
-    """Return what a mean is the mean of: the x of mean(x * x) or mean(x ** 2), else its input."""
-    value = mean.inputs[0]
-    power, product = made_by(value, "Pow"), made_by(value, "Mul")
-    if power is not None:
-        return power.inputs[0]
-    if product is not None and product.inputs[0] is product.inputs[1]:
-        return product.inputs[0]
-    return value

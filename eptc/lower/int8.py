@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from eptc.errors import BaseModelError, OptionError
 from eptc.lower.weights import Piece, WeightTensor, split
-from eptc.tensors import Array, cast
+from eptc.tensors import Array, cast, round_up
 
 __all__ = ["FULL", "REDUCED", "activation", "ends", "integers", "quantize"]
 
@@ -30,7 +30,7 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def integers(
-    tensor: ir.TensorProtocol, axis: int, *, largest: int = FULL
+    tensor: ir.TensorProtocol, axis: int, *, largest: int = FULL, digits: str = "float32"
 ) -> tuple[WeightTensor, WeightTensor]:
     """Return the lazy int8 form of a matrix: `W ~ integers * scale` along `axis`.
 
@@ -38,15 +38,18 @@ def integers(
         tensor: the matrix; not read before one of the two is.
         axis: 0: a scale for each row; 1: for each column.
         largest: the largest integer, `FULL` or `REDUCED`.
+        digits: as for `quantize`.
 
     Returns:
         The integers, named and shaped like the matrix, and `<name>@scale`, float32 [channels].
     """
     shape = tuple(tensor.shape.numpy())
-    compute = functools.partial(quantize, axis=axis, largest=largest, name=str(tensor.name))
+    compute = functools.partial(
+        quantize, axis=axis, largest=largest, name=str(tensor.name), digits=digits
+    )
     whole, scale = split(
         tensor,
-        ("int8", axis, largest),
+        ("int8", axis, largest, digits),
         compute,
         [
             Piece("", ir.DataType.INT8, shape),
@@ -57,7 +60,12 @@ def integers(
 
 
 def quantize(
-    matrix: Array, axis: int, *, largest: int = FULL, name: str = "the matrix"
+    matrix: Array,
+    axis: int,
+    *,
+    largest: int = FULL,
+    name: str = "the matrix",
+    digits: str = "float32",
 ) -> tuple[Whole, Single]:
     """Round a matrix to int8, each channel in steps of its own.
 
@@ -71,6 +79,8 @@ def quantize(
         axis: 0: a step for each row; 1: for each column.
         largest: the largest integer.
         name: what an error calls the matrix.
+        digits: the floating-point type that has all digits of the steps; they are rounded up to
+            it, and stay float32.
 
     Returns:
         int8 [rows, columns] in the matrix's layout, and the steps, float32 [channels].
@@ -79,20 +89,20 @@ def quantize(
         BaseModelError: a number is not finite.
     """
     if matrix.flags.f_contiguous and not matrix.flags.c_contiguous:
-        turned, scale = quantize(matrix.T, 1 - axis, largest=largest, name=name)
+        turned, scale = quantize(matrix.T, 1 - axis, largest=largest, name=name, digits=digits)
         return turned.T, scale
     whole = np.empty(matrix.shape, np.int8)
     if axis == 0:
         scale = np.empty(matrix.shape[0], np.float32)
         for rows in _blocks(matrix):
             block = _wide(matrix[rows])
-            scale[rows] = _steps(_magnitudes(block, 1), largest, name)
+            scale[rows] = _steps(_magnitudes(block, 1), largest, name, digits)
             whole[rows] = _rounded(block, scale[rows, None])
         return whole, scale
     magnitudes = np.zeros(matrix.shape[1])
     for rows in _blocks(matrix):
         np.maximum(magnitudes, _magnitudes(_single(matrix[rows]), 0), out=magnitudes)
-    scale = _steps(magnitudes, largest, name)
+    scale = _steps(magnitudes, largest, name, digits)
     for rows in _blocks(matrix):
         whole[rows] = _rounded(_wide(matrix[rows]), scale)
     return whole, scale
@@ -163,7 +173,7 @@ def _magnitudes(block: Array, axis: int) -> Double:
     return largest
 
 
-def _steps(magnitudes: Double, largest: int, name: str) -> Single:
+def _steps(magnitudes: Double, largest: int, name: str, digits: str) -> Single:
     """Return the float32 step of each channel."""
     with np.errstate(over="ignore", invalid="ignore"):
         scale: Single = (magnitudes / largest).astype(np.float32)
@@ -174,7 +184,7 @@ def _steps(magnitudes: Double, largest: int, name: str) -> Single:
             fix="check the base and the checkpoint for NaN and infinity",
         )
     scale[scale < _SMALLEST] = 1
-    return scale
+    return round_up(scale, digits)
 
 
 def _rounded(block: Double, scale: Single) -> Double:

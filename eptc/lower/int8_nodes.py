@@ -67,13 +67,14 @@ def turned(site: Quantizable, product: Product) -> ir.Value:
     return node(product.node, "Transpose", [site.weight], [ir.DataType.INT8], swap)[0]
 
 
-def add_bias(product: Product, result: ir.Value) -> None:
-    """Put a result, and what a Gemm adds to it, in the place of a product."""
+def add_bias(product: Product, result: ir.Value) -> ir.Value:
+    """Put a result, and what a Gemm adds to it, in the place of a product; return it."""
     if product.bias is not None:
         result = node(product.node, "Add", [result, product.bias], [ir.DataType.FLOAT])[0]
     old = product.node.outputs[0]
     replace(old, result)
     drop(old)
+    return result
 
 
 def read_rows(site: Quantizable, scale: ir.Value, graph: ir.Graph) -> None:

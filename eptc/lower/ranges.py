@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from eptc.lower.edit import constant
+from eptc.lower.edit import constant, drop
 from eptc.lower.int8_nodes import add_bias, by_position, node
 from eptc.lower.quantizable import Product, Quantizable
 from eptc.tensors import Array
@@ -63,7 +63,7 @@ def round_products(
 
     Before: y = MatMul(x, W)
     After:  xd = DequantizeLinear(QuantizeLinear(x, *step), *step)     once for all that read x
-            y = MatMul(xd, weight)
+            y = MatMul(xd, weight)                                     under its name, for ranges
 
     Args:
         sites: the weights.
@@ -80,8 +80,7 @@ def round_products(
     for (site, product), its_step in zip(products, steps, strict=True):
         if product.x not in rounded:
             rounded[product.x] = _round_activation(product, its_step, graph)
-        inputs = [rounded[product.x], weight(site, product, scales[site.weight])]
-        add_bias(product, node(product.node, "MatMul", inputs, [ir.DataType.FLOAT])[0])
+        _multiply(product, rounded[product.x], weight(site, product, scales[site.weight]))
     return scales
 
 
@@ -97,3 +96,16 @@ def _round_activation(product: Product, step: tuple[Array, Array], graph: ir.Gra
     assert zero.dtype is not None
     whole = node(product.node, "QuantizeLinear", [product.x, scale, zero], [zero.dtype])[0]
     return node(product.node, "DequantizeLinear", [whole, scale, zero], [ir.DataType.FLOAT])[0]
+
+
+def _multiply(product: Product, x: ir.Value, weight: ir.Value) -> None:
+    """Let a product read other operands; a Gemm becomes a MatMul and an Add."""
+    old = product.node
+    if old.op_type == "MatMul":
+        before = old.inputs[1]
+        old.replace_input_with(0, x)
+        old.replace_input_with(1, weight)
+        drop(before)
+        return
+    name = old.outputs[0].name
+    add_bias(product, node(old, "MatMul", [x, weight], [ir.DataType.FLOAT])[0]).name = name

@@ -60,6 +60,9 @@ _BY_PRECISION = {
     "int8": Bound(0.5, 1.0, _LOSSY, 0.95),
     "int8-static": Bound(0.6, 1.0, _LOSSY, 0.95),
     "fp8": Bound(0.6, 1.0, _LOSSY, 0.95),
+    # No wider than those of its 8 bits: beside them 16 bits lose nothing that shows.
+    "int8-fp16": Bound(0.6, 1.0, _LOSSY, 0.95),
+    "fp8-fp16": Bound(0.6, 1.0, _LOSSY, 0.95),
     "int8-weights": Bound(0.1, 1.0, _LOSSY, 0.995),
     "int4": Bound(0.75, 1.0, _LOSSY, 0.8),
     "mixed": Bound(0.75, 1.0, _LOSSY, 0.8),

@@ -213,7 +213,7 @@ def _dequantized(node: ir.Node) -> Quantized | None:
     if _shape(scales):
         by_row = node.attributes.get_int("axis", 1) % 2 == 0
     else:  # one for all: what is turned afterwards has a row for each output
-        by_row = any(_reads_rows(user) for user in node.outputs[0].consumers())
+        by_row = any(map(_reads_rows, _readers(node.outputs[0])))
     rows, columns = shape if by_row else shape[::-1]
 
     def load() -> Decoder:
@@ -285,6 +285,15 @@ def _reads_rows(node: ir.Node) -> bool:
     if node.op_type == "DequantizeLinear":
         return node.attributes.get_int("axis", 1) == 0
     return node.op_type in ("Gather", "Transpose")
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    """Yield what reads a value, by way of a Cast too: a twin of 16 bits rounds by casts."""
+    for node in value.consumers():
+        if node.op_identifier() == ("", "Cast", ""):
+            yield from _readers(node.outputs[0])
+        else:
+            yield node
 
 
 def _constant(node: ir.Node, index: int) -> ir.Value | None:

@@ -55,7 +55,7 @@ class Manifest:
         opset: the graphs' ONNX opset.
         precision: `fp32`; `fp16-weights` and `bf16-weights` for matrices that are stored in 16
             bits and computed in float32; what the engine was lowered to: `fp16`, `bf16`, `int8`,
-            `int8-static`, `fp8`, `int8-weights`, `int4`, or `mixed`.
+            `int8-static`, `fp8`, `int8-fp16`, `fp8-fp16`, `int8-weights`, `int4`, or `mixed`.
         task: the task it was compiled for; None for a bare model, or where there are several.
         num_labels: width of a classifier's logits, that of the widest head where there are
             several; None for an engine that writes text.
@@ -100,7 +100,7 @@ class Manifest:
     @property
     def fusible(self) -> bool:
         """Whether ONNX Runtime fuses the engine's operators soundly: not those around fp8."""
-        return self.precision != "fp8"
+        return not self.precision.startswith("fp8")
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, keys in the order of the class."""

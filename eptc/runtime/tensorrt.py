@@ -39,7 +39,9 @@ _BOUNDS: Final = ("min", "opt", "max")
 _GIB: Final = 1 << 30
 # Kernels that are used where the graph is of that precision.
 _KERNELS: Final = {
-    "fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8-static": "trt_int8_enable",
+    "fp16": ("trt_fp16_enable",), "bf16": ("trt_bf16_enable",),
+    "int8-static": ("trt_int8_enable",), "fp8-fp16": ("trt_fp16_enable",),
+    "int8-fp16": ("trt_int8_enable", "trt_fp16_enable"),
 }  # fmt: skip
 # What would have engines kept without a word about what they are for.
 _KEEPING: Final = {
@@ -131,8 +133,7 @@ class TensorRtOptions:
             precision: the bundle's.
         """
         found: dict[str, Any] = {}
-        if (kernels := _KERNELS.get(precision)) is not None:
-            found[kernels] = "1"
+        found |= dict.fromkeys(_KERNELS.get(precision, ()), "1")
         if self.workspace_gb is not None:
             found["trt_max_workspace_size"] = str(int(self.workspace_gb * _GIB))
         return found | dict(self.own)

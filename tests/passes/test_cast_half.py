@@ -447,6 +447,7 @@ def test_options() -> None:
     step = CastHalf(ranges=ranges, keep=["V"])
     assert step.options() == {
         "dtype": "float16", "ranges": {"Relu": 9000.0}, "safety": 8.0, "keep": ["V"],
+        "small": [],
     }  # fmt: skip
     again = CastHalf(**json.loads(json.dumps(step.options())))
     m = model("h = MatMul(x, W) r = Relu(h) y = MatMul(r, V)")

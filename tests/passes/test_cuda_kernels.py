@@ -67,7 +67,7 @@ def lowered(graphs: dict[str, ir.Model], precision: Precision) -> None:
         key: {str(value.name): (-4.0, 4.0) for node in model.graph for value in node.outputs}
         for key, model in graphs.items()
     }
-    for step in lossy_passes(precision, "cuda", ranges=ranges):
+    for step in lossy_passes(precision, "cuda", ranges=ranges, extremes=ranges):
         for key, model in graphs.items():
             (step[key] if isinstance(step, Mapping) else step).rewrite(model)
 

@@ -203,7 +203,9 @@ def test_options_are_short() -> None:
     step = QuantizeQdq({"b": (-1.5, 0.1), "a": (0.0, 3.0)}, "fp8", keep=("W",))
     digest = hashlib.sha256(b'[["a",0.0,3.0],["b",-1.5,0.1]]').hexdigest()
     ranges = {"count": 2, "sha256": digest}
-    assert step.options() == {"ranges": ranges, "number": "fp8", "keep": ["W"], "only": None}
+    assert step.options() == {
+        "ranges": ranges, "number": "fp8", "digits": "float32", "keep": ["W"], "only": None,
+    }  # fmt: skip
     assert json.loads(json.dumps(step.options())) == step.options()
 
 
@@ -261,6 +263,21 @@ def _left_out(model: ir.Model) -> None:
     _inputs(model, "DequantizeLinear", "W").resize_inputs(2)
 
 
+def _cast_first(model: ir.Model) -> None:
+    dequantize = _inputs(model, "DequantizeLinear", "W")
+    cast = ir.node("Cast", dequantize.outputs, attributes={"to": 1}, name="cast")
+    cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    ir.convenience.replace_all_uses_with(dequantize.outputs[0], cast.outputs[0])
+    cast.replace_input_with(0, dequantize.outputs[0])
+    model.graph.insert_after(dequantize, cast)
+
+
+def _of_16_bits(model: ir.Model) -> None:
+    _inputs(model, "QuantizeLinear", "x").replace_input_with(
+        1, _constant(model, "scale", np.array(1, ml_dtypes.bfloat16))
+    )
+
+
 def _read_as_it_is(model: ir.Model) -> None:
     whole = _inputs(model, "DequantizeLinear", "x").inputs[0]
     node = ir.node("Identity", [whole], name="reader")
@@ -276,6 +293,8 @@ FAULTS: dict[str, tuple[Callable[[ir.Model], None], str]] = {
     "the wrong axis": (_axis, r"48 scales along axis 0 of a weight \[32, 48\]"),
     "a negative scale": (_negative, "not above 0"),
     "no zero point": (_left_out, "leaves out"),
+    "a cast before the product": (_cast_first, "cast before they are multiplied"),
+    "a scale of another type": (_of_16_bits, "a scale of BFLOAT16, expected float32 or float16"),
     "integers read as they are": (_read_as_it_is, "something else than DequantizeLinear"),
 }
 

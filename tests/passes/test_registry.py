@@ -130,7 +130,8 @@ def test_default_pipelines_are_registered() -> None:
         if SCHEMES[precision].lossy:
             assert names.pop() == "stable-names"  # it comes again, last
             plan = PrecisionPlan({}) if precision == "auto" else None
-            steps = lossy_passes(precision, provider, ranges={"model": {}}, plan=plan)
+            seen: Any = {"ranges": {"model": {}}, "extremes": {"model": {}}}
+            steps = lossy_passes(precision, provider, plan=plan, **seen)
             names += [(s["model"] if isinstance(s, Mapping) else s).name for s in steps]
         assert names == [name for name in PASSES if name in names]
         used.update(names)

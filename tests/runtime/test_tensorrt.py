@@ -96,6 +96,8 @@ def test_options_of_a_graph(tmp_path: Path) -> None:
     plain = TensorRtOptions.read({})
     assert plain.for_graph(tmp_path, "model", SPEC, "fp32") == {}
     assert plain.for_graph(tmp_path, "model", SPEC, "int8-static") == {"trt_int8_enable": "1"}
+    both = {"trt_int8_enable": "1", "trt_fp16_enable": "1"}
+    assert plain.for_graph(tmp_path, "model", SPEC, "int8-fp16") == both
     assert plain.for_graph(tmp_path, "model", SPEC, "bf16") == {"trt_bf16_enable": "1"}
     with pytest.raises(OptionError, match="no profile of graph 'decoder'"):
         settings.for_graph(tmp_path, "decoder", SPEC, "fp32")
