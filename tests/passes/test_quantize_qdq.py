@@ -184,6 +184,7 @@ def test_leaves_what_has_no_range(small: Any, caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_keep_and_only(number: Any, small: Any) -> None:
+    options: dict[str, Any]
     for options, stored in (({"keep": ("W",)}, {"V"}), ({"only": ("W",)}, {"W"})):
         model = small.model("one activation, two weights")
         QuantizeQdq(small.ranges, number, **options)(model)
