@@ -149,7 +149,8 @@ def export(
             rounded to it once, and computed in float32; `fp16` and `bf16`: stored and computed in
             16 bits where that is safe; `int8`: integers, activations quantised as they come;
             `int8-static`: activations too by ranges seen on `calibration`; `fp8`: likewise, in
-            8-bit floating point, for TensorRT; `int8-weights` and `int4`: weights alone, in
+            8-bit floating point, for TensorRT; `int8-fp16` and `fp8-fp16`: the same products, with
+            fp16 for the rest; `int8-weights` and `int4`: weights alone, in
             blocks; `auto`: for each weight what the budget allows.
         precision_plan: JSON file with a level for each weight, as `precision.json` of a bundle
             that was built with `auto`; with `auto`, instead of a search.

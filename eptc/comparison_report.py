@@ -122,7 +122,7 @@ def _markdown(comparison: Comparison) -> str:
     text += "".join(f"\n\n{note}." for note in notes(comparison))
     return (
         f"# Precisions\n\n{comparison.examples} labelled rows; a text at a time on "
-        f"{usable_cpus()} CPUs; fp16 and bf16 are simulated, so they have no latency here. A "
+        f"{usable_cpus()} CPUs; what has 16 bits is simulated, and has no latency here. A "
         f"loss of less than its interval says nothing, and fewer than {CLAIMED} rows speak for "
         f"themselves alone.\n\n{text}\n"
     )

@@ -27,6 +27,8 @@ from eptc.tensors import (
     cast,
     content_hash,
     numpy_dtype,
+    round_up,
+    unit_roundoff,
 )
 
 
@@ -236,3 +238,19 @@ def test_a_hash_of_a_view_is_that_of_its_numbers() -> None:
     view = ArrayTensor("a", array.T)
     copy = ArrayTensor("a", np.ascontiguousarray(array.T))
     assert content_hash([view]) == content_hash([copy])
+
+
+@given(
+    value=st.floats(2.0**-126, 2.0**126, width=32),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+)
+def test_rounding_up(value: float, dtype: str) -> None:
+    """Never smaller, the nearest number above with those digits, whatever the exponent."""
+    found = round_up(np.array([value], np.float32), dtype)
+    assert found.dtype == np.float32
+    assert found.shape == (1,)
+    up = float(found[0])
+    assert value <= up <= value * (1 + 2 * unit_roundoff(dtype))
+    fraction = np.frexp(up)[0] / unit_roundoff(dtype)
+    assert fraction == int(fraction)
+    assert round_up(np.asarray(np.float32(up)), dtype) == up

@@ -101,8 +101,9 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
     show_default=True,
     help="keep: store matrices in the base's own 16-bit type. fp16, bf16: compute in 16 bits. "
     "int8: integers. int8-static: integers with ranges from --calibration. fp8: 8-bit floats "
-    "likewise, for TensorRT. int8-weights, int4: weights alone. auto: for each weight what "
-    "--max-drop or --max-flips allows. all: build and compare them, auto where there is a budget.",
+    "likewise, for TensorRT. int8-fp16, fp8-fp16: those products between fp16. int8-weights, "
+    "int4: weights alone. auto: for each weight what --max-drop or --max-flips allows. all: build "
+    "and compare them, auto where there is a budget.",
 )
 @click.option(
     "--precision-plan",

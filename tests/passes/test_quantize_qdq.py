@@ -184,7 +184,8 @@ def test_leaves_what_has_no_range(small: Any, caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_keep_and_only(number: Any, small: Any) -> None:
-    for options, stored in (({"keep": ("W",)}, {"V"}), ({"only": ("W",)}, {"W"})):
+    for option, stored in (("keep", {"V"}), ("only", {"W"})):
+        options: dict[str, Any] = {option: ("W",)}
         model = small.model("one activation, two weights")
         QuantizeQdq(small.ranges, number, **options)(model)
         types = {name: model.graph.initializers[name].dtype for name in "WV"}
