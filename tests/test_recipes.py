@@ -150,8 +150,10 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 @hypothesis.given(st.fixed_dictionaries({}, optional=_VALUES))
 @hypothesis.settings(
-    deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow,
+    ]
+)  # fmt: skip
 def test_round_trip(tmp_path: Path, options: dict[str, Any]) -> None:
     file = tmp_path / "r.toml"
     eptc.Recipe(tmp_path / "ckpt", None, options).save(file)
