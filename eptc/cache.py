@@ -14,7 +14,7 @@ from typing import IO
 
 __all__ = ["cache_folder", "code_hash", "replacing"]
 
-_UNFINISHED = ".tmp"
+_UNFINISHED = ".eptc-tmp"
 
 
 @contextlib.contextmanager

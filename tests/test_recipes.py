@@ -310,6 +310,7 @@ def test_a_recipe_is_saved_only_when_it_worked(
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "there already": (lambda root: root / "there.toml", "is there already"),
     "a folder": (lambda root: root, "it is a folder"),
+    "a device": (lambda _: Path("/dev/null"), "it is a device"),
     "no folder": (lambda root: root / "no" / "r.toml", "there is no folder"),
     "in the bundle": (lambda root: root / "out" / "r.toml", "would be in the output folder"),
 }
