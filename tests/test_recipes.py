@@ -307,6 +307,16 @@ def test_a_recipe_is_saved_only_when_it_worked(
     )
 
 
+def test_a_link_to_itself_is_replaced(small_native: Any, tmp_path: Path, cli: Any) -> None:
+    (tmp_path / "r.toml").symlink_to("r.toml")
+    done = cli(
+        "export", small_native.ckpt, "--base", small_native.base, "--task", "tone",
+        "-o", tmp_path / "out", "--save-recipe", tmp_path / "r.toml", "--dry-run",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert eptc.Recipe.read(tmp_path / "r.toml").arguments["task"] == "tone"
+
+
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "there already": (lambda root: root / "there.toml", "is there already"),
     "a folder": (lambda root: root, "it is a folder"),

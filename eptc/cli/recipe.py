@@ -107,7 +107,8 @@ def _check_place(path: Path, out: Path | None, force: bool) -> None:
         raise OutputError(
             f"the recipe {path} is there already", fix="name another file, or pass --force"
         )
-    if out is not None and out.resolve() in path.resolve().parents:
+    folder = path.absolute().parent.resolve()  # the last part may be a link, which is replaced
+    if out is not None and out.resolve() in (folder, *folder.parents):
         raise OutputError(
             f"the recipe {path} would be in the output folder, whose every file is listed",
             fix="name a file beside it",
