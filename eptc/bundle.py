@@ -121,6 +121,13 @@ def check_place(
     """
     out = _absolute(out)
     try:
+        os.fspath(out).encode()
+    except UnicodeEncodeError as error:  # ONNX Runtime takes no other names
+        raise OutputError(
+            f"the output {str(out)!a} has a name that is no UTF-8",
+            fix="name another folder with --out",
+        ) from error
+    try:
         _check_place(out, force=force)
         for what, path in (inputs or {}).items():
             if path is not None and out.exists() and _holds(out, Path(path)):

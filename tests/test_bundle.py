@@ -237,7 +237,9 @@ def test_places_that_are_refused(tmp_path: Path, force: bool) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "empty").mkdir()
     write(tmp_path / "folders" / "inside")
-    for name in ("file", "link", "folders", "file/below", "file/far/below", "x" * 300):
+    for name in (
+        "file", "link", "folders", "file/below", "file/far/below", "x" * 300, "no UTF-8 \udcff",
+    ):  # fmt: skip
         with pytest.raises(OutputError):
             bundle.check_place(tmp_path / name, force=force)
     bundle.check_place(tmp_path / "empty", force=force)

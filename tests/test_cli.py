@@ -998,6 +998,18 @@ def test_errors_as_json(cli: Callable[..., Any], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("verify",), ("inspect",), ("bench",), ("run", "film"), ("parity", "--reference", ".")],
+)
+def test_a_name_that_is_too_long(cli: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    verb, *extra = arguments
+    result = cli(verb, "x" * 300, *extra, "--json")
+    assert result.code == 2, result
+    assert "File name too long" in result.json["error"]
+    assert "bug" not in result.stderr
+
+
 def test_a_bug_is_called_one(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

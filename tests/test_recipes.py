@@ -150,8 +150,10 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 @hypothesis.given(st.fixed_dictionaries({}, optional=_VALUES))
 @hypothesis.settings(
-    deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow,
+    ]
+)  # fmt: skip
 def test_round_trip(tmp_path: Path, options: dict[str, Any]) -> None:
     file = tmp_path / "r.toml"
     eptc.Recipe(tmp_path / "ckpt", None, options).save(file)
@@ -305,9 +307,20 @@ def test_a_recipe_is_saved_only_when_it_worked(
     )
 
 
+def test_a_link_to_itself_is_replaced(small_native: Any, tmp_path: Path, cli: Any) -> None:
+    (tmp_path / "r.toml").symlink_to("r.toml")
+    done = cli(
+        "export", small_native.ckpt, "--base", small_native.base, "--task", "tone",
+        "-o", tmp_path / "out", "--save-recipe", tmp_path / "r.toml", "--dry-run",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert eptc.Recipe.read(tmp_path / "r.toml").arguments["task"] == "tone"
+
+
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "there already": (lambda root: root / "there.toml", "is there already"),
     "a folder": (lambda root: root, "it is a folder"),
+    "a device": (lambda _: Path("/dev/null"), "it is a device"),
     "no folder": (lambda root: root / "no" / "r.toml", "there is no folder"),
     "in the bundle": (lambda root: root / "out" / "r.toml", "would be in the output folder"),
 }

@@ -160,7 +160,7 @@ def _exponent(x: Fraction) -> int:
     return guess if Fraction(2) ** guess <= x else guess - 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.floats(min_value=-6e4, max_value=6e4),
     st.sampled_from(["bfloat16", "float16", "float32"]),

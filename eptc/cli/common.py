@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import sys
@@ -36,6 +37,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 INTERRUPTED = 130
 INTERNAL = 70
+# What the system says of a name by itself, wherever it is looked up.
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 REPORT = (
     "This is a bug in eptc. Please report it with the output of `eptc doctor --json` and the "
     "traceback that EPTC_DEBUG=1 prints."
@@ -88,6 +91,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:  # the last line of defence: a bug, said as one
             if os.environ.get("EPTC_DEBUG"):
                 raise
+            if isinstance(error, OSError) and error.errno in _NO_NAME:
+                fail(f"{error.filename} cannot be used: {error.strerror}", 2, as_json=as_json)
             fail(f"{type(error).__name__}: {error}\n{REPORT}", INTERNAL, as_json=as_json)
         raise AssertionError  # fail exits
 

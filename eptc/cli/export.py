@@ -264,6 +264,9 @@ def export(
     with progress_shown(as_json, verbose) as progress:
         write_page: Callable[..., object] | None = None
         if page is not None:
+            from eptc.page import check_out
+
+            check_out(page, out)
             given = {name: options[name] for name in _SOURCE} | {"reference": ckpt, "out": page}
             write_page = functools.partial(
                 eptc.report, called=out.name, progress=progress, **given

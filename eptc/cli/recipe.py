@@ -92,17 +92,23 @@ def _check_kept(path: Path, out: Path | None, force: bool) -> None:
 
 def _check_place(path: Path, out: Path | None, force: bool) -> None:
     """Refuse a place for a recipe before anything is built; nothing of a user's is lost."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if path.exists() and not path.is_file():
         raise OutputError(
-            f"the recipe {path} cannot be written: "
-            + ("it is a folder" if path.is_dir() else f"there is no folder {path.parent}"),
+            f"the recipe {path} cannot be written: it is a "
+            + ("folder" if path.is_dir() else "device"),
+            expected="a file in a folder that is there",
+        )
+    if not path.absolute().parent.is_dir():
+        raise OutputError(
+            f"the recipe {path} cannot be written: there is no folder {path.parent}",
             expected="a file in a folder that is there",
         )
     if path.exists() and not force:
         raise OutputError(
             f"the recipe {path} is there already", fix="name another file, or pass --force"
         )
-    if out is not None and out.resolve() in path.resolve().parents:
+    folder = path.absolute().parent.resolve()  # the last part may be a link, which is replaced
+    if out is not None and out.resolve() in (folder, *folder.parents):
         raise OutputError(
             f"the recipe {path} would be in the output folder, whose every file is listed",
             fix="name a file beside it",

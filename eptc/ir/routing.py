@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from eptc.errors import CheckpointError
 from eptc.ir.numbers import Float64, read, softmax
 from eptc.tensors import LazyTensor
 
@@ -104,13 +105,23 @@ class TaskRouter:
         return self.weight.shape[0]
 
     def probabilities(self, task_id: int) -> tuple[float, ...]:
-        """Return p [experts] for the embedding row `task_id`, the same on every machine."""
+        """Return p [experts] for the embedding row `task_id`, the same on every machine.
+
+        Raises:
+            CheckpointError: a logit is beyond float64.
+        """
         embedding = read(self.embedding)[task_id]
         bias = np.zeros(self.num_experts) if self.bias is None else read(self.bias)
         logits = [
             math.fsum((*row, b)) / self.temperature
             for row, b in zip(read(self.weight) * embedding, bias, strict=True)
         ]
+        if not all(map(math.isfinite, logits)):
+            raise CheckpointError(
+                f"the router's logits divided by its temperature {self.temperature} overflow",
+                expected="finite numbers",
+                fix="the temperature is beyond what the checkpoint can have trained with",
+            )
         return softmax(logits)
 
     def route(self, task_id: int) -> Route:

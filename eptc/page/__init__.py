@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from eptc.bundle import share
+from eptc.cache import replacing
 from eptc.checks import Checks
 from eptc.errors import MissingExtraError, OutputError
 from eptc.page.content import Content, collect
 from eptc.page.render import render
 
-__all__ = ["Content", "report"]
+__all__ = ["Content", "check_out", "report"]
 
 
 def report(
@@ -33,7 +35,7 @@ def report(
 
     Args:
         bundle: the bundle's folder.
-        out: the HTML file; replaced where it exists.
+        out: the HTML file; another page is replaced.
         reference: the checkpoint it was made from.
         base: the base model's folder.
         seconds: wall time of passes by name, as far as it is known; a bundle records none.
@@ -47,7 +49,7 @@ def report(
     Raises:
         MissingExtraError: jinja2 is not installed.
         OptionError: the bundle serves several tasks, or is a pack.
-        OutputError: the page cannot be written.
+        OutputError: the page cannot be written, or something else than a page is there.
     """
     if importlib.util.find_spec("jinja2") is None:
         raise MissingExtraError(
@@ -56,10 +58,7 @@ def report(
             fix="pip install 'ept-compiler[report]'",
         )
     out = Path(out)
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise OutputError(
-            f"the report {out} cannot be written there", expected="a file in a folder that exists"
-        )
+    check_out(out, Path(bundle))
     with Checks(bundle, reference=reference, base=base, **options) as checks:
         content = collect(
             checks,
@@ -67,11 +66,49 @@ def report(
             seconds=seconds or {},
             progress=progress,
         )
-    draft = out.with_name(f".{out.name}.draft")
+    # What cannot be read as UTF-8, such as the name of a file, is shown as what it is.
+    page = render(content).encode(errors="backslashreplace")
     try:
-        draft.write_text(render(content), "utf-8")
-        draft.replace(out)
+        with replacing(out) as file:
+            file.write(page)
+        share(out)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise OutputError(f"the report {out} cannot be written: {error.strerror}") from error
     return content
+
+
+def check_out(out: Path, bundle: Path) -> None:
+    """Refuse a place for a page before anything is compared; nothing of a user's is lost.
+
+    Args:
+        out: the place.
+        bundle: the bundle's folder, or what will be.
+
+    Raises:
+        OutputError: it is a folder or a device, there is no folder around it, it is in the
+            bundle, or a file is there that is no page.
+    """
+    try:
+        folder = out.absolute().parent.resolve()
+        if not folder.is_dir() or (out.exists() and not out.is_file()):
+            raise OutputError(
+                f"the report {out} cannot be written there",
+                expected="a file in a folder that exists",
+            )
+        if bundle.resolve() in (folder / out.name, folder, *folder.parents):
+            raise OutputError(
+                f"the report {out} would be in the bundle, whose every file is listed",
+                fix="name a file beside it",
+            )
+        if out.is_file() and not _may_be_page(out):
+            raise OutputError(
+                f"the report {out} would replace a file that is no page", fix="name another file"
+            )
+    except (OSError, RuntimeError) as error:  # the latter: a link that leads to itself
+        raise OutputError(f"the report {out} cannot be written: {error}") from error
+
+
+def _may_be_page(path: Path) -> bool:
+    """Whether a file begins as a page does, or is empty."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:9].lower() in (b"", b"<!doctype")

@@ -89,6 +89,13 @@ def open_session(
         options.optimized_model_filepath = str(save_as)
         for key, value in _saving(f"{save_as.name}.data", external_from).items():
             options.add_session_config_entry(key, value)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise BundleError(
+            f"{str(path)!a} has a name that is no UTF-8, and ONNX Runtime takes no other",
+            fix="give the folder another name",
+        ) from error
     # ONNX Runtime copies the numbers when it opens the session; until then these must stay.
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights}
     if values:

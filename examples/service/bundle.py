@@ -121,6 +121,6 @@ def _state(folder: Path) -> State:
     try:
         files = sorted(folder.resolve().iterdir())
         found = [(path, path.stat()) for path in files]
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: a link that leads to itself
         return (str(error),)
     return tuple((p, s.st_ino, s.st_size, s.st_mtime_ns) for p, s in found)

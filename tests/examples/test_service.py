@@ -525,6 +525,7 @@ def test_a_bad_bundle_is_not_swapped_in(made: Made, tmp_path: Path) -> None:
         damage(tmp_path / f"bad-{i}")
         offered.append((tmp_path / f"bad-{i}", words))
     offered.append((made.other, "the bundle is for [('tone'"))
+    offered.append((link, str(link)))  # a link to itself
 
     async def run(server: Server) -> set[str]:
         async with server.client() as client:

@@ -409,3 +409,74 @@ def test_a_build_that_fails_has_a_page(
     assert GELU in text[text.index("First divergence") :][:400]
     assert "the pass fold-transposes" in text
     assert "from tone." in text
+
+
+def _in_the_bundle(bundle: Path, _: Path) -> Path:
+    return bundle / "report.html"
+
+
+def _a_file_of_the_bundle(bundle: Path, root: Path) -> Path:
+    (root / "link").symlink_to(bundle)
+    return root / "link" / "manifest.json"
+
+
+def _no_page(_: Path, root: Path) -> Path:
+    (root / "rows.jsonl").write_text('{"text": "film"}\n')
+    return root / "rows.jsonl"
+
+
+def _a_circle(_: Path, root: Path) -> Path:
+    (root / "circle").symlink_to("circle")
+    return root / "circle" / "report.html"
+
+
+LOSSES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "in the bundle": (_in_the_bundle, "would be in the bundle"),
+    "a file of the bundle": (_a_file_of_the_bundle, "would be in the bundle"),
+    "no page": (_no_page, "would replace a file that is no page"),
+    "a device": (lambda *_: Path("/dev/null"), "cannot be written"),
+    "a circle": (_a_circle, "cannot be written"),
+    "a long name": (lambda _, root: root / f"{'x' * 300}.html", "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_nothing_else_is_lost(
+    tone: Path, tmp_path: Path, small_native: Any, cli: Any, case: str
+) -> None:
+    """Said before anything is compared, or built."""
+    make, words = LOSSES[case]
+    place = make(tone, tmp_path)
+    before = {path: path.read_bytes() for path in (*tone.iterdir(), *tmp_path.glob("*.jsonl"))}
+    with pytest.raises(OutputError, match=words):
+        eptc.report(tone, out=place, reference=small_native.ckpt)
+    if case != "a device":
+        out = tmp_path / "new"
+        given = (small_native.ckpt, "--base", small_native.base, "--task", "tone")
+        done = cli("export", *given, "-o", out, "--report", out if place.parent == tone else place)
+        assert done.code == 2, done
+        assert not out.exists()
+    assert before == {
+        path: path.read_bytes() for path in (*tone.iterdir(), *tmp_path.glob("*.jsonl"))
+    }
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_page_that_is_there_is_replaced_whole(
+    page: Callable[..., Any], tone: Path, small_native: Any, small_disk: Callable[[int], Path]
+) -> None:
+    """Where there is no room the old one stays, and nothing beside it."""
+    disk = small_disk(8)
+    old, _ = page(tone)
+    text = "<!doctype html>\n<title>before</title>\n"
+    (disk / "report.html").write_text(text)
+    with pytest.raises(OutputError, match="No space left on device"):
+        eptc.report(
+            tone, out=disk / "report.html", reference=small_native.ckpt, base=small_native.base
+        )
+    assert [path.name for path in disk.iterdir()] == ["report.html"]
+    assert (disk / "report.html").read_text() == text
+    shutil.copy(old, disk.parent / "report.html")
+    eptc.report(
+        tone, out=disk.parent / "report.html", reference=small_native.ckpt, base=small_native.base
+    )

@@ -48,9 +48,10 @@ def entries(cache: Path) -> list[Path]:
     return sorted(cache.iterdir())
 
 
-def stamp(cache: Path) -> list[tuple[str, int]]:
-    """Return what tells one written file from another."""
-    return [(str(path), path.stat().st_ino) for path in sorted(cache.rglob("*"))]
+def stamp(cache: Path) -> list[tuple[str, int, int]]:
+    """Return what tells one written file from another, also where a number is used again."""
+    found = [(str(path), path.stat()) for path in sorted(cache.rglob("*"))]
+    return [(path, status.st_ino, status.st_mtime_ns) for path, status in found]
 
 
 def test_same_answers(lowered_bert: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

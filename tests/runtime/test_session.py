@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from eptc.errors import BundleError
 from eptc.runtime.assignment import RECORD, assigned
 from eptc.runtime.session import open_session
 
@@ -54,3 +55,9 @@ def test_nothing_is_recorded_on_the_cpu(product: Path) -> None:
     assert assigned(session) is None
     with pytest.raises(RuntimeError):
         session.get_session_options().get_session_config_entry(RECORD[0])
+
+
+def test_a_name_that_is_no_utf_8(product: Path) -> None:
+    place = product.rename(product.with_name("g\udcff.onnx"))
+    with pytest.raises(BundleError, match="no UTF-8"):
+        open_session(place, [("CPUExecutionProvider", {})], threads=1)
