@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import pytest
 
 import eptc
+from eptc.runtime.seal import sealed
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ci"
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "tokenizers"}
@@ -150,7 +151,7 @@ def test_labels_in_another_order(check: Callable[..., Run], copy: Path) -> None:
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["task"]["labels"].reverse()
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
     run = check(copy)
     assert run.code == 1
     assert run.named("failed") == {"interface"}
@@ -183,7 +184,7 @@ def test_an_engine_that_does_not_load(check: Callable[..., Run], copy: Path) -> 
     manifest = json.loads((copy / "manifest.json").read_text())
     digest = hashlib.sha256(b"no graph").hexdigest()
     manifest["files"]["model.onnx"] = {"size": 8, "sha256": digest}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     run = check(copy)
     assert run.code == 1
     assert run.named("failed") == {"graphs", "interface", "weights", "tokenizer", "tensors"}

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from eptc.errors import BundleError, TaskError
 from eptc.runtime.json_fields import Fields
 from eptc.runtime.routing import STATIC, RoutingSpec
 from eptc.runtime.row_tasks import check_tasks
+from eptc.runtime.seal import check_seal, unsealed
 from eptc.runtime.spec import (
     INTERFACES,
     MANIFEST,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SEALED_FROM",
     "Manifest",
     "bundle_file",
     "check_sizes",
@@ -38,9 +40,17 @@ __all__ = [
     "read_manifest",
 ]
 
-Parsed = TypeVar("Parsed")
 
-SCHEMA_VERSION: Final = 2
+class _Versioned(Protocol):
+    @property
+    def schema_version(self) -> int: ...
+
+
+Parsed = TypeVar("Parsed", bound=_Versioned)
+
+SCHEMA_VERSION: Final = 3
+# The first that has a hash of itself.
+SEALED_FROM: Final = 3
 
 _REBUILD: Final = "copy the bundle again, or build it again with `eptc export`"
 
@@ -263,19 +273,20 @@ def read_manifest(directory: str | Path) -> Manifest:
             expected=f"a {MANIFEST} in it",
             fix="make a bundle from a checkpoint with `eptc export`",
         )
-    return parsed(path, Manifest.from_json, _REBUILD)
+    return parsed(path, Manifest.from_json, _REBUILD, sealed_from=SEALED_FROM)
 
 
-def parsed(path: Path, read: Callable[[object], Parsed], fix: str) -> Parsed:
-    """Return what a JSON file says.
+def parsed(path: Path, read: Callable[[object], Parsed], fix: str, *, sealed_from: int) -> Parsed:
+    """Return what a JSON file says, if it says what was written.
 
     Args:
         path: the file.
         read: makes it of the JSON value; its BundleError gets the path.
         fix: what to do about a damaged file, where `read` does not say.
+        sealed_from: the first schema version that has a hash of itself.
 
     Raises:
-        BundleError: not a plain file, not JSON, or what `read` refuses.
+        BundleError: not a plain file, not JSON, what `read` refuses, or another hash.
     """
     plain_file(path)
     try:
@@ -283,7 +294,12 @@ def parsed(path: Path, read: Callable[[object], Parsed], fix: str) -> Parsed:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not JSON: {error}", fix=fix) from error
     try:
-        return read(data)
+        if not isinstance(data, dict):
+            return read(data)
+        # What is wrong in itself, or of a newer version, says more than its hash.
+        found = read(unsealed(data))
+        check_seal(data, required=found.schema_version >= sealed_from)
+        return found
     except BundleError as error:
         raise BundleError(
             f"{path}: {error.found}", expected=error.expected, fix=error.fix or fix

@@ -19,6 +19,7 @@ import eptc
 from eptc.errors import BundleError, MissingExtraError, OutputError, ParityError
 from eptc.lower.weights import STACKED
 from eptc.passes.fold_transposes import FoldTransposes
+from eptc.runtime.seal import sealed
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 GELU = "bert.encoder.layer.0.intermediate.intermediate_act_fn"
@@ -127,7 +128,7 @@ def test_a_graph_that_was_changed(page: Callable[..., Any], tone: Path, tmp_path
     manifest = json.loads((copy / "manifest.json").read_text())
     record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest["files"]["model.onnx"] = record
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     _, content = page(copy)
     assert content.divergence.layer.layer == GELU
     assert content.divergence.step.endswith("model.onnx is another than such a build writes")
@@ -169,7 +170,7 @@ def test_the_label_order(page: Callable[..., Any], tone: Path, tmp_path: Path) -
     copy = Path(shutil.copytree(tone, tmp_path / "tone"))
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["task"]["labels"].reverse()
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     path, content = page(copy)
     assert [outcome.name for outcome in content.failed] == ["interface"]
     assert content.divergence.layer is None

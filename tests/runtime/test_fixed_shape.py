@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.dlpack import from_dlpack
 from eptc.errors import InputError, OptionError, TaskError
 from eptc.runtime import Engine
 from eptc.runtime.manifest import load_manifest
+from eptc.runtime.seal import sealed
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def test_answers_that_padding_changes(
     manifest = (folder / "manifest.json").read_text()
     changed = manifest.replace('"mode": "static",\n    "reads_padding": false', routing[1:])
     assert changed != manifest
-    (folder / "manifest.json").write_text(changed)
+    (folder / "manifest.json").write_text(json.dumps(sealed(json.loads(changed))))
     assert load_manifest(folder).routing.mode != "static"
     with Engine.load(folder, ["cpu"]) as engine, pytest.raises(OptionError, match=message):
         engine.fixed(1, 8)
