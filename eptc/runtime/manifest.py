@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from eptc.errors import BundleError, TaskError
 from eptc.runtime.json_fields import Fields
 from eptc.runtime.routing import STATIC, RoutingSpec
 from eptc.runtime.row_tasks import check_tasks
-from eptc.runtime.seal import check_seal, unsealed
+from eptc.runtime.seal import read_sealed
 from eptc.runtime.spec import (
     INTERFACES,
     MANIFEST,
@@ -40,13 +41,7 @@ __all__ = [
     "read_manifest",
 ]
 
-
-class _Versioned(Protocol):
-    @property
-    def schema_version(self) -> int: ...
-
-
-Parsed = TypeVar("Parsed", bound=_Versioned)
+Parsed = TypeVar("Parsed")
 
 SCHEMA_VERSION: Final = 3
 # The first that has a hash of itself.
@@ -273,20 +268,20 @@ def read_manifest(directory: str | Path) -> Manifest:
             expected=f"a {MANIFEST} in it",
             fix="make a bundle from a checkpoint with `eptc export`",
         )
-    return parsed(path, Manifest.from_json, _REBUILD, sealed_from=SEALED_FROM)
+    read = functools.partial(read_sealed, read=Manifest.from_json, since=SEALED_FROM)
+    return parsed(path, read, _REBUILD)
 
 
-def parsed(path: Path, read: Callable[[object], Parsed], fix: str, *, sealed_from: int) -> Parsed:
-    """Return what a JSON file says, if it says what was written.
+def parsed(path: Path, read: Callable[[object], Parsed], fix: str) -> Parsed:
+    """Return what a JSON file says.
 
     Args:
         path: the file.
         read: makes it of the JSON value; its BundleError gets the path.
         fix: what to do about a damaged file, where `read` does not say.
-        sealed_from: the first schema version that has a hash of itself.
 
     Raises:
-        BundleError: not a plain file, not JSON, what `read` refuses, or another hash.
+        BundleError: not a plain file, not JSON, or what `read` refuses.
     """
     plain_file(path)
     try:
@@ -294,12 +289,7 @@ def parsed(path: Path, read: Callable[[object], Parsed], fix: str, *, sealed_fro
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not JSON: {error}", fix=fix) from error
     try:
-        if not isinstance(data, dict):
-            return read(data)
-        # What is wrong in itself, or of a newer version, says more than its hash.
-        found = read(unsealed(data))
-        check_seal(data, required=found.schema_version >= sealed_from)
-        return found
+        return read(data)
     except BundleError as error:
         raise BundleError(
             f"{path}: {error.found}", expected=error.expected, fix=error.fix or fix

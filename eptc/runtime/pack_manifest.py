@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,6 +11,7 @@ from eptc.errors import BundleError
 from eptc.runtime.json_fields import Fields
 from eptc.runtime.manifest import Manifest, parsed
 from eptc.runtime.pack_spec import ALIGNMENT, HeadSpec, LinearSpec, PackTask
+from eptc.runtime.seal import read_sealed
 from eptc.runtime.spec import INTERFACES, MANIFEST, PACK, FileRecord, GraphSpec, file_name
 from eptc.tasks import resolve
 
@@ -251,4 +253,5 @@ def read_pack(directory: str | Path) -> PackManifest:
             expected=f"a folder with a {PACK} in it",
             fix="make one from a checkpoint with `eptc export --layout pack`",
         )
-    return parsed(path, PackManifest.from_json, _REBUILD, sealed_from=_SCHEMA)
+    read = functools.partial(read_sealed, read=PackManifest.from_json, since=_SCHEMA)
+    return parsed(path, read, _REBUILD)

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol, TypeVar
 
 from eptc.errors import BundleError
 
-__all__ = ["SEAL", "check_seal", "sealed", "unsealed"]
+__all__ = ["SEAL", "read_sealed", "sealed", "unsealed"]
+
+
+class _Versioned(Protocol):
+    @property
+    def schema_version(self) -> int: ...
+
+
+Sealed = TypeVar("Sealed", bound=_Versioned)
 
 SEAL: Final = "manifest_sha256"
 
@@ -29,16 +37,26 @@ def unsealed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key != SEAL}
 
 
-def check_seal(data: Mapping[str, Any], *, required: bool) -> None:
-    """Check that JSON values are those that were hashed.
+def read_sealed(data: object, read: Callable[[object], Sealed], *, since: int) -> Sealed:
+    """Return what JSON values say, if they are those that were hashed.
 
     Args:
         data: the values.
-        required: whether there must be a hash; one that is there must be right.
+        read: makes it of the values without their hash. What it refuses says more than a hash:
+            a newer version, an unknown key.
+        since: the first schema version that must have a hash. One that is there must be right.
 
     Raises:
-        BundleError: the hash is missing, or of something else.
+        BundleError: what `read` refuses, or the hash is missing, or of something else.
     """
+    if not isinstance(data, Mapping):
+        return read(data)
+    found = read(unsealed(data))
+    _check(data, required=found.schema_version >= since)
+    return found
+
+
+def _check(data: Mapping[str, Any], *, required: bool) -> None:
     if SEAL not in data:
         if required:
             raise BundleError(f"it has no {SEAL!r}", expected="the hash of what it says")

@@ -381,20 +381,6 @@ def test_factors_of_another_task(page: Callable[..., Any], several: Path, tmp_pa
         content.checked()
 
 
-def test_a_pack_has_no_page(small_native: Any, tmp_path: Path, cli: Any) -> None:
-    given = "--base", small_native.base, "--report", tmp_path / "r.html"
-    pack = "--task", "tone,score", "--layout", "pack", "-o", tmp_path / "pack"
-    done = cli("export", small_native.ckpt, *pack, *given)
-    assert done.code == 2
-    assert "--report is about an engine" in done.stderr
-    assert not (tmp_path / "pack").exists()
-    assert cli("export", small_native.ckpt, *pack, *given[:2], "--no-verify").code == 0
-    done = cli("parity", tmp_path / "pack", "--reference", small_native.ckpt, *given)
-    assert done.code == 2
-    assert "is a pack" in done.stderr
-    assert not (tmp_path / "r.html").exists()
-
-
 def test_a_build_that_fails_has_a_page(
     cli: Any, small_native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
