@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from eptc.both_sides import BothSides, Limits, NotCheckedError
 from eptc.errors import BundleError, EptcError, ParityError
+from eptc.interop.optimum import added_graphs, compare_first_step
 from eptc.parity_gate.batches import check_texts
 from eptc.parity_gate.compare import Comparison
 from eptc.parity_gate.gate import (
@@ -96,10 +97,8 @@ class Checks:
             manifest = self.sides.manifest()
         except BundleError:
             return  # there is nothing to say more about
-        for name in manifest.files:
-            yield Check(
-                "files", name, functools.partial(self._file, name, manifest.files[name].size)
-            )
+        for name, record in manifest.files.items():
+            yield Check("files", name, functools.partial(self._file, name, record.size))
         for role in manifest.graphs:
             yield Check("graphs", role, functools.partial(self._graph, role))
         yield from self._origins()
@@ -117,6 +116,8 @@ class Checks:
             yield Check("tokenizer", "", functools.partial(self._tokenizer, part), part.name)
         for each in parts:
             yield from self._of_probes(each)
+        if added_graphs(manifest):
+            yield Check("first step", "", self._first_step)
         yield Check("coverage", "", self._coverage)
         yield Check("blocks", "", self._blocks)
         for part in tasks:
@@ -217,6 +218,11 @@ class Checks:
             raise NotCheckedError("nothing is chosen on this probe")
         refuse_decisions(found, _REBUILD)
         return {"decisions": len(found), "ties": sum(not d.agrees for d in found)}
+
+    def _first_step(self) -> Found:
+        """Check the graph that `--layout optimum` added against the engine's own."""
+        found = compare_first_step(self.sides.folder, self.sides.manifest())
+        return {"error": found["largest_error"], "bound": found["its_bound"]}
 
     def _coverage(self) -> Found:
         """Check that enough rows were compared to speak of the model."""
