@@ -195,7 +195,7 @@ def test_its_parity_again(golden: Path, tmp_path: Path) -> None:
     made[0].output[0], made[1].output[0] = made[1].output[0], made[0].output[0]
     onnx.save(graph, file)
     bundle_files.write_manifest(bundle.path, dataclasses.replace(bundle.manifest, files={}))
-    given = {"reference": source / "adapter", "base": source / "base"}
+    given: dict[str, Any] = {"reference": source / "adapter", "base": source / "base"}
     with pytest.raises(ParityError, match=r"decoder_model\.onnx, which --layout optimum adds"):
         eptc.parity(bundle.path, **given)
     with checks_of(bundle.path, **given) as checks:
