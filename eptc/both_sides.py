@@ -19,6 +19,7 @@ from eptc.parity_gate.report import ParityReport
 from eptc.parity_gate.verifier import LocalVerifier
 from eptc.parts import MixedPart, Part, TaskPart
 from eptc.runtime import Engine, verify
+from eptc.runtime.manifest import Manifest, read_manifest
 from eptc.runtime.verify import VerifyReport
 
 __all__ = ["BothSides", "Limits", "NotCheckedError"]
@@ -67,6 +68,14 @@ class BothSides:
     def close(self) -> None:
         """Free the engine and the reference."""
         self._stack.close()
+
+    def manifest(self) -> Manifest:
+        """Return what the bundle says of itself, whatever there is to compare it with.
+
+        Raises:
+            BundleError: it cannot be read.
+        """
+        return read_manifest(self.folder)
 
     @functools.cached_property
     def pair(self) -> Pair:

@@ -20,6 +20,7 @@ from typing import Any
 from eptc.errors import OutputError
 from eptc.files import sha256, sync, unfinished
 from eptc.runtime.manifest import Manifest
+from eptc.runtime.seal import sealed
 from eptc.runtime.spec import MANIFEST, FileRecord
 
 __all__ = [
@@ -220,7 +221,7 @@ def write_manifest(
     manifest = dataclasses.replace(
         manifest, files=file_records(directory, {**(digests or {}), **written})
     )
-    write_json(directory / MANIFEST, manifest.to_json())
+    write_json(directory / MANIFEST, sealed(manifest.to_json()))
     return manifest
 
 

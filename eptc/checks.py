@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from eptc.both_sides import BothSides, Limits, NotCheckedError
 from eptc.errors import BundleError, EptcError, ParityError
-from eptc.no_pack import check_no_pack
+from eptc.interop.optimum import added_graphs, compare_first_step
 from eptc.parity_gate.batches import check_texts
 from eptc.parity_gate.compare import Comparison
 from eptc.parity_gate.gate import (
@@ -27,10 +27,9 @@ from eptc.parity_gate.several import check_refused
 from eptc.parity_gate.task_weights import check_task_weights
 from eptc.parity_gate.weights import check_weights
 from eptc.parts import Part, TaskPart
-from eptc.runtime.manifest import read_manifest
 from eptc.tasks import resolve
 
-__all__ = ["Check", "Checks", "Limits", "NotCheckedError"]
+__all__ = ["Check", "Checks", "Found", "Limits", "NotCheckedError", "rounded"]
 
 _AGAIN = "copy the bundle again, or build it again with `eptc export`"
 _REBUILD = "build the bundle again; if it fails again, report it"
@@ -72,15 +71,11 @@ class Checks:
         bundle: the bundle's folder.
         limits: what is allowed instead of what the bundle says.
         options: the reference and how to read it, as for `eptc.parity`.
-
-    Raises:
-        OptionError: the folder has a pack.
     """
 
     def __init__(
         self, bundle: str | Path, *, limits: Limits | None = None, **options: Any
     ) -> None:
-        check_no_pack(Path(bundle))
         self.sides = BothSides(Path(bundle), limits or Limits(), options)
 
     def __enter__(self) -> Self:
@@ -98,14 +93,14 @@ class Checks:
         """Yield the checks, cheap ones first."""
         yield Check("manifest", "", self._manifest)
         try:
-            manifest = read_manifest(self.sides.folder)
+            manifest = self.sides.manifest()
         except BundleError:
             return  # there is nothing to say more about
-        for name in manifest.files:
-            yield Check("files", name, functools.partial(self._file, name))
+        for name, record in manifest.files.items():
+            yield Check("files", name, functools.partial(self._file, name, record.size))
         for role in manifest.graphs:
             yield Check("graphs", role, functools.partial(self._graph, role))
-        yield Check("origin", "", self._origin)
+        yield from self._origins()
         try:
             parts = self.sides.parts
         except NotCheckedError as error:
@@ -115,17 +110,25 @@ class Checks:
         tasks = [part for part in parts if isinstance(part, TaskPart)]
         for part in tasks:
             yield Check("interface", "", functools.partial(self._interface, part), part.name)
-        if len(tasks) > 1:
-            yield Check("task ids", "", self._task_ids)
-        yield Check("weights", "", self._weights)
+        yield from self._of_weights(tasks)
         for part in tasks:
             yield Check("tokenizer", "", functools.partial(self._tokenizer, part), part.name)
         for each in parts:
             yield from self._of_probes(each)
+        if added_graphs(manifest):
+            yield Check("first step", "", self._first_step)
         yield Check("coverage", "", self._coverage)
         yield Check("blocks", "", self._blocks)
         for part in tasks:
             yield Check("scores", "", functools.partial(self._scores, part), part.name)
+
+    def _origins(self) -> Iterator[Check]:
+        yield Check("origin", "", self._origin)
+
+    def _of_weights(self, tasks: Sequence[TaskPart]) -> Iterator[Check]:
+        if len(tasks) > 1:
+            yield Check("task ids", "", self._task_ids)
+        yield Check("weights", "", self._weights)
 
     def _of_probes(self, part: Part) -> Iterator[Check]:
         try:
@@ -138,20 +141,19 @@ class Checks:
                 yield Check(what, name, functools.partial(run, part, name), part.name)
 
     def _manifest(self) -> Found:
-        manifest = read_manifest(self.sides.folder)
+        manifest = self.sides.manifest()
         names = [task.name for task in manifest.tasks or filter(None, (manifest.task,))]
         return {
             "task": ", ".join(names) or None, "precision": manifest.precision,
             "target": manifest.target,
         }  # fmt: skip
 
-    def _file(self, name: str) -> Found:
-        verified = self.sides.verified
-        if why := verified.files[name]:
+    def _file(self, name: str, size: int) -> Found:
+        if why := self.sides.verified.files[name]:
             raise BundleError(
                 f"{name} {why}", expected="the file as the build wrote it", fix=_AGAIN
             )
-        return {"bytes": verified.manifest.files[name].size}
+        return {"bytes": size}
 
     def _graph(self, role: str) -> Found:
         verified = self.sides.verified
@@ -184,7 +186,7 @@ class Checks:
                 worst = max(check_task_weights(engine.directory, files, reference, task_ids))
             else:
                 worst = check_weights(engine.directory, files, reference, *task_ids)
-        return {"of_its_bound": _digits(worst)}
+        return {"of_its_bound": rounded(worst)}
 
     def _tokenizer(self, part: TaskPart) -> Found:
         with self.sides.whole() as (engine, _):
@@ -203,7 +205,7 @@ class Checks:
                 "the reference's own choices of experts are within rounding of others in every row"
             )
         worst = furthest(found)
-        return {"error": _digits(worst.error), "bound": _digits(worst.bound)}
+        return {"error": rounded(worst.error), "bound": rounded(worst.bound)}
 
     def _decisions(self, part: Part, name: str) -> Found:
         try:
@@ -215,6 +217,11 @@ class Checks:
             raise NotCheckedError("nothing is chosen on this probe")
         refuse_decisions(found, _REBUILD)
         return {"decisions": len(found), "ties": sum(not d.agrees for d in found)}
+
+    def _first_step(self) -> Found:
+        """Check the graph that `--layout optimum` added against the engine's own."""
+        found = compare_first_step(self.sides.folder, self.sides.manifest())
+        return {"error": found["largest_error"], "bound": found["its_bound"]}
 
     def _coverage(self) -> Found:
         """Check that enough rows were compared to speak of the model."""
@@ -241,7 +248,7 @@ class Checks:
         self.sides.by_block = report
         refuse(report, _REBUILD)
         worst = report.worst
-        return {"error": _digits(worst.error), "bound": _digits(worst.bound)}
+        return {"error": rounded(worst.error), "bound": rounded(worst.bound)}
 
     def _scores(self, part: TaskPart) -> Found:
         pair, limits = self.sides.pair, self.sides.limits
@@ -249,7 +256,7 @@ class Checks:
             raise NotCheckedError("no labelled data was given")
         if (every := self.sides.scores) is None:
             raise NotCheckedError(_NO_TOKENIZER)
-        found = every[part.task.name]
+        found = every[part.name or part.task.name]
         given = {"max_drop": limits.max_drop, "max_flips": limits.max_flips}
         budget = dataclasses.replace(
             pair.budget(part.task.name),
@@ -264,5 +271,6 @@ def _failed(error: Exception) -> Found:
     raise error
 
 
-def _digits(value: float) -> float:
+def rounded(value: float) -> float:
+    """Return a deviation to two digits; the rest is noise."""
     return float(f"{value:.2g}")

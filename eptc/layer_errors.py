@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ def layer_errors(
     task: str | Sequence[str],
     probe: Probe,
     bound: Bound,
+    optional: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
 ) -> list[LayerError]:
     """Compare what each layer gives on a probe, in the order in which the graphs run.
 
@@ -71,6 +72,7 @@ def layer_errors(
             engine by their places.
         probe: a batch on which the engine runs.
         bound: of the engine's outputs; a layer's is the same part of its own largest element.
+        optional: what the engine gives the graphs' optional inputs, by name.
     """
     bound = dataclasses.replace(bound, floor=_FLOOR, cosine=-1.0)
     recorder, wanted = _Recorder(engine), dict[str, Float32]()
@@ -82,9 +84,11 @@ def layer_errors(
     errors = []
     for role, feeds in recorder.feeds.items():
         file = engine.manifest.graphs[role].file
-        values = _by_module(engine.directory / file, wanted)
+        graph = onnx.load(engine.directory / file, load_external_data=False).graph
+        values = _by_module(graph, wanted)
         tap = Snapshot(engine.directory, file, list(values.values()))
-        tap.run(feeds)
+        given = {v.name: optional[v.name] for v in graph.input if v.name in optional}
+        tap.run({**feeds, **given})
         for layer, value in values.items():
             found = _compare(layer, tap.found[value], wanted[layer], bound, probe)
             if found is not None:
@@ -135,13 +139,13 @@ def _remembered(reference: ReferenceModel, found: dict[str, Float32]) -> Iterato
         yield
 
 
-def _by_module(path: Path, modules: Mapping[str, Any]) -> dict[str, str]:
+def _by_module(graph: onnx.GraphProto, modules: Mapping[str, Any]) -> dict[str, str]:
     """Return the value that a graph computes last for each module, in the graph's order.
 
     A module whose parts compute something after its own last node returns that, not this.
     """
     last: dict[str, str] = {}
-    for node in onnx.load(path, load_external_data=False).graph.node:
+    for node in graph.node:
         module = node.name.rpartition("/")[0]
         around = [module[:end] for end, sign in enumerate(module) if sign == "."]
         for outer in (*around, module):

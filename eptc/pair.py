@@ -120,18 +120,9 @@ class Pair:
             routing=_routing(manifest),
         )
         check_origin(folder, manifest, source)
-        names = [t.name for t in source.contents.tasks]
-        if lost := [task.name for task in tasks_of if task.name not in names]:
-            raise BundleError(
-                f"{folder} was built for task {lost[0]!r}, which the checkpoint does not have",
-                expected=", ".join(names),
-            )
+        _check_tasks(folder, tasks_of, source)
         labelled = None if data is None else _labelled(Path(data), manifest)
-        for one in tasks_of:
-            if one.name in (labelled or {}) and one.kind == "generation":
-                raise OptionError(
-                    f"task {one.name!r} has no labels to score", fix="leave --data out"
-                )
+        _check_labelled(tasks_of, labelled or {})
         by_block = pack is None and _by_block(folder, manifest.precision, source)
         if by_block and manifest.tasks:
             raise refused_blocks(source, manifest.precision)
@@ -141,6 +132,28 @@ class Pair:
                 fix="leave --provider out, or compare it where there is more memory",
             )
         return cls(folder, manifest, tasks_of, source, labelled, by_block, pack, packed, options)
+
+    def of_packed(self, name: str, examples: Sequence[Example] | None) -> Pair:
+        """Return another task of the same pack beside the same checkpoint.
+
+        Args:
+            name: the task's name in the pack.
+            examples: its labelled examples.
+
+        Raises:
+            InputError: the task was made from another checkpoint, or has no labels.
+        """
+        assert self.pack is not None
+        manifest = self.pack.manifest.engine(name)
+        assert manifest.task is not None
+        tasks = (manifest.task,)
+        check_origin(self.folder, manifest, self.source)
+        _check_tasks(self.folder, tasks, self.source)
+        labelled = None if examples is None else {manifest.task.name: examples}
+        _check_labelled(tasks, labelled or {})
+        return dataclasses.replace(
+            self, manifest=manifest, tasks=tasks, labelled=labelled, packed=name
+        )
 
     @property
     def task(self) -> Task:
@@ -246,6 +259,23 @@ def _pack(folder: Path, task: str | None, options: Mapping[str, Any]) -> Pack | 
             fix="leave it out: every task of a bundle is compared",
         )
     return None
+
+
+def _check_tasks(folder: Path, tasks: Sequence[Task], source: checkpoint.Checkpoint) -> None:
+    """Raise BundleError where a checkpoint does not have the tasks of an engine."""
+    names = [t.name for t in source.contents.tasks]
+    if lost := [task.name for task in tasks if task.name not in names]:
+        raise BundleError(
+            f"{folder} was built for task {lost[0]!r}, which the checkpoint does not have",
+            expected=", ".join(names),
+        )
+
+
+def _check_labelled(tasks: Sequence[Task], labelled: Mapping[str, Sequence[Example]]) -> None:
+    """Raise OptionError where there are examples of a task without labels."""
+    for task in tasks:
+        if task.name in labelled and task.kind == "generation":
+            raise OptionError(f"task {task.name!r} has no labels to score", fix="leave --data out")
 
 
 def _labelled(path: Path, manifest: Manifest) -> dict[str, list[Example]]:

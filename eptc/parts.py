@@ -26,6 +26,7 @@ from eptc.tasks import Task, resolve
 
 if TYPE_CHECKING:
     from eptc.both_sides import BothSides
+    from eptc.pair import Pair
 
 __all__ = ["MixedPart", "Outcomes", "Part", "TaskPart"]
 
@@ -130,6 +131,11 @@ class TaskPart(Part):
         super().__init__(sides, name)
         self.task = task
 
+    @property
+    def pair(self) -> Pair:
+        """The bundle beside its checkpoint."""
+        return self._sides.pair
+
     @functools.cached_property
     def engine(self) -> Engine:
         """The engine, as one of this task."""
@@ -138,7 +144,7 @@ class TaskPart(Part):
     @property
     def examples(self) -> Sequence[Example] | None:
         """The task's labelled examples; None where there are none."""
-        return (self._sides.pair.labelled or {}).get(self.task.name)
+        return (self.pair.labelled or {}).get(self.task.name)
 
     def task_id(self, reference: ReferenceModel) -> int:
         """Return the task's position in the reference's list."""
@@ -166,12 +172,11 @@ class TaskPart(Part):
     @functools.cached_property
     def seeded(self) -> dict[str, Probe]:
         """The probes of seeded tokens; the base's weights are read only where they must be."""
-        sides = self._sides
         try:
-            model = stream_reference(sides.pair.source).model
+            model = stream_reference(self.pair.source).model
         except OptionError:  # such a reference is in memory as a whole or not at all
-            model = sides.verifier.reference
-        manifest = sides.pair.manifest_of(self.task)
+            model = self._sides.verifier.reference
+        manifest = self.pair.manifest_of(self.task)
         return {probe.name: probe for probe in seeded_probes(manifest, model)}
 
     def _text_probe(self, name: str) -> Probe:

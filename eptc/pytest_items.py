@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from eptc.checks import Check, Checks, Limits, NotCheckedError
+from eptc.checks_of import checks_of
 from eptc.errors import EptcError
 
 __all__ = ["collect"]
@@ -24,11 +25,11 @@ def collect(
 
     Args:
         session: of the run; what the checks load is freed with it.
-        bundle: the bundle's folder.
+        bundle: the bundle's folder, or a pack's.
         options: the reference and how to read it, as for `eptc.parity`.
         limits: fields of `Limits`.
     """
-    checks = Checks(bundle, limits=Limits(**limits), **options)
+    checks = checks_of(bundle, limits=Limits(**limits), **options)
     session.config.add_cleanup(checks.sides.close)
     parent = _Bundle.from_parent(
         session, name=bundle.name, nodeid=f"eptc::{_plain(bundle.resolve().name)}"

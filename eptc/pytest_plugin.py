@@ -16,7 +16,7 @@ __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configur
 
 # Of the command line: what follows `--eptc-`, what stands for its value, and what it is.
 _PATHS = {
-    "bundle": "folder of the bundle to check",
+    "bundle": "folder of the bundle, or the pack, to check",
     "reference": "folder of the checkpoint it was made from",
     "base": "folder of the base model",
     "data": "JSON lines file with labelled examples to score on",
@@ -58,13 +58,6 @@ def pytest_configure(config: pytest.Config) -> None:
         if path is not None and not path.exists():
             raise pytest.UsageError(f"--eptc-{name} is {path}, which does not exist")
     _limits(config)
-    from eptc.errors import OptionError
-    from eptc.no_pack import check_no_pack
-
-    try:
-        check_no_pack(given["bundle"])
-    except OptionError as error:
-        raise pytest.UsageError(f"--eptc-bundle: {error}") from None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eptc.errors import ParityError
+from eptc.interop.optimum import added_graphs, compare_first_step
 from eptc.packs.export import pack_gate
 from eptc.pair import Pair
 from eptc.parity_gate.gate import refuse
@@ -87,6 +88,9 @@ def parity(
             )
             report = verifier.prove(folder, {}, progress)
             refuse(report, "build the bundle again; if it fails again, report it")
+            if added_graphs(pair.manifest):
+                progress("parity: the first step")
+                compare_first_step(pair.folder, pair.manifest)
         if data is not None:
             progress("score")
         scores = pair.scores(folder, verifier)

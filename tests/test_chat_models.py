@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 import eptc
 from eptc.nn import EptConfig, EptModel, load_base
 from eptc.runtime import MANIFEST, Engine
+from eptc.runtime.seal import sealed
 from eptc.tasks import Task
 
 TEMPLATE = (
@@ -162,7 +163,7 @@ def several(base: Path) -> None:
         {"name": "tool_use", "template": "tools"},
         {"name": "default", "template": file.read_text()},
     ]
-    (base / "tokenizer_config.json").write_text(json.dumps(data))
+    (base / "tokenizer_config.json").write_text(json.dumps(sealed(data)))
     file.unlink()
 
 
@@ -170,7 +171,7 @@ def inside(base: Path) -> None:
     file = base / "chat_template.jinja"
     data = json.loads((base / "tokenizer_config.json").read_text())
     data["chat_template"] = file.read_text()
-    (base / "tokenizer_config.json").write_text(json.dumps(data))
+    (base / "tokenizer_config.json").write_text(json.dumps(sealed(data)))
     file.unlink()
 
 
@@ -219,7 +220,7 @@ def test_bundle_of_before(folder: Path, tmp_path: Path) -> None:
         ("tokenizer", "chat_template"), ("tokenizer", "special_tokens"),
     ):  # fmt: skip
         del data[part][key]
-    (built.path / MANIFEST).write_text(json.dumps(data))
+    (built.path / MANIFEST).write_text(json.dumps(sealed(data)))
     with Engine.load(built.path, ["cpu"]) as engine:
         assert engine.generate(["hello"], 8) == expected
 

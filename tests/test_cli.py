@@ -835,9 +835,9 @@ def _copy_bundle(bundle: Path, target: Path) -> Path:
             lambda b: (b / "manifest.json").write_text(
                 (b / "manifest.json")
                 .read_text()
-                .replace('"schema_version": 2', '"schema_version": 3')
+                .replace('"schema_version": 3', '"schema_version": 4')
             ),
-            "schema version 3|newer",
+            "schema version 4|newer",
             id="newer-manifest",
         ),
     ],

@@ -20,6 +20,7 @@ from eptc import planning
 from eptc.errors import BundleError, InputError, OptionError, TaskError
 from eptc.parity_gate import RemoteVerifier
 from eptc.runtime import Classification, Engine, TextTooLongError
+from eptc.runtime.seal import sealed, unsealed
 from tests.conftest import Folders
 
 SETS = {"t5-tiny": 5e-5, "t5-gated-tiny": 1e-4, "llama-tiny": 5e-5}
@@ -572,10 +573,11 @@ def test_a_bundle_of_an_earlier_version(single: Callable[[str], Engine], tmp_pat
     alone = single("tone")
     old = shutil.copytree(alone.directory, tmp_path / "old")
     data = json.loads((old / "manifest.json").read_text())
-    assert data["schema_version"] == 2
+    assert data["schema_version"] == 3
     data["schema_version"] = 1
     del data["tasks"]
-    (old / "manifest.json").write_text(json.dumps(data))
+    (old / "manifest.json").write_text(json.dumps(unsealed(data)))
+    assert "is of an earlier version" in eptc.verify(old).warnings[0]
     with Engine.load(old, providers=["cpu"]) as engine:
         assert engine.classify([WORDS[0]]) == alone.classify([WORDS[0]])
 
@@ -608,7 +610,7 @@ def test_manifests_that_contradict_themselves(
             data["tasks"] = [tasks[name] for name in value]
         else:
             data[key] = value
-    (bundle / "manifest.json").write_text(json.dumps(data))
+    (bundle / "manifest.json").write_text(json.dumps(sealed(data)))
     with pytest.raises(BundleError, match=words):
         Engine.load(bundle)
 

@@ -20,6 +20,8 @@ import torch
 import transformers
 
 import eptc
+from eptc import bundle as bundle_files
+from eptc.checks_of import checks_of
 from eptc.errors import OptionError, ParityError
 from eptc.interop import optimum
 from eptc.interop.optimum import check_layout
@@ -186,6 +188,20 @@ def test_its_parity_again(golden: Path, tmp_path: Path) -> None:
     source = golden / "ept" / "t5-tiny"
     report = eptc.parity(bundle.path, reference=source / "adapter", base=source / "base")
     assert report.passed
+    # What was added is compared with the engine's own graphs, by the page and in tests as well.
+    file = bundle.path / "decoder_model.onnx"
+    graph = onnx.load(file, load_external_data=False)
+    made = [node for node in graph.graph.node if "present." in "".join(node.output)][:2]
+    made[0].output[0], made[1].output[0] = made[1].output[0], made[0].output[0]
+    onnx.save(graph, file)
+    bundle_files.write_manifest(bundle.path, dataclasses.replace(bundle.manifest, files={}))
+    given: dict[str, Any] = {"reference": source / "adapter", "base": source / "base"}
+    with pytest.raises(ParityError, match=r"decoder_model\.onnx, which --layout optimum adds"):
+        eptc.parity(bundle.path, **given)
+    with checks_of(bundle.path, **given) as checks:
+        (check,) = [each for each in checks if each.name == "first step"]
+        with pytest.raises(ParityError, match=r"decoder_model\.onnx"):
+            check.run()
 
 
 def test_older_releases_read_the_configuration(small_native: Any, tmp_path: Path) -> None:

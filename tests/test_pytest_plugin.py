@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import pytest
 
 import eptc
+from eptc.runtime.seal import sealed
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ci"
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "tokenizers"}
@@ -150,7 +151,7 @@ def test_labels_in_another_order(check: Callable[..., Run], copy: Path) -> None:
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["task"]["labels"].reverse()
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
     run = check(copy)
     assert run.code == 1
     assert run.named("failed") == {"interface"}
@@ -183,7 +184,7 @@ def test_an_engine_that_does_not_load(check: Callable[..., Run], copy: Path) -> 
     manifest = json.loads((copy / "manifest.json").read_text())
     digest = hashlib.sha256(b"no graph").hexdigest()
     manifest["files"]["model.onnx"] = {"size": 8, "sha256": digest}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     run = check(copy)
     assert run.code == 1
     assert run.named("failed") == {"graphs", "interface", "weights", "tokenizer", "tensors"}
@@ -285,16 +286,29 @@ def test_several_tasks(check: Callable[..., Run], small_native: Any, tmp_path: P
 
 
 def test_a_pack(check: Callable[..., Run], small_native: Any, tmp_path: Path) -> None:
+    """A test for each task's batches, as it is switched to and folded."""
     out = tmp_path / "pack"
     eptc.export(
         small_native.ckpt, base=small_native.base, task="tone,score", layout="pack", out=out,
         verify=False,
     )  # fmt: skip
     run = check(out)
-    assert run.code == pytest.ExitCode.USAGE_ERROR
-    assert "is a pack" in run.output
-    assert "eptc parity" in run.output
-    assert not run.tests
+    assert run.code == 0, run.output
+    assert run.named("failed") == set()
+    for name in ("tone", "score"):
+        for what in ("origin", "interface", "weights", "tokenizer"):
+            assert run.tests[f"{what}[{name}]"][0] == "passed"
+        for part in (name, f"{name}-folded"):
+            assert run.tests[f"tensors[{part}-texts-0-to-7]"][0] == "passed"
+    assert run.tests["files[score.onnx_adapter]"][0] == "passed"
+    with (out / "score.onnx_adapter").open("ab") as file:
+        file.write(b"x")
+    run = check(out)
+    assert run.code == 1
+    assert run.tests["weights[score]"][0] == "failed"
+    assert run.tests["files[score.onnx_adapter]"][0] == "failed"
+    assert run.tests["tensors[tone-folded-texts-0-to-7]"][0] == "passed"
+    assert "Traceback" not in run.output
 
 
 @pytest.fixture(scope="module")

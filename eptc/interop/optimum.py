@@ -29,7 +29,7 @@ from eptc.runtime.providers import CPU
 from eptc.runtime.session import open_session
 from eptc.runtime.spec import GenerationSpec
 
-__all__ = ["FILES", "check_layout", "compare_first_step", "lay_out"]
+__all__ = ["FILES", "added_graphs", "check_layout", "compare_first_step", "lay_out"]
 
 FILES: Final = {"encoder": "encoder_model.onnx", "decoder": "decoder_with_past_model.onnx"}
 _FIRST: Final = "decoder_model.onnx"
@@ -157,6 +157,11 @@ def _write_first(directory: Path, manifest: Manifest) -> None:
     proto = onnx_ir.to_proto(model)
     del proto.graph.value_info[:]
     (directory / _FIRST).write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def added_graphs(manifest: Manifest) -> list[str]:
+    """Return the files of the graphs that the layout added to a bundle's own."""
+    return list((manifest.parity.get("layout") or {}).get("graphs", ()))
 
 
 def compare_first_step(directory: Path, manifest: Manifest) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from eptc.packs.task import (
     write_adapter,
 )
 from eptc.runtime.pack_manifest import PackManifest, read_pack
+from eptc.runtime.seal import sealed
 from eptc.runtime.spec import PACK
 from eptc.tasks import chosen, names_several
 from eptc.text import find_tokenizer
@@ -195,7 +196,7 @@ class _Change:
             sync(self.folder / manifest.tasks[name].file)
         following = self.folder / _NEXT
         try:
-            bundle.write_json(following, manifest.to_json())
+            bundle.write_json(following, sealed(manifest.to_json()))
             sync(following)
             self._check_place()
             following.replace(self.folder / PACK)

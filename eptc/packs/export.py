@@ -41,6 +41,7 @@ from eptc.runtime.pack import Pack
 from eptc.runtime.pack_manifest import PackManifest
 from eptc.runtime.pack_spec import PackTask
 from eptc.runtime.providers import CPU
+from eptc.runtime.seal import sealed
 from eptc.runtime.spec import PACK
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class TaskPack(FolderTarget):
             for name, task in zip(manifest.tasks, tasks, strict=True):
                 with clock.stage("parity"):
                     manifest = proven(gate, directory, manifest, name, task, job.progress)
-        bundle.write_json(directory / PACK, manifest.to_json())
+        bundle.write_json(directory / PACK, sealed(manifest.to_json()))
         records = (*(record for task in tasks for record in task.records), *graphs.records)
         return Folder(
             directory, self.name, tuple(manifest.tasks), records, (), {},

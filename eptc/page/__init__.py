@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from eptc.bundle import share
-from eptc.cache import replacing
-from eptc.checks import Checks
+from eptc.checks_of import checks_of
 from eptc.errors import MissingExtraError, OutputError
+from eptc.files import replacing
 from eptc.page.content import Content, collect
 from eptc.page.render import render
 
@@ -34,21 +33,21 @@ def report(
     hashes are among them. A page is written whether they pass or not.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: the bundle's folder, or a pack's.
         out: the HTML file; another page is replaced.
         reference: the checkpoint it was made from.
         base: the base model's folder.
         seconds: wall time of passes by name, as far as it is known; a bundle records none.
         called: what the page calls the bundle; None: its folder's name.
         progress: called with what is being done.
-        options: the others of `eptc.parity`.
+        options: the others of `eptc.parity`; without `task`, every task of a pack that was made
+            from the checkpoint is compared.
 
     Returns:
         What the page says; `Content.raise_for_failure` turns a failure into an error.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
-        OptionError: the bundle serves several tasks, or is a pack.
         OutputError: the page cannot be written, or something else than a page is there.
     """
     if importlib.util.find_spec("jinja2") is None:
@@ -59,7 +58,7 @@ def report(
         )
     out = Path(out)
     check_out(out, Path(bundle))
-    with Checks(bundle, reference=reference, base=base, **options) as checks:
+    with checks_of(bundle, reference=reference, base=base, **options) as checks:
         content = collect(
             checks,
             called=called or Path(bundle).resolve().name,
@@ -71,7 +70,6 @@ def report(
     try:
         with replacing(out) as file:
             file.write(page)
-        share(out)
     except OSError as error:
         raise OutputError(f"the report {out} cannot be written: {error.strerror}") from error
     return content

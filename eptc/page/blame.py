@@ -11,10 +11,13 @@ from eptc.errors import EptcError, ParityError
 from eptc.pair import Pair
 from eptc.precision import OptimizeFor
 from eptc.runtime.manifest import Manifest
+from eptc.runtime.pack_manifest import read_pack
+from eptc.runtime.pack_spec import PackTask
 from eptc.runtime.verify import verify
 
 __all__ = ["blame"]
 
+_SOUND = "compiled once more, it agrees with the reference after every pass: none is to blame"
 # What `eptc export` may be asked for again without the data the first build had.
 _PRECISIONS = {"fp32": "fp32", "fp16-weights": "keep", "bf16-weights": "keep"}
 
@@ -44,6 +47,8 @@ def blame(pair: Pair) -> str:
             return f"compiled once more, it fails as well: {error.fix or error.found}"
         except EptcError as error:
             return f"the first pass is not known: compiled once more, it fails: {error.found}"
+        if pair.pack is not None:
+            return _what_differs_of(pair, Path(folder) / "again")
         assert isinstance(fresh, Bundle)
         return _what_differs(pair.folder, manifest, fresh.manifest)
 
@@ -59,18 +64,49 @@ def _options(pair: Pair) -> dict[str, Any]:
         "routing": mode if mode in ("batch", "per-sample") else "exact",
         "format": source.format.name,
     }
+    if pair.pack is not None:
+        own = [entry.task.name for entry in _of_the_checkpoint(pair).values()]
+        options |= {"task": list(dict.fromkeys(own)), "layout": "pack"}
     if not source.format.describes_tasks:
         options["tasks"] = [task.name for task in source.contents.tasks]
         options["top_k"] = source.contents.top_k
     return options
 
 
+def _of_the_checkpoint(pair: Pair) -> dict[str, PackTask]:
+    """Return the tasks of a pack that were made from the pair's checkpoint."""
+    assert pair.pack is not None
+    return {
+        name: entry
+        for name, entry in pair.pack.manifest.tasks.items()
+        if entry.checkpoint["sha256"] == pair.source.sha256
+    }
+
+
+def _what_differs_of(pair: Pair, again: Path) -> str:
+    """Say which files of a pack are not what a sound build writes.
+
+    What its tasks share depends on those it was built with, and they may have gone.
+    """
+    assert pair.pack is not None
+    if changed := [name for name, why in verify(pair.folder).files.items() if why is not None]:
+        return f"{_SOUND}; {', '.join(changed)} was changed after the build"
+    fresh = {entry.task.name: entry.record for entry in read_pack(again).tasks.values()}
+    other = [
+        entry.file
+        for entry in _of_the_checkpoint(pair).values()
+        if fresh.get(entry.task.name) != entry.record
+    ]
+    if other:
+        return f"{_SOUND}; {', '.join(other)} is another than such a build writes"
+    return f"{_SOUND}, and the tasks' files are those of such a build"
+
+
 def _what_differs(folder: Path, manifest: Manifest, fresh: Manifest) -> str:
     """Say which files of a bundle are not what a sound build writes."""
-    sound = "compiled once more, it agrees with the reference after every pass: none is to blame"
     changed = [name for name, why in verify(folder).files.items() if why is not None]
     if changed:
-        return f"{sound}; {', '.join(changed)} was changed after the build"
+        return f"{_SOUND}; {', '.join(changed)} was changed after the build"
     other = [name for name, found in manifest.files.items() if fresh.files.get(name) != found]
     if [name for name in other if name != "parity.json"]:
         tools = [
@@ -79,5 +115,5 @@ def _what_differs(folder: Path, manifest: Manifest, fresh: Manifest) -> str:
             if fresh.tools.get(name) != version
         ]
         made = f", which {', '.join(tools)} made" if tools else ""
-        return f"{sound}; {', '.join(other)} is another than such a build writes{made}"
-    return f"{sound}, and its files are those of such a build; manifest.json was changed after it"
+        return f"{_SOUND}; {', '.join(other)} is another than such a build writes{made}"
+    return f"{_SOUND}, and its files are those of such a build; manifest.json was changed after it"

@@ -17,7 +17,7 @@ from eptc.pair import Pair
 from eptc.parity_gate.compare import Comparison
 from eptc.parity_gate.report import ParityReport
 from eptc.precision_plan import FILE as PLAN
-from eptc.runtime.manifest import Manifest, read_manifest
+from eptc.runtime.manifest import Manifest
 
 __all__ = ["Content", "Divergence", "Outcome", "Routes", "collect"]
 
@@ -205,7 +205,7 @@ def collect(
     except EptcError:
         pair = None
     try:
-        manifest: Manifest | None = read_manifest(sides.folder)
+        manifest: Manifest | None = sides.manifest()
     except EptcError:
         manifest = None
     progress("parity: layers")

@@ -26,7 +26,7 @@ from eptc.runtime.pack import Pack
 from eptc.runtime.pack_tensors import folded_weights, read_tensors
 from eptc.tasks import resolve
 
-__all__ = ["PackGate", "pack_summary"]
+__all__ = ["PackGate", "check_pack_weights", "pack_summary"]
 
 
 class PackGate:
@@ -82,7 +82,7 @@ class PackGate:
             except BundleError as error:
                 raise ParityError(f"the engine of {name} does not load: {error}") from error
             progress(f"parity: weights of {name}")
-            weights = self._check_weights(pack, name, task_id)
+            weights = check_pack_weights(pack, name, self.reference, task_id)
             reports: list[ParityReport] = []
             for engine, deviation in zip(engines, weights, strict=True):
                 check_manifest(engine.manifest, self.reference, task_id)
@@ -98,30 +98,43 @@ class PackGate:
         switched, merged = reports
         return switched, merged
 
-    def _check_weights(self, pack: Pack, name: str, task_id: int) -> tuple[float, float]:
-        """Compare what either engine has in its weights; return their largest deviations.
 
-        The graphs that are fed factors hold the base, to the bit. What the folded ones have, as
-        the runtime makes it, is compared with base and experts.
-        """
-        reference, folder, manifest = self.reference, pack.directory, pack.manifest
-        parameters = plain_parameters(reference, task_id)
-        tensors = read_tensors(folder, manifest, name)
-        heads = [(key, tensors[key]) for key in manifest.heads]
-        files = [graph.file for graph in manifest.graphs.values()]
-        base = check_arrays(_stored(folder, files), parameters, {}, task_id)
+def check_pack_weights(
+    pack: Pack, name: str, reference: ReferenceModel, task_id: int
+) -> tuple[float, float]:
+    """Compare what either engine of a task has in its weights; return the largest deviations.
 
-        def served() -> Iterator[tuple[str, Any]]:
-            adapted = set()
-            for key, array in folded_weights(folder, manifest, tensors, list(manifest.graphs)):
-                adapted.add(key)
+    The graphs that are fed factors hold the base, to the bit. What the folded ones have, as the
+    runtime makes it, is compared with base and experts.
+
+    Args:
+        pack: the pack.
+        name: the task's name there.
+        reference: the unfolded model.
+        task_id: position of the task in the reference's list.
+
+    Raises:
+        BundleError: the task's file is damaged.
+        ParityError: a weight is off.
+    """
+    folder, manifest = pack.directory, pack.manifest
+    parameters = plain_parameters(reference, task_id)
+    tensors = read_tensors(folder, manifest, name)
+    heads = [(key, tensors[key]) for key in manifest.heads]
+    files = [graph.file for graph in manifest.graphs.values()]
+    base = check_arrays(_stored(folder, files), parameters, {}, task_id)
+
+    def served() -> Iterator[tuple[str, Any]]:
+        adapted = set()
+        for key, array in folded_weights(folder, manifest, tensors, list(manifest.graphs)):
+            adapted.add(key)
+            yield key, array
+        for key, array in _stored(folder, list(manifest.folded.values())):
+            if key not in adapted:
                 yield key, array
-            for key, array in _stored(folder, list(manifest.folded.values())):
-                if key not in adapted:
-                    yield key, array
-            yield from heads
+        yield from heads
 
-        return base, check_arrays(served(), parameters, reference.layers, task_id)
+    return base, check_arrays(served(), parameters, reference.layers, task_id)
 
 
 def _stored(folder: Path, files: Sequence[str]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:

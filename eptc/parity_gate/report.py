@@ -64,6 +64,7 @@ class ParityReport:
         tasks: of an engine of several tasks, the report of each, by name; what they compared is
             in `tensors` and `decisions` as well.
         mixed: likewise, of batches whose rows are of several tasks.
+        mixes: whether there are such batches; not where each task has an engine of its own.
     """
 
     probes: tuple[Mapping[str, Any], ...]
@@ -80,6 +81,7 @@ class ParityReport:
     constant_gates: bool = False
     tasks: Mapping[str, ParityReport] = dataclasses.field(default_factory=dict)
     mixed: ParityReport | None = None
+    mixes: bool = True
 
     def of_tasks(
         self, tasks: Mapping[str, ParityReport], mixed: ParityReport | None
@@ -173,7 +175,7 @@ class ParityReport:
     @property
     def passed(self) -> bool:
         """Whether all that was compared agrees, and that was enough."""
-        if self.tasks and self.mixed is None:
+        if self.tasks and self.mixes and self.mixed is None:
             return False
         parts = [*self.tasks.values(), *([] if self.mixed is None else [self.mixed])]
         return self.agrees and self.unproven is None and all(part.passed for part in parts)

@@ -47,9 +47,15 @@ class Fields:
             raise self._wrong(key, value, "a non-empty string")
         return value
 
-    def schema_version(self, newest: int, what: str) -> int:
-        """Return the version of the object's form; one that is newer than known is refused."""
+    def schema_version(self, newest: int, what: str, *, oldest: int = 1) -> int:
+        """Return the version of the object's form; one that is not known is refused."""
         version = self.integer("schema_version", at_least=1)
+        if version < oldest:
+            raise BundleError(
+                f"{what} has schema version {version}",
+                expected=f"{oldest} or newer",
+                fix="build it again: no released version of eptc wrote it",
+            )
         if version > newest:
             raise BundleError(
                 f"{what} has schema version {version}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import stat
 from pathlib import Path
@@ -12,6 +13,7 @@ from eptc.errors import BundleError, TaskError
 from eptc.runtime.json_fields import Fields
 from eptc.runtime.routing import STATIC, RoutingSpec
 from eptc.runtime.row_tasks import check_tasks
+from eptc.runtime.seal import read_sealed
 from eptc.runtime.spec import (
     INTERFACES,
     MANIFEST,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SEALED_FROM",
     "Manifest",
     "bundle_file",
     "check_sizes",
@@ -40,7 +43,9 @@ __all__ = [
 
 Parsed = TypeVar("Parsed")
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
+# The first that has a hash of itself.
+SEALED_FROM: Final = 3
 
 _REBUILD: Final = "copy the bundle again, or build it again with `eptc export`"
 
@@ -263,7 +268,8 @@ def read_manifest(directory: str | Path) -> Manifest:
             expected=f"a {MANIFEST} in it",
             fix="make a bundle from a checkpoint with `eptc export`",
         )
-    return parsed(path, Manifest.from_json, _REBUILD)
+    read = functools.partial(read_sealed, read=Manifest.from_json, since=SEALED_FROM)
+    return parsed(path, read, _REBUILD)
 
 
 def parsed(path: Path, read: Callable[[object], Parsed], fix: str) -> Parsed:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from eptc.errors import BundleError
 from eptc.runtime.json_fields import Fields
 from eptc.runtime.manifest import Manifest, parsed
-from eptc.runtime.pack_spec import HeadSpec, LinearSpec, PackTask
+from eptc.runtime.pack_spec import ALIGNMENT, HeadSpec, LinearSpec, PackTask
+from eptc.runtime.seal import read_sealed
 from eptc.runtime.spec import INTERFACES, MANIFEST, PACK, FileRecord, GraphSpec, file_name
 from eptc.tasks import resolve
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PackManifest", "read_pack"]
 
-_SCHEMA: Final = 1
+# Since 2 with a hash of itself.
+_SCHEMA: Final = 2
 _REBUILD: Final = "copy the pack again, or build it again with `eptc export --layout pack`"
 
 
@@ -97,7 +100,7 @@ class PackManifest:
                 parts that contradict each other.
         """
         fields = Fields(data, "the pack's manifest")
-        version = fields.schema_version(_SCHEMA, "the pack")
+        version = fields.schema_version(_SCHEMA, "the pack", oldest=_SCHEMA)
         fields.choice("layout", ("pack",))
         found = cls(
             kind=fields.choice("kind", tuple(INTERFACES)),
@@ -154,19 +157,29 @@ class PackManifest:
         read += [spec.graphs for spec in self.heads.values()]
         if unknown := sorted({role for roles in read for role in roles} - set(self.graphs)):
             raise BundleError(f"the pack's manifest names the unknown graph {unknown[0]!r}")
-        room = self.files[self.weights].size
-        for path, spec in self.linears.items():
-            if spec.offset + 4 * spec.in_features * spec.out_features > room:
-                raise BundleError(
-                    f"the weight of {path} begins at byte {spec.offset} of {self.weights}",
-                    expected=f"the whole of it within {room} bytes",
-                )
+        self._check_places()
         taken = {*self.files, MANIFEST, PACK}
         for name, task in self.tasks.items():
             if task.file in taken:
                 raise BundleError(f"the file of task {name!r} is another's too: {task.file}")
             taken.add(task.file)
             self.engine(name).check()
+
+    def _check_places(self) -> None:
+        """Raise BundleError where weights do not lie in their file, or into one another."""
+        room = self.files[self.weights].size
+        end, before = 0, ""
+        for path, spec in sorted(self.linears.items(), key=lambda item: item[1].place):
+            begin, stop = spec.place
+            said = f"the weight of {path} begins at byte {begin} of {self.weights}"
+            if stop > room:
+                raise BundleError(said, expected=f"the whole of it within {room} bytes")
+            if begin % ALIGNMENT:
+                raise BundleError(said, expected=f"a multiple of {ALIGNMENT}")
+            # Linears that are tied have one weight.
+            if begin < end and spec.place != self.linears[before].place:
+                raise BundleError(said, expected=f"{end} or more, where that of {before} ends")
+            end, before = stop, path
 
     def name_of(self, wanted: str) -> str:
         """Return the name that a task has here.
@@ -240,4 +253,5 @@ def read_pack(directory: str | Path) -> PackManifest:
             expected=f"a folder with a {PACK} in it",
             fix="make one from a checkpoint with `eptc export --layout pack`",
         )
-    return parsed(path, PackManifest.from_json, _REBUILD)
+    read = functools.partial(read_sealed, read=PackManifest.from_json, since=_SCHEMA)
+    return parsed(path, read, _REBUILD)

@@ -14,10 +14,12 @@ from eptc.tasks import Task
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["LABELS", "HeadSpec", "LinearSpec", "PackTask"]
+__all__ = ["ALIGNMENT", "LABELS", "HeadSpec", "LinearSpec", "PackTask"]
 
 # The size of a head's parameter that differs from task to task.
 LABELS: Final = "labels"
+# Bytes: weights begin at multiples of it.
+ALIGNMENT: Final = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,11 @@ class LinearSpec:
     graphs: tuple[str, ...]
     offset: int
     transposed: bool
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where W begins and ends in the weights file, in bytes."""
+        return self.offset, self.offset + 4 * self.in_features * self.out_features
 
     @classmethod
     def from_json(cls, data: object, where: str) -> LinearSpec:

@@ -65,11 +65,13 @@ def read_tensors(folder: Path, manifest: PackManifest, name: str) -> dict[str, N
             fix=again,
         )
     try:
-        values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
+        values = adapter.get_parameters()
     except ort_errors() as error:
         raise BundleError(f"{path} is no adapter of ONNX Runtime: {error}", fix=again) from error
-    # Copies: the values may be views of what was read, which nothing keeps.
+    # Copies: the values may be views of what was read, which they do not keep.
     tensors = {key: np.array(value.numpy(), order="C") for key, value in values.items()}
+    del values, adapter  # in this order, and not before they are copied
     if problem := _problem(tensors, entry, manifest):
         raise BundleError(f"{path}: {problem}", fix=again)
     return tensors

@@ -9,7 +9,7 @@ from typing import Any
 from eptc.errors import BundleError, OptionError
 from eptc.files import sha256
 from eptc.runtime.graph import signature
-from eptc.runtime.manifest import Manifest, bundle_file, read_manifest
+from eptc.runtime.manifest import SEALED_FROM, Manifest, bundle_file, read_manifest
 from eptc.runtime.pack_manifest import PackManifest
 from eptc.runtime.providers import CPU
 from eptc.runtime.session import open_session
@@ -130,6 +130,8 @@ def _warnings(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     known = {MANIFEST, *manifest.files}
     extra = sorted(path.name for path in folder.iterdir() if path.name not in known)
     found = [f"{name} is not listed in the manifest" for name in extra]
+    if manifest.schema_version < SEALED_FROM:
+        found.append(f"{MANIFEST} is of an earlier version: a change of it would not be seen")
     if manifest.parity.get("verified") is not True:
         found.append("the engine was not compared with its reference when it was built")
     return tuple(found)

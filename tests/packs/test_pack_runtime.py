@@ -16,6 +16,7 @@ import pytest
 from eptc.errors import BundleError, InputError, OptionError, TaskError
 from eptc.runtime import Engine, Pack, load_manifest, read_pack, verify
 from eptc.runtime.pack import open_engine
+from eptc.runtime.seal import sealed
 from tests.packs.conftest import TEXTS, Packed
 
 Alone = Callable[[str], Path]
@@ -175,7 +176,7 @@ def _listed_as_tone(packed: Packed, content: bytes) -> None:
     manifest["tasks"]["tone"] |= {
         "size": len(content), "sha256": hashlib.sha256(content).hexdigest()
     }  # fmt: skip
-    (packed.path / "pack.json").write_text(json.dumps(manifest))
+    (packed.path / "pack.json").write_text(json.dumps(sealed(manifest)))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +290,9 @@ def test_verify_finds_what_is_wrong(packed: Packed) -> None:
         (lambda m: m.update(base={}), "base has no 'sha256'"),
         (lambda m: next(iter(m["linears"].values())).update(offset=10**9), "begins at byte"),
         (lambda m: m.update(weights="model.onnx"), "begins at byte"),
+        (lambda m: m.update(schema_version=1), "schema version 1"),
+        (lambda m: _moved(m, 4), "where that of .* ends"),
+        (lambda m: _moved(m, 2), "a multiple of 4"),
     ],
 )
 def test_a_damaged_manifest(
@@ -296,14 +300,55 @@ def test_a_damaged_manifest(
 ) -> None:
     manifest = packed.manifest()
     change(manifest)
-    (packed.path / "pack.json").write_text(json.dumps(manifest))
+    (packed.path / "pack.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(BundleError, match=said):
         Pack.load(packed.path)
 
 
+def _moved(manifest: dict[str, Any], by: int) -> None:
+    """Let the first weight begin some bytes into the next."""
+    first, following, *_ = sorted(manifest["linears"].values(), key=lambda each: each["offset"])
+    first["offset"] = following["offset"] + by
+
+
+def _another_place(manifest: dict[str, Any]) -> None:
+    """Let the last weight begin a number earlier or later, where no other linear is."""
+    last = max(manifest["linears"].values(), key=lambda linear: linear["offset"])
+    room = manifest["files"]["weights.bin"]["size"]
+    end = last["offset"] + 4 * last["in_features"] * last["out_features"]
+    last["offset"] += 4 if end + 4 <= room else -4
+
+
+def _transposed(manifest: dict[str, Any]) -> None:
+    linears = manifest["linears"].values()
+    square = next(each for each in linears if each["in_features"] == each["out_features"])
+    square["transposed"] = not square["transposed"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _another_place,
+        _transposed,
+        lambda m: m["tasks"]["tone"]["task"]["labels"].reverse(),
+        lambda m: m.pop("manifest_sha256"),
+    ],
+)
+def test_a_manifest_that_was_changed_later(
+    packed: Packed, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    """What would give wrong answers and contradicts nothing is found out by its hash."""
+    manifest = packed.manifest()
+    change(manifest)
+    (packed.path / "pack.json").write_text(json.dumps(manifest))
+    for use in (Pack.load, verify):
+        with pytest.raises(BundleError, match=r"was changed after|has no 'manifest_sha256'"):
+            use(packed.path)
+
+
 def test_a_manifest_comes_back_as_it_was(built_pack: Path) -> None:
-    text = (built_pack / "pack.json").read_text()
-    assert read_pack(built_pack).to_json() == json.loads(text)
+    data = json.loads((built_pack / "pack.json").read_text())
+    assert sealed(read_pack(built_pack).to_json()) == data
 
 
 def test_a_file_of_another_size(packed: Packed) -> None:

@@ -39,6 +39,16 @@ def several(small_native: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
+def pack(small_native: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of two tasks of the same checkpoint, for reading."""
+    out = tmp_path_factory.mktemp("packed") / "pack"
+    eptc.export(
+        small_native.ckpt, base=small_native.base, task="tone,score", layout="pack", out=out
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
 def page(small_native: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Return a function that writes a page about a bundle; gives its path and its content."""
 
@@ -61,4 +71,11 @@ def good_page(page: Callable[..., Any], tone: Path) -> tuple[Path, Any]:
 def bad_page(page: Callable[..., Any], damaged: Path) -> tuple[Path, Any]:
     """A page about the damaged bundle, and its content."""
     found: tuple[Path, Any] = page(damaged)
+    return found
+
+
+@pytest.fixture(scope="session")
+def pack_page(page: Callable[..., Any], pack: Path) -> tuple[Path, Any]:
+    """A page about the pack, and its content."""
+    found: tuple[Path, Any] = page(pack)
     return found

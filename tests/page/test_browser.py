@@ -80,6 +80,21 @@ def test_without_its_script(opened: Callable[..., Any], good_page: Any, bad_page
         assert page.locator("svg[role=img] desc").count() >= 5
 
 
+def test_a_pack(opened: Callable[..., Any], pack_page: Any) -> None:
+    """Each task, switched to and folded, and no two things of one id."""
+    path, content = pack_page
+    page = opened(path)
+    assert page.locator("h1").inner_text() == "tone, score"
+    assert column(page, "tensors", 1) == [what for what, _ in content.compared]
+    assert len(column(page, "checks", 1)) == len(content.outcomes)
+    ids = page.eval_on_selector_all("[id]", "all => all.map((one) => one.id)")
+    assert len(ids) == len(set(ids))
+    page.get_by_label("Show rows with").first.fill("score, folded")
+    shown = column(page, "checks", 2)
+    assert shown
+    assert all(which.startswith("score, folded") for which in shown)
+
+
 def test_sorting(opened: Callable[..., Any], bad_page: Any) -> None:
     path, content = bad_page
     page = opened(path)

@@ -24,6 +24,7 @@ from eptc.parity_gate import ParityReport, prove, refuse
 from eptc.parity_gate.reference import load_reference
 from eptc.runtime import Engine
 from eptc.runtime.manifest import read_manifest
+from eptc.runtime.seal import sealed
 
 Graphs = dict[str, ir.Model]
 Change = Callable[[Graphs], None]
@@ -500,7 +501,7 @@ def test_manifest_of_another_task(written: Any, check: Any, tmp_path: Path) -> N
     shutil.copytree(written("bert"), directory)
     data = json.loads((directory / "manifest.json").read_text())
     data["task"]["name"] = "another"
-    (directory / "manifest.json").write_text(json.dumps(data))
+    (directory / "manifest.json").write_text(json.dumps(sealed(data)))
     with pytest.raises(ParityError, match="the engine's task is"):
         check("bert", directory)
 
@@ -510,7 +511,7 @@ def test_interface_of_another_manifest(written: Any, check: Any, tmp_path: Path)
     shutil.copytree(written("llama-tiny"), directory)
     data = json.loads((directory / "manifest.json").read_text())
     data["graphs"]["model"]["outputs"].reverse()
-    (directory / "manifest.json").write_text(json.dumps(data))
+    (directory / "manifest.json").write_text(json.dumps(sealed(data)))
     with pytest.raises(ParityError, match="the outputs of model"):
         check("llama-tiny", directory)
 

@@ -15,6 +15,7 @@ import eptc
 from eptc import parity_gate
 from eptc.errors import BundleError, InputError, OptionError, ParityError, TaskError
 from eptc.nn import GateConfig
+from eptc.runtime.seal import sealed
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_edited_manifest(check: Any, copy: Path, key: str, value: Any, message: 
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["tokenizer"][key] = value
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
     with pytest.raises(ParityError, match=message):
         check(copy)
 
@@ -143,7 +144,7 @@ def test_unknown_task_of_the_manifest(check: Any, copy: Path) -> None:
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["task"]["name"] = "unheard-of"
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
     with pytest.raises(InputError) as raised:
         check(copy)
     assert raised.value.exit_code == 2

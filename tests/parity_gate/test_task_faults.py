@@ -323,7 +323,7 @@ def test_the_runtime_tells_rows_apart(
 
     monkeypatch.setattr(row_tasks.RowTasks, "at", at)
     assert "differs from the training tokenizer" in failure()
-    assert manifest.SCHEMA_VERSION == 2
+    assert manifest.SCHEMA_VERSION == 3
 
 
 def test_a_base_weight(failure: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:

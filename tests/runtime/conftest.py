@@ -23,6 +23,7 @@ from eptc.runtime import (
     TensorSpec,
     TokenizerSpec,
 )
+from eptc.runtime.seal import sealed
 from eptc.tasks import Task
 
 if TYPE_CHECKING:
@@ -141,7 +142,9 @@ def write_manifest(folder: Path, kind: str, **values: Any) -> Path:
         "checkpoint": {}, "base": {}, "tools": {}, "parity": {"verified": True},
     }  # fmt: skip
     manifest = Manifest(kind=kind, graphs=graphs, files=files, **(defaults | values))
-    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=2), encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps(sealed(manifest.to_json()), indent=2), encoding="utf-8"
+    )
     return folder
 
 

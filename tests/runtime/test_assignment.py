@@ -37,6 +37,13 @@ def session(record: bool) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=[CPU])
 
 
+needs_record = pytest.mark.skipif(
+    not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"),
+    reason=f"needs ONNX Runtime 1.24 or newer; this is {onnxruntime.__version__}",
+)
+
+
+@needs_record
 def test_a_session_says_where_its_nodes_run() -> None:
     nodes = assigned(session(record=True))
     assert nodes is not None
@@ -72,6 +79,7 @@ def test_what_fell_back(nodes: list[Assigned], wanted: list[str], reason: str | 
     assert reason is None or (found is not None and found.startswith(reason))
 
 
+@needs_record
 def test_a_session_that_fell_back_is_refused() -> None:
     """A real session on the CPU, judged as one that was asked to run on CUDA."""
     with pytest.raises(OptionError, match="1 of 4 nodes run on the CPU: MatMul") as refusal:

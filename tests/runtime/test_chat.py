@@ -14,6 +14,7 @@ import pytest
 from eptc.errors import BundleError, InputError, MissingExtraError, OptionError
 from eptc.runtime import MANIFEST, Engine, TextTooLongError
 from eptc.runtime.chat import ChatTemplate
+from eptc.runtime.seal import sealed
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 PLAIN = """\
@@ -140,7 +141,7 @@ def chatting(lowered_llama: Any, tmp_path_factory: pytest.TempPathFactory, rewri
     )  # fmt: skip
     data = json.loads((bundle / MANIFEST).read_text())
     data["tokenizer"] |= {"chat_template": "chat_template.jinja", "special_tokens": SPECIAL}
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(data)))
     return bundle
 
 
@@ -195,7 +196,7 @@ def test_missing_file(chatting: Path, tmp_path: Path) -> None:
         Engine.load(bundle, ["cpu"])
     data = json.loads((bundle / MANIFEST).read_text())
     del data["files"]["chat_template.jinja"]
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(data)))
     with pytest.raises(BundleError, match="is used but not listed"):
         Engine.load(bundle, ["cpu"])
 

@@ -12,6 +12,7 @@ import pytest
 
 from eptc.errors import BundleError, InternalError, TaskError
 from eptc.runtime import MANIFEST, Classification, Engine
+from eptc.runtime.seal import sealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +22,7 @@ def edited(bundle: Path, to: Path, change: Callable[[dict[str, Any]], object]) -
     copied = Path(shutil.copytree(bundle, to))
     data = json.loads((copied / MANIFEST).read_text())
     change(data)
-    (copied / MANIFEST).write_text(json.dumps(data))
+    (copied / MANIFEST).write_text(json.dumps(sealed(data)))
     return copied
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -17,6 +18,11 @@ from eptc.errors import InputError, OptionError
 from eptc.runtime import Engine
 from eptc.runtime.device_arrays import DeviceArray, check_uncaptured, shared
 from eptc.runtime.spec import GraphSpec, TensorSpec
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(onnxruntime.OrtValue, "from_dlpack"),
+    reason=f"needs an ONNX Runtime that speaks DLPack; this is {onnxruntime.__version__}",
+)
 
 IDS = torch.tensor([[4, 9, 5, 0], [7, 8, 0, 0]])
 FEEDS = {

@@ -13,6 +13,7 @@ import pytest
 
 from eptc.errors import InputError, InternalError, OptionError, TaskError
 from eptc.runtime import MANIFEST, Engine, decoding
+from eptc.runtime.seal import sealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,7 +93,7 @@ def test_equals_transformers(
     bundle = Path(shutil.copytree(lowered.path, tmp_path / "bundle"))
     data = json.loads((bundle / MANIFEST).read_text())
     data["generation"]["eos_token_id"] = stops
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(data)))
     with Engine.load(bundle, ["cpu"]) as engine:
         feeds = engine.tokenize(texts)
         answers = engine.generate(texts, 8)
@@ -286,7 +287,8 @@ def test_recorded_llama(golden: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     want = np.load(folder / "golden" / "task6.npz")
     path = built.path / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"task": None}))  # plain text
+    data = json.loads(path.read_text()) | {"task": None}  # plain text
+    path.write_text(json.dumps(sealed(data)))
     with Engine.load(built.path, ["cpu"]) as engine:
         answers = engine.generate([str(text) for text in want["prompts"]], 10)
     new = want["generated"][:, want["input_ids"].shape[1] :]
@@ -300,7 +302,7 @@ def test_outside_the_vocabulary(writer: Any, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(writer.path, tmp_path / "bundle"))
     data = json.loads((bundle / MANIFEST).read_text())
     data["vocab_size"] = 3
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(data)))
     with (
         Engine.load(bundle, ["cpu"]) as engine,
         pytest.raises(InputError, match="ids below 3"),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eptc.errors import BundleError
-from eptc.runtime import MANIFEST, SCHEMA_VERSION, Engine, Manifest, load_manifest
+from eptc.runtime import MANIFEST, SCHEMA_VERSION, Engine, Manifest, load_manifest, verify
+from eptc.runtime.seal import SEAL, sealed, unsealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,13 +25,13 @@ def bundle(classifier: Any, tmp_path: Path) -> Path:
 def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
     data = json.loads((bundle / MANIFEST).read_text())
     change(data)
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(data)))
 
 
 def test_round_trip(classifier: Any, writer: Any) -> None:
     """JSON values and the class say the same; nothing is lost on the way."""
     for toy in (classifier, writer):
-        data = json.loads((toy.path / MANIFEST).read_text())
+        data = unsealed(json.loads((toy.path / MANIFEST).read_text()))
         manifest = load_manifest(toy.path)
         assert manifest.to_json() == data
         assert Manifest.from_json(data) == manifest
@@ -54,7 +55,7 @@ def put(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
 
 RECORD = {"sha256": "0" * 64, "size": 1}
 REFUSED = {
-    "newer": (put(SCHEMA_VERSION + 1, "schema_version"), "schema version 3"),
+    "newer": (put(SCHEMA_VERSION + 1, "schema_version"), "schema version 4"),
     "version is a string": (put("1", "schema_version"), "'schema_version' is '1'"),
     "missing key": (rename("kind", "sort"), "no 'kind'"),
     "unknown key": (put(1, "tolls"), "unknown key 'tolls': did you mean 'tools'?"),
@@ -167,3 +168,40 @@ def test_the_folder_itself_may_be_a_link(bundle: Path) -> None:
     (bundle.parent / "current").symlink_to(bundle)
     with Engine.load(bundle.parent / "current", ["cpu"]) as engine:
         assert engine.classify(["the film"])
+
+
+CHANGED = {
+    "a token id": put(11, "tokenizer", "pad_token_id"),
+    "the order of labels": put(["neutral", "negative", "positive"], "task", "labels"),
+    "what is only told": put("another", "base", "name"),
+    "the version": put(2, "schema_version"),
+    "the hash": put("0" * 64, SEAL),
+    "no hash": lambda data: data.pop(SEAL),
+    "a hash that is none": put(None, SEAL),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_changed_later(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Whatever is changed in it without its hash, nothing is answered by it."""
+    data = json.loads((bundle / MANIFEST).read_text())
+    change(data)
+    (bundle / MANIFEST).write_text(json.dumps(data))
+    for use in (load_manifest, Engine.load, verify):
+        with pytest.raises(BundleError, match=r"was changed after|has no 'manifest_sha256'"):
+            use(bundle)
+
+
+def test_written_in_another_form(bundle: Path) -> None:
+    """The hash is of what is said: tools that sort keys or strip spaces change nothing."""
+    data = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(data, sort_keys=True, separators=(",", ":")))
+    assert load_manifest(bundle).to_json() == unsealed(data)
+
+
+def test_of_an_earlier_version(bundle: Path) -> None:
+    """It is read, and what cannot be known of it is said."""
+    data = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(unsealed(data) | {"schema_version": 2}))
+    assert load_manifest(bundle).schema_version == 2
+    assert "is of an earlier version" in verify(bundle).warnings[0]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eptc.runtime import MANIFEST, Engine
+from eptc.runtime.seal import sealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +84,7 @@ def test_labels(cli: Callable[..., Any], lowered_t5: Any) -> None:
 def test_class_without_a_name(cli: Callable[..., Any], classifier: Any, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(classifier.path, tmp_path / "bare"))
     data = json.loads((bundle / MANIFEST).read_text())
-    (bundle / MANIFEST).write_text(json.dumps(data | {"task": None}))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(data | {"task": None})))
     label, likely = cli("run", bundle, "the film").stdout.rstrip("\n").split("\t")
     assert label in "012"
     assert 0 < float(likely) <= 1

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from eptc.errors import InputError, TaskError
 from eptc.runtime import MANIFEST, Engine
 from eptc.runtime.scoring import Labels
+from eptc.runtime.seal import sealed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,7 @@ def labelled(lowered: Any, to: Path, labels: Sequence[str], **generation: Any) -
     data = json.loads((bundle / MANIFEST).read_text())
     data["task"] |= {"kind": "text-to-text", "labels": list(labels)}
     data["generation"] |= generation
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(data)))
     return bundle
 
 

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from eptc.errors import InputError, OptionError, TaskError
 from eptc.runtime import MANIFEST, Engine, TokenizerSpec, decoding
 from eptc.runtime.detokenize import StopText, TextStream
+from eptc.runtime.seal import sealed
 from eptc.runtime.tokenizer import TextTokenizer
 
 TEXTS = (
@@ -195,7 +196,7 @@ def test_special_token_by_name(lowered_llama: Any, tmp_path: Path) -> None:
     words.save(str(file))
     data = json.loads((bundle / MANIFEST).read_text())
     data["files"]["tokenizer.json"]["size"] = file.stat().st_size
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(data)))
     with Engine.load(bundle, ["cpu"]) as engine:
         (answer,) = engine.generate(["rain"], 10, stop=[name])
         assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]

@@ -11,6 +11,7 @@ import pytest
 
 from eptc.errors import BundleError
 from eptc.runtime import MANIFEST, load_manifest, verify
+from eptc.runtime.seal import sealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,13 +92,13 @@ def test_what_hashes_do_not_see(bundle: Path, rewrite: Callable[..., Path]) -> N
     changed = json.loads(data.read_text())
     changed["graphs"]["model"]["inputs"][0]["dtype"] = "int32"
     changed["graphs"]["model"]["outputs"][0]["shape"] = ["batch", 3]
-    data.write_text(json.dumps(changed))
+    data.write_text(json.dumps(sealed(changed)))
     problem = verify(bundle).problems[0]
     assert "('input_ids', 'int64') instead of ('input_ids', 'int32')" in problem
 
     changed["graphs"]["model"]["inputs"][0]["dtype"] = "int64"
     changed["graphs"]["model"]["outputs"][0]["shape"] = ["batch", 4]
-    data.write_text(json.dumps(changed))
+    data.write_text(json.dumps(sealed(changed)))
     assert "logits has shape ['batch', 3] instead of ['batch', 4]" in verify(bundle).problems[0]
 
 
@@ -106,7 +107,7 @@ def test_warnings(bundle: Path) -> None:
     (bundle / "notes.txt").write_text("mine")
     data = json.loads((bundle / MANIFEST).read_text())
     data["parity"] = {"verified": False}
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(data)))
     report = verify(bundle)
     assert report.ok
     assert "notes.txt is not listed in the manifest" in report.warnings[0]
