@@ -388,7 +388,8 @@ def _write_tucka(folders: Folders, kind: str, settings: dict[str, Any]) -> None:
     }  # fmt: skip
     r, k, t, p = (config[key] for key in "rktp")
     names = (
-        "q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "pos_query_proj", "dense",
+        "q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "pos_query_proj",
+        "dense",
     )  # fmt: skip
     tensors: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]), _no_progress_bars():

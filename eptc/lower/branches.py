@@ -118,8 +118,8 @@ def _check_rows(router: InputRouter, call: Call) -> None:
     assert call.x.shape is not None
     if router.unit == "row" and isinstance(call.x.shape[0], int):
         raise CheckpointError(
-            f"{call.path} reads no row of the batch: its input is {call.x.name}, and each row has a "
-            "route of its own",
+            f"{call.path} reads no row of the batch: its input is {call.x.name}, and each row has "
+            "a route of its own",
             expected="one route for the batch, or adapters of linears that read each row",
             fix="give --routing exact; batch size 1 is the answer to a text alone",
         )
