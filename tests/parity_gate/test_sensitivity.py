@@ -41,7 +41,7 @@ def test_bounds_follow_what_rounding_moves(moved: float, relative: float) -> Non
     """Four times that; never less than the usual bound, never as much as a fault."""
     want = np.array([[1.0, -20.0, 3.0]], np.float32)
     nudged = want.astype(np.float64) + np.array([[20 * moved, 0.0, 0.0]])
-    found = widened(FP32, want, nudged, None)  # type: ignore[arg-type]
+    found = widened(FP32, want, nudged, None)
     assert found.relative == pytest.approx(relative, rel=1e-6)
 
 
