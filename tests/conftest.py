@@ -179,8 +179,8 @@ def copy_native(small_native: Folders, tmp_path: Path) -> Folders:
 def write_tucka(tmp_path: Path) -> Callable[..., Folders]:
     """Return a function that writes a TuckA adapter as its authors' code does, and its base.
 
-    On a `bert` or `deberta-v2` classifier or a `llama`, of two layers; further arguments are
-    entries of its configuration.
+    On a `bert` or `deberta-v2` classifier or a `llama`, of two layers; `deberta-v2-positions` has
+    linears of their own for positions. Further arguments are entries of its configuration.
     """
 
     def write(kind: str = "bert", **settings: Any) -> Folders:
@@ -370,14 +370,14 @@ def _tucka_base(kind: str) -> Any:
     if kind == "llama":
         config = transformers.LlamaConfig(**_TUCKA_SHAPE, num_key_value_heads=1)
         return transformers.LlamaForCausalLM(config)
-    if kind == "deberta-v2":
+    if kind.startswith("deberta-v2"):
         config = transformers.DebertaV2Config(
             **_TUCKA_SHAPE,
             relative_attention=True,
             position_biased_input=False,
             pos_att_type=["p2c", "c2p"],
             norm_rel_ebd="layer_norm",
-            share_att_key=True,
+            share_att_key=kind == "deberta-v2",
             position_buckets=4,
             max_relative_positions=12,
         )
@@ -395,7 +395,10 @@ def _write_tucka(folders: Folders, kind: str, settings: dict[str, Any]) -> None:
         "r": 4, "k": 3, "t": 2, "p": 2, "alpha": 6, "use_alb": False, **settings,
     }  # fmt: skip
     r, k, t, p = (config[key] for key in "rktp")
-    names = ("q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "dense")
+    names = (
+        "q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "pos_query_proj",
+        "dense",
+    )  # fmt: skip
     tensors: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]), _no_progress_bars():
         torch.manual_seed(1)

@@ -264,3 +264,15 @@ def test_groups_of_one_expert_pass_the_gate(write_tucka: Any) -> None:
     folders = write_tucka("deberta-v2", k=1, t=1)
     eptc.export(folders.ckpt, base=folders.base, out=folders.out, optimize_for="any")
     assert eptc.parity(folders.out, reference=folders.ckpt, base=folders.base).passed
+
+
+def test_positions_have_no_route_of_a_row(write_tucka: Any, cli: Any) -> None:
+    """DeBERTa's table of positions is projected once for all rows: under one route, or none."""
+    folders = write_tucka("deberta-v2-positions")
+    command = ["export", folders.ckpt, "--base", folders.base, "-o", folders.out]
+    refused = cli(*command, "--routing", "per-sample")
+    assert refused.code == 2
+    assert "layer.0.attention.self.pos_query_proj reads no row of the batch" in refused.stderr
+    assert not folders.out.exists()
+    eptc.export(folders.ckpt, base=folders.base, out=folders.out)
+    assert eptc.parity(folders.out, reference=folders.ckpt, base=folders.base).passed

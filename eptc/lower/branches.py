@@ -76,7 +76,8 @@ def insert_branches(
         How many executions of a linear got branches.
 
     Raises:
-        CheckpointError: a linear comes before the one whose input its router reads.
+        CheckpointError: a linear comes before the one whose input its router reads, or has no
+            rows where each row has its own route.
     """
     left = {path: adapter for path, adapter in adapters.items() if adapter.branches}
     routes: dict[InputRouter, ir.Value | Gates] = {}
@@ -104,8 +105,21 @@ def insert_branches(
             fixed.append((call, route))
             continue
         route.meta.setdefault(_ROUTED, []).append(call.path)
+        _check_rows(router, call)
         add_to(call, BRANCHES[type(adapter.branches[0].delta)](adapter, route, call))
     for value in made:
         join_mixing(value)
     model.graph.meta[_MERGED] = merge(fixed, found, left, weights, dtype)
     return len(found)
+
+
+def _check_rows(router: InputRouter, call: Call) -> None:
+    """Refuse a route for each row where a linear is executed once for all of them."""
+    assert call.x.shape is not None
+    if router.unit == "row" and isinstance(call.x.shape[0], int):
+        raise CheckpointError(
+            f"{call.path} reads no row of the batch: its input is {call.x.name}, and each row has "
+            "a route of its own",
+            expected="one route for the batch, or adapters of linears that read each row",
+            fix="give --routing exact; batch size 1 is the answer to a text alone",
+        )
