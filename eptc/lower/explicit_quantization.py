@@ -71,7 +71,7 @@ def _wrong_scale(node: ir.Node, x: ir.Value, scale: ir.Value, zero: ir.Value) ->
         return "has several scales for an activation"
     elif node.op_identifier() == _DQ:
         maker = x.producer()
-        if maker is None or maker.op_identifier() != _Q or maker.inputs[1:] != (scale, zero):
+        if maker is None or maker.op_identifier() != _Q or maker.inputs[1] is not scale:
             return "has another scale than what quantized its input"
     if node.op_identifier() == _DQ and any(
         user.op_type == "Cast" for user in node.outputs[0].consumers()

@@ -130,6 +130,13 @@ def test_refuses_what_is_not_finite(bad: float) -> None:
         quantize_float8(np.array([[1.0, bad]]), name="w")
 
 
+def test_refuses_what_is_not_finite_behind_the_first_that_is_converted() -> None:
+    weight = np.ones((300, 500))
+    weight[-1, -1] = np.nan
+    with pytest.raises(BaseModelError, match="not finite"):
+        quantize_float8(weight)
+
+
 def test_is_lazy_and_rounds_what_was_before_float32() -> None:
     """A number that float32 would move to half way is rounded from its float64."""
     array = np.array([[448.0, 1 + 2.0**-4 + 2.0**-30]])

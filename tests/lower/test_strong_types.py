@@ -34,7 +34,11 @@ FAULTS = {
 }  # fmt: skip
 SOUND = (
     "(float[n] x, float16[n] h, int64[n] i, bool[n] b) => (float[n] y, float[n] w) { "
-    "c = Cast <to = 1> (h) y = Add(x, c) g = Gather(x, i) w = Where(b, g, c) s = Shape(h) }"
+    "c = Cast <to = 1> (h) y = Add(x, c) g = Gather(x, i) w = Where(b, g, c) s = Shape(h) "
+    "k = Constant <value = int64 {2}> () "
+    "p, q = Loop (k, , x, h) <body = body (int64 j, bool go, float[n] px, float16[n] ph) "
+    "=> (bool on, float[n] py, float16[n] pz) "
+    "{ on = Identity(go) py = Neg(px) pz = Identity(ph) }> }"
 )
 
 

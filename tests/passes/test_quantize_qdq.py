@@ -260,6 +260,25 @@ def _negative(model: ir.Model) -> None:
     )
 
 
+def _zero(model: ir.Model) -> None:
+    for op_type in ("QuantizeLinear", "DequantizeLinear"):
+        _inputs(model, op_type, "x").replace_input_with(
+            1, _constant(model, op_type, np.array(0, np.float32))
+        )
+
+
+def _narrow(model: ir.Model) -> None:
+    scale = _constant(model, "half", np.array(1, np.float16))
+    for op_type in ("QuantizeLinear", "DequantizeLinear"):
+        _inputs(model, op_type, "x").replace_input_with(1, scale)
+
+
+def _several(model: ir.Model) -> None:
+    scales = _constant(model, "scales", np.ones(32, np.float32))
+    for op_type in ("QuantizeLinear", "DequantizeLinear"):
+        _inputs(model, op_type, "x").replace_input_with(1, scales)
+
+
 def _left_out(model: ir.Model) -> None:
     _inputs(model, "DequantizeLinear", "W").resize_inputs(2)
 
@@ -293,6 +312,9 @@ FAULTS: dict[str, tuple[Callable[[ir.Model], None], str]] = {
     "the scale of another weight": (_scale_of_another_weight, "has 32 scales along axis 1"),
     "the wrong axis": (_axis, r"48 scales along axis 0 of a weight \[32, 48\]"),
     "a negative scale": (_negative, "not above 0"),
+    "a scale of 0": (_zero, "not above 0"),
+    "a scale in 16 bits": (_narrow, "has a scale of FLOAT16, expected float32"),
+    "several scales for an activation": (_several, "several scales"),
     "no zero point": (_left_out, "leaves out"),
     "a cast before the product": (_cast_first, "cast before they are multiplied"),
     "a scale of another type": (_of_16_bits, "a scale of BFLOAT16, expected float32 or float16"),

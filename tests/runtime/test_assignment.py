@@ -66,6 +66,11 @@ FELL: dict[str, tuple[list[Assigned], list[str], str | None]] = {
         on(CUDA, "MatMul") + on(CPU, "Shape", "MatMulInteger"), [CUDA],
         "1 of 3 nodes run on the CPU: MatMulInteger (layer.0/MatMulInteger)",
     ),
+    "more than are named": (
+        on(CPU, "Erf", "MatMul", "Softmax", "Tanh"), [CUDA],
+        "4 of 4 nodes run on the CPU: Erf, MatMul, Softmax, Tanh "
+        "(layer.0/Erf, layer.0/MatMul, layer.0/Softmax)",
+    ),
     "the CPU was listed": (on(CUDA, "Erf") + on(CPU, "MatMul"), [CUDA, CPU], "1 of 2 nodes"),
     "nothing on it": (on(CUDA, "MatMul"), [TENSORRT, CUDA], "none of 1 nodes runs on it"),
     "only shapes on it": (on(CPU, "Shape"), [CUDA], "none of 1 nodes runs on it"),

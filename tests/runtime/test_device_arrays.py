@@ -48,6 +48,7 @@ def test_the_same_answers_as_numpy(engine: Engine) -> None:
     np.testing.assert_array_equal(np.from_dlpack(logits), expected["logits"])
     np.testing.assert_array_equal(np.asarray(logits), expected["logits"])
     assert np.array(logits, dtype=np.float64).dtype == np.float64
+    assert not np.shares_memory(np.array(logits, copy=True), logits.numpy())
     assert repr(logits) == "<DeviceArray float32 [2, 3] on cpu>"
     mixed = engine.run_device({**FEEDS, "attention_mask": FEEDS["attention_mask"].numpy()})
     np.testing.assert_array_equal(np.asarray(mixed["logits"]), expected["logits"])
@@ -92,6 +93,14 @@ def test_feeds_may_go_once_they_are_given() -> None:
     others = [torch.full((200_000,), 3) for _ in range(8)]
     assert (value.numpy() == 5).all()
     del others
+
+
+def test_what_numpy_does_not_have() -> None:
+    """A cache in bfloat16: its numbers are not looked at."""
+    spec = GraphSpec("", (TensorSpec("x", "bfloat16", ("n",)),), ())
+    given = torch.ones(3, dtype=torch.bfloat16)
+    found = shared({"x": given}, "model", spec, ("cpu", 0), None)["x"]
+    assert (found.data_ptr(), found.shape()) == (given.data_ptr(), [3])
 
 
 def test_outputs_outlive_the_engine(classifier: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -15,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from eptc.errors import InputError, OptionError, TaskError
 from eptc.runtime import Engine
+from eptc.runtime.fixed_shape import fixed_shape
 from eptc.runtime.manifest import load_manifest
 from eptc.runtime.seal import sealed
 
@@ -79,6 +81,19 @@ def test_buffers_start_as_padding(engine: Engine) -> None:
     assert not fixed.inputs["input_ids"].numpy().any()
     fixed.replay()
     assert np.isfinite(fixed.outputs["logits"].numpy()).all()
+
+
+def test_padding_is_the_tokenizer_s(engine: Engine) -> None:
+    """Some models count positions by it."""
+    tokenizer = engine.manifest.tokenizer
+    assert tokenizer is not None
+    padded_by = dataclasses.replace(tokenizer, pad_token_id=3)
+    manifest = dataclasses.replace(engine.manifest, tokenizer=padded_by)
+    fixed = fixed_shape(engine._graphs["model"], manifest, 2, 3)
+    assert fixed.inputs["input_ids"].numpy().tolist() == [[3] * 3] * 2
+    fixed.run({name: np.ones((1, 2), np.int64) for name in fixed.inputs})
+    assert fixed.inputs["input_ids"].numpy().tolist() == [[1, 1, 3], [3, 3, 3]]
+    assert fixed.inputs["token_type_ids"].numpy().tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
 def test_shapes_beside_one_another(engine: Engine, sentences: Any) -> None:

@@ -215,6 +215,9 @@ WRONG_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "different": ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, "sequence is 1"),
     "outside the vocabulary": ({"input_ids": [[400]], "attention_mask": [[1]]}, "the token 400"),
     "padded on the right": ({"input_ids": [[5, 0]], "attention_mask": [[1, 0]]}, "ends with"),
+    "one of two padded on the right": (
+        {"input_ids": [[5, 0], [5, 6]], "attention_mask": [[1, 0], [1, 1]]}, "ends with",
+    ),
     "a row of padding": (
         {"input_ids": [[5], [0]], "attention_mask": [[1], [0]]}, "a row of zeros",
     ),

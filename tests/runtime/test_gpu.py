@@ -57,8 +57,8 @@ TENSORRT = "int getInferLibVersion(void) { return VERSION; }\n"
 
 SAY = """
 import dataclasses, json, sys
-from eptc.errors import InternalError
-from eptc.runtime import gpu
+from eptc.errors import InternalError, OptionError
+from eptc.runtime import engine_cache, gpu
 driver = gpu.find_driver()
 found = {"driver": driver if isinstance(driver, str) else dataclasses.asdict(driver)}
 found["tensorrt"] = [gpu.tensorrt_version(None), gpu.tensorrt_version(10)]
@@ -70,6 +70,12 @@ if not isinstance(driver, str):
             found["waits"].append(gpu.wait_for_device(device))
         except InternalError as error:
             found["waits"].append(error.found)
+found["builders"] = []
+for device in (1, 2):
+    try:
+        found["builders"].append(dataclasses.asdict(engine_cache.this_builder(device)))
+    except OptionError as error:
+        found["builders"].append(str(error))
 print(json.dumps(found))
 """
 
@@ -110,6 +116,12 @@ def test_driver_and_devices(tmp_path: Path) -> None:
     assert found["tensorrt"] == ["10.9.0", "10.9.0"]
     other = "it is built for TensorRT 8, and what is installed is TensorRT 10"
     assert found["loads"] == [None, other, None]
+    # Engines are built for the GPU that was named.
+    builder, refusal = found["builders"]
+    assert (builder["gpu"], builder["compute_capability"]) == ("NVIDIA L4", "8.9")
+    assert (builder["driver"], builder["tensorrt"]) == ("570.86.10", "10.9.0")
+    assert "device_id is 2" in refusal
+    assert "0 to 1" in refusal
     # It waits in the context of the device that was named.
     assert found["waits"][0] is None
     assert found["waits"][1].startswith("CUDA device 0 does not answer: no such luck (7)")

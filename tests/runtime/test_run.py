@@ -73,6 +73,16 @@ def test_refused(
         engine.run(GOOD)
 
 
+def test_the_vocabulary_ends(classifier: Any) -> None:
+    """Its size is no token any more, on any provider: CUDA would read zeros there."""
+    with Engine.load(classifier.path, ["cpu"]) as engine:
+        size = engine.manifest.vocab_size
+        assert size is not None
+        engine.run(GOOD | {"input_ids": np.full_like(IDS, size - 1)})
+        with pytest.raises(InputError, match=f"the token {size}"):
+            engine.run(GOOD | {"input_ids": np.full_like(IDS, size)})
+
+
 def test_graph_names(classifier: Any, lowered_t5: Any) -> None:
     """One graph needs no name; several do."""
     with (
@@ -117,5 +127,7 @@ def test_mask_covers_past_and_new(writer: Any) -> None:
         with pytest.raises(InputError, match="covers 1 tokens") as refusal:
             engine.run(feeds | {"attention_mask": [[1]]})
         assert "2 cached + 1 new" in str(refusal.value)
+        with pytest.raises(InputError, match="covers 4 tokens"):
+            engine.run(feeds | {"attention_mask": [[1, 1, 1, 1]]})
         with pytest.raises(InputError, match="float64"):
             engine.run(feeds | {"past_key_values.0.key": np.ones((1, 1, 2, 8))})

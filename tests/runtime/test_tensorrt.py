@@ -61,6 +61,9 @@ PROFILES: dict[str, tuple[dict[str, Any], str]] = {
     "a fixed size": (
         {"past": {k: [1, 3, 4, 8] for k in ("min", "opt", "max")}}, "has [1, 3, 4, 8]",
     ),
+    "a smaller fixed size": (
+        {"past": {k: [1, 1, 4, 8] for k in ("min", "opt", "max")}}, "has [1, 1, 4, 8]",
+    ),
     "out of order": (
         {"input_ids": {"min": [1, 9], "opt": [8, 8], "max": [8, 16]}}, "[1, 9]",
     ),
@@ -93,6 +96,11 @@ def test_options_of_a_graph(tmp_path: Path) -> None:
         "trt_fp16_enable": "1", "trt_max_workspace_size": str(3 << 29),
         **profile_options(SHAPES, SPEC), "trt_builder_optimization_level": 5, "device_id": 1,
     }  # fmt: skip
+    shorter = {"trt_profile_max_shapes": "input_ids:2x2"}  # of the provider's own, it wins
+    found = TensorRtOptions.read({"profiles": {"model": SHAPES}, **shorter}).for_graph(
+        tmp_path, "model", SPEC, "fp32"
+    )
+    assert found == {**profile_options(SHAPES, SPEC), **shorter}
     plain = TensorRtOptions.read({})
     assert plain.for_graph(tmp_path, "model", SPEC, "fp32") == {}
     assert plain.for_graph(tmp_path, "model", SPEC, "int8-static") == {"trt_int8_enable": "1"}
@@ -101,6 +109,14 @@ def test_options_of_a_graph(tmp_path: Path) -> None:
     assert plain.for_graph(tmp_path, "model", SPEC, "bf16") == {"trt_bf16_enable": "1"}
     with pytest.raises(OptionError, match="no profile of graph 'decoder'"):
         settings.for_graph(tmp_path, "decoder", SPEC, "fp32")
+
+
+def test_options_that_say_nothing_new(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder of the user's home, and what is off by default."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TensorRtOptions.read({"cache": "~/engines"}).cache == tmp_path / "engines"
+    for off in ("0", 0, "False", False):
+        assert TensorRtOptions.read({"trt_cuda_graph_enable": off}).cache is None
 
 
 def test_profiles_of_the_bundle(tmp_path: Path) -> None:
@@ -172,15 +188,19 @@ def test_a_cache_for_each_machine(bundle: Path, tmp_path: Path) -> None:
     again = kept(bundle, cache=cache)
     assert (first.engine, again.engine) == (None, entry)
     assert again.options == first.options
-    others = {entry}
+    others, timings = {entry}, {first.options["trt_timing_cache_path"]}
     for change in (
         {"gpu": "NVIDIA L4"}, {"compute_capability": "8.9"}, {"driver": "550.1"},
         {"tensorrt": "10.3.0"}, {"onnxruntime": "1.24.0"},
     ):  # fmt: skip
         other = kept(bundle, dataclasses.replace(HERE, **change), cache=cache)
         others.add(Path(other.options["trt_engine_cache_path"]))
-    others.add(Path(kept(bundle, cache=cache, workspace_gb=1).options["trt_engine_cache_path"]))
+        timings.add(other.options["trt_timing_cache_path"])
+    assert len(timings) == 6
+    larger = kept(bundle, cache=cache, workspace_gb=1).options
+    others.add(Path(larger["trt_engine_cache_path"]))
     assert len(others) == 7
+    assert larger["trt_timing_cache_path"] in timings  # which all graphs of a machine share
     stream = kept(bundle, cache=cache, user_compute_stream="123")
     assert stream.options["trt_engine_cache_path"] == str(entry)
 
@@ -300,6 +320,19 @@ def test_an_engine_that_does_not_load(
     assert f"remove {entry}: a process that was killed" in refused()
 
 
+def test_a_damaged_bundle_is_not_kept(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine would outlive it, under the sound one's name."""
+    monkeypatch.setattr("eptc.runtime.engine_sessions.this_builder", lambda _: HERE)
+    data = bytearray((bundle / "weights.bin").read_bytes())
+    data[-1] ^= 1
+    (bundle / "weights.bin").write_bytes(bytes(data))
+    requests = [("TensorrtExecutionProvider", {"cache": tmp_path / "engines"})]
+    with pytest.raises(BundleError, match=r"weights\.bin is not what was written"):
+        open_with_engines(bundle, load_manifest(bundle), "model", requests, 1)
+
+
 CHANGES = {
     "gpu": ("NVIDIA L4", "another GPU: NVIDIA A10G"),
     "compute_capability": ("8.9", "another compute capability: 8.6"),
@@ -362,8 +395,9 @@ def test_folded_engines_are_not_kept() -> None:
         ),
         cpu,
     ]
-    with pytest.raises(OptionError, match="a folded task"):
-        uncached([(tensorrt, {"cache": "x"})], "fp32")
+    for own in ({"cache": "x"}, {"context": "x"}, {"profiles": {"model": TEXTS}}):
+        with pytest.raises(OptionError, match="a folded task"):
+            uncached([(tensorrt, own)], "fp32")
 
 
 def test_this_builder() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
+from eptc.tensorrt import build_engine
 from eptc.tensorrt.build_engine import RECORD, BuildError, package, record, with_earlier
+from eptc.tensorrt.record import EngineFile, Here, read_record
 from eptc.tensorrt.target import missing
 
 
@@ -30,6 +34,25 @@ def test_nothing_to_record(tmp_path: Path) -> None:
         record(tmp_path, {"model": {"file": "model.onnx"}})
 
 
+def test_what_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hashes of an engine and of its graph; a graph without an engine is left out."""
+    by = {"gpu": "L4", "compute_capability": "8.9", "driver": "570.86.10"}
+    monkeypatch.setattr(build_engine, "machine", lambda: by)
+    trt = types.SimpleNamespace(__version__="10.15.1")
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    for name in ("encoder.onnx", "decoder.onnx", "decoder.engine"):
+        (tmp_path / name).write_text(name)
+    found = record(tmp_path, {r: {"file": f"{r}.onnx"} for r in ("encoder", "decoder")})
+    digests = {
+        name: hashlib.sha256(name.encode()).hexdigest()
+        for name in ("decoder.engine", "decoder.onnx")
+    }
+    (tmp_path / RECORD).write_text(json.dumps(found))
+    read = read_record(tmp_path)
+    assert read.by == Here("10.15.1", **by)
+    assert read.engines == {"decoder": EngineFile("decoder.engine", *digests.values())}
+
+
 @pytest.mark.parametrize(
     ("before", "engines"),
     [
@@ -39,6 +62,7 @@ def test_nothing_to_record(tmp_path: Path) -> None:
         ('{"gpu": "L4", "tensorrt": "10.15", "engines": {"encoder": 1, "decoder": 1}}',
          ["decoder", "encoder"]),
         ('{"gpu": "L4", "tensorrt": "10.14", "engines": {"encoder": 1}}', ["decoder"]),
+        ('{"gpu": "A10G", "tensorrt": "10.15", "engines": {"encoder": 1}}', ["decoder"]),
     ],
 )  # fmt: skip
 def test_one_graph_at_a_time(before: str | None, engines: list[str], tmp_path: Path) -> None:

@@ -82,6 +82,9 @@ TAKEN = {
         more="<float scale = {0.5}, int8 zero = {0}>",
     ),
     "axes": graph("y = ReduceMean(x, axes)", output="float[1] y", more="<int64[1] axes = {0}>"),
+    "axes of a Constant": graph(
+        "axes = Constant<value_ints = [0]>() y = ReduceMean(x, axes)", output="float[1] y"
+    ),
 }
 
 
@@ -115,6 +118,19 @@ REFUSED = {
             more="<float scale = {0.5}, int8 zero = {3}>",
         ),
         "its zero point is not 0",
+    ),
+    "zero point of what is stored": (
+        graph(
+            "y = DequantizeLinear(w, scale, zero)", output="float[2] y",
+            more="<int8[2] w = {1, 2}, float scale = {0.5}, int8 zero = {3}>",
+        ),
+        "its zero point is not 0",
+    ),
+    "what ConstantOfShape makes": (
+        graph(
+            "s = Shape(x) y = ConstantOfShape<value = double[1] {1}>(s)", output="double[n] y"
+        ),
+        "DOUBLE is not among",
     ),
     "computed axes": (
         graph("y = ReduceMean(x, axes)", "float[n] x, int64[1] axes", "float[1] y"),

@@ -122,6 +122,16 @@ def test_lengths_of_texts(manifest: Manifest) -> None:
     assert ranges(manifest, [30], said)["sequence"] == said["sequence"]
 
 
+@pytest.mark.parametrize(("positions", "high"), [(100, 100), (4096, 512), (None, 512)])
+def test_texts_that_nothing_tells_of(manifest: Manifest, positions: int | None, high: int) -> None:
+    """Without texts or a tokenizer: what there are positions for, and no more than is usual."""
+    of = dataclasses.replace(decoder(manifest, positions), tokenizer=None)
+    most = high + 20 if positions is None else min(high + 20, positions)
+    found = ranges(of, [], {})
+    assert found["sequence"].high == high
+    assert found["past_sequence"].high == most - 1
+
+
 @given(
     lengths=st.lists(st.integers(0, 200), max_size=5),
     positions=st.none() | st.integers(201, 400),
@@ -188,6 +198,7 @@ def test_prompts_before_the_text(manifest: Manifest) -> None:
     assert shapes["decoder"]["cross"]["max"] == [32, 2, 12, width]
     assert shapes["decoder"]["cross"]["min"] == [1, 2, 5, width]
     assert shapes["decoder"]["input_ids"]["max"] == [32, 20]
+    assert shapes["decoder"]["past"]["max"] == [32, 2, 20, width]
     names = ["batch", "sequence", "encoder_sequence"]
     with pytest.raises(OptionError, match="the text and the prompts before it"):
         check_given(parse_profiles(["encoder_sequence=1:2:3"]), names, None, prompted.kind)
