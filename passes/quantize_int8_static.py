@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from eptc.lower.int8 import activation
-from eptc.lower.int8_nodes import node, read_rows, store, turned
+from eptc.lower.int8_nodes import add_bias, node, read_rows, store, turned
 from eptc.lower.int8_pass import Int8Pass
 from eptc.lower.quantizable import Product, Quantizable
 from eptc.lower.ranges import Ranges, digest, round_products, with_ranges
@@ -65,7 +65,7 @@ class QuantizeInt8Static(Int8Pass):
             graph,
             step=self._step,
             store=functools.partial(store, graph=graph, largest=self.largest),
-            weight=self._weight,
+            multiply=self._multiply,
         )
         for site in sites:
             read_rows(site, scales[site.weight], graph)
@@ -80,8 +80,9 @@ class QuantizeInt8Static(Int8Pass):
         name = str(product.x.name)
         return activation(*self.ranges[name], symmetric=False, name=name)
 
-    def _weight(self, site: Quantizable, product: Product, scale: ir.Value) -> ir.Value:
-        """Return the weight as the product reads it."""
+    def _multiply(self, site: Quantizable, product: Product, x: ir.Value, scale: ir.Value) -> None:
+        """Let a product read a rounded activation and its weight's integers."""
         # Turned before: ONNX Runtime knows a product of two DequantizeLinear.
         inputs, axis = [turned(site, product), scale], {"axis": 1}
-        return node(product.node, "DequantizeLinear", inputs, [_FLOAT], axis)[0]
+        weight = node(product.node, "DequantizeLinear", inputs, [_FLOAT], axis)[0]
+        add_bias(product, node(product.node, "MatMul", [x, weight], [_FLOAT])[0])

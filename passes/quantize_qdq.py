@@ -13,7 +13,7 @@ import onnx_ir as ir
 from eptc.errors import OptionError
 from eptc.lower import float8, int8
 from eptc.lower.edit import constant
-from eptc.lower.int8_nodes import node, register_scale
+from eptc.lower.int8_nodes import add_bias, node, register_scale
 from eptc.lower.quantizable import Product, Quantizable, quantizable
 from eptc.lower.ranges import Ranges, digest, round_products, with_ranges
 from eptc.pass_base import QuantizingPass
@@ -80,8 +80,8 @@ class QuantizeQdq(QuantizingPass):
         graph = model.graph
         sites = self.sites(graph, self.left)
         store = functools.partial(self._store, graph=graph)
-        weight = functools.partial(self._weight, graph=graph)
-        round_products(sites, graph, step=self._step, store=store, weight=weight)
+        multiply = functools.partial(self._multiply, graph=graph)
+        round_products(sites, graph, step=self._step, store=store, multiply=multiply)
         return len(sites)
 
     def sites(self, graph: ir.Graph, left: Callable[[str, str], None]) -> list[Quantizable]:
@@ -115,8 +115,21 @@ class QuantizeQdq(QuantizingPass):
         site.weight.const_value, site.weight.type = stored, ir.TensorType(stored.dtype)
         return register_scale(scale, graph)
 
+    def _multiply(
+        self,
+        site: Quantizable,
+        product: Product,
+        x: ir.Value,
+        scale: ir.Value,
+        *,
+        graph: ir.Graph,
+    ) -> None:
+        """Let a product read a rounded activation and its weight of 8 bits."""
+        weight = self._weight(site, product, scale, graph)
+        add_bias(product, node(product.node, "MatMul", [x, weight], [_FLOAT])[0])
+
     def _weight(
-        self, site: Quantizable, product: Product, scale: ir.Value, *, graph: ir.Graph
+        self, site: Quantizable, product: Product, scale: ir.Value, graph: ir.Graph
     ) -> ir.Value:
         """Return the weight as the product reads it."""
         assert scale.shape is not None

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from eptc.lower.edit import constant
-from eptc.lower.int8_nodes import add_bias, by_position, node
+from eptc.lower.int8_nodes import by_position, node
 from eptc.lower.quantizable import Product, Quantizable
 from eptc.tensors import Array
 
@@ -57,20 +57,21 @@ def round_products(
     *,
     step: Callable[[Product], tuple[Array, Array]],
     store: Callable[[Quantizable], ir.Value],
-    weight: Callable[[Quantizable, Product, ir.Value], ir.Value],
+    multiply: Callable[[Quantizable, Product, ir.Value, ir.Value], None],
 ) -> dict[ir.Value, ir.Value]:
     """Let every product of some weights multiply what is rounded; return the weights' scales.
 
     Before: y = MatMul(x, W)
     After:  xd = DequantizeLinear(QuantizeLinear(x, *step), *step)     once for all that read x
-            y = MatMul(xd, weight)
+            y = multiply(xd, W8, W8@scale)
 
     Args:
         sites: the weights.
         graph: the main graph; it is as it was where `step` raises.
         step: gives scale and zero point of what a product multiplies.
         store: makes a weight 8 bits, in place, and gives its scale.
-        weight: gives a weight, of this scale, as a product reads it.
+        multiply: puts another in the place of a product, given its weight, the rounded
+            activation and the weight's scale.
     """
     products = by_position(sites, graph)
     # First: a value has another name once the product that makes it was replaced.
@@ -80,8 +81,7 @@ def round_products(
     for (site, product), its_step in zip(products, steps, strict=True):
         if product.x not in rounded:
             rounded[product.x] = _round_activation(product, its_step, graph)
-        inputs = [rounded[product.x], weight(site, product, scales[site.weight])]
-        add_bias(product, node(product.node, "MatMul", inputs, [ir.DataType.FLOAT])[0])
+        multiply(site, product, rounded[product.x], scales[site.weight])
     return scales
 
 
