@@ -215,7 +215,8 @@ def _write_merged(files: Files, task: str) -> None:
     from safetensors.numpy import save_file
 
     from eptc import checkpoint
-    from eptc.pipeline import adapter_passes, run_adapter_passes
+    from eptc.pipeline import adapter_passes
+    from eptc.run_passes import run_adapter_passes
     from eptc.tasks import resolve
 
     source = checkpoint.read(files.checkpoint, files.base)

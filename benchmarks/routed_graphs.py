@@ -31,7 +31,7 @@ def write_base_graphs(checkpoint: Path, base: Path, folder: Path) -> None:
     from eptc.job import Job
     from eptc.options import Options
     from eptc.passes.specialize_router import SpecializeRouter
-    from eptc.pipeline import run_graph_passes
+    from eptc.run_passes import run_graph_passes
 
     job = Job.read(checkpoint, Options(base=base))
     plain = dataclasses.replace(job.source.contents, adapters={}, prompts=None)

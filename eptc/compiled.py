@@ -13,9 +13,9 @@ from eptc.describe import describe, write_texts
 from eptc.given_texts import GivenTexts
 from eptc.ir import AdaptedModel
 from eptc.job import Clock, Job, Progress, Written
-from eptc.pipeline import PassRecord, run_adapter_passes, run_graph_passes
 from eptc.planning import WRITERS
 from eptc.precision_plan import FILE as PLAN
+from eptc.run_passes import PassRecord, run_adapter_passes, run_graph_passes
 from eptc.runtime.manifest import Manifest
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import onnx_ir
 from eptc import bundle, text
 from eptc.checkpoint import Checkpoint
 from eptc.ir import AdaptedModel
-from eptc.pipeline import PassRecord
 from eptc.plugins import Plugin
+from eptc.run_passes import PassRecord
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import GenerationSpec, GraphSpec, TensorSpec
 from eptc.tasks import Task

@@ -21,7 +21,7 @@ from eptc.interop.optimum import check_layout, lay_out
 from eptc.job import Clock, Job, Progress
 from eptc.options import Options
 from eptc.parity_lines import beside_routes
-from eptc.pipeline import PassRecord
+from eptc.run_passes import PassRecord
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import MANIFEST

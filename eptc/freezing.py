@@ -16,7 +16,8 @@ from eptc.ir import AdaptedModel
 from eptc.linear_probe import LinearProbe
 from eptc.lower import merged_gates, routed_by
 from eptc.parity_lines import thrown_away
-from eptc.pipeline import PassRecord, freezing_passes, run_adapter_passes
+from eptc.pipeline import freezing_passes
+from eptc.run_passes import PassRecord, run_adapter_passes
 from eptc.runtime import Engine
 
 __all__ = ["Frozen", "freeze", "routes_on_input"]

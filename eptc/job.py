@@ -18,11 +18,12 @@ from eptc.fitting import check_fit, stacked_model, task_config
 from eptc.ir import AdaptedModel
 from eptc.options import Options
 from eptc.pass_base import AdapterPass, GraphPass
-from eptc.pipeline import PassRecord, adapter_passes, graph_passes, stacking_passes
+from eptc.pipeline import adapter_passes, graph_passes, stacking_passes
 from eptc.planning import Plan, make_plan
 from eptc.plugins import Plugin
 from eptc.precision import SCHEMES, Scheme
 from eptc.precision_plan import PrecisionPlan
+from eptc.run_passes import PassRecord
 from eptc.skeletons import Skeleton, skeleton
 from eptc.stacking import check_stackable, refused_blocks, stack_bytes, stacked_heads
 from eptc.tasks import Task, chosen, names_several

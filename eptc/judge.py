@@ -28,7 +28,7 @@ from eptc.parity_gate import (
 )
 from eptc.pass_base import GraphPass
 from eptc.passes.narrow_weights import NarrowWeights
-from eptc.pipeline import run_graph_passes
+from eptc.run_passes import run_graph_passes
 from eptc.runtime import Engine
 from eptc.runtime.manifest import Manifest
 

@@ -26,9 +26,10 @@ from eptc.lower.weights import STACKED, WeightTensor
 from eptc.options import CalibrationMethod, Options
 from eptc.parity_gate import Budget, Example
 from eptc.pass_base import LossyPass, QuantizingPass
-from eptc.pipeline import PassRecord, Ranges, Step, lossy_passes, run_graph_passes
+from eptc.pipeline import Ranges, lossy_passes
 from eptc.precision import SCHEMES, Scheme
 from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
+from eptc.run_passes import PassRecord, Step, run_graph_passes
 from eptc.runtime import Engine
 from eptc.search import search
 from eptc.tasks import Task

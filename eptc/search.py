@@ -14,8 +14,8 @@ import onnx_ir
 
 from eptc.errors import OptionError, ParityError
 from eptc.parity_gate import Budget, Example
-from eptc.pipeline import Step
 from eptc.precision_plan import PrecisionPlan
+from eptc.run_passes import Step
 from eptc.trials import EXACT, LOWER, Out, Trials
 
 __all__ = ["Found", "search"]

@@ -22,8 +22,8 @@ from eptc import bundle, lower
 from eptc.cache import cache_folder, code_hash
 from eptc.lower.weights import PART
 from eptc.parity_gate import Example, answers, compare_answers, right_answers
-from eptc.pipeline import Step, run_graph_passes
 from eptc.precision_plan import LEVELS, PrecisionPlan, stored_weights
+from eptc.run_passes import Step, run_graph_passes
 from eptc.runtime import Engine, load_manifest
 
 __all__ = ["EXACT", "LOWER", "Out", "Trials", "levels"]

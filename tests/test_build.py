@@ -21,7 +21,7 @@ from eptc import checkpoint, skeletons
 from eptc.build import Bundle
 from eptc.close_routes import SMALL_MARGIN, close_routes
 from eptc.errors import OptionError, ParityError, TaskError
-from eptc.pipeline import PassRecord
+from eptc.run_passes import PassRecord
 from eptc.runtime import Engine
 
 NAMES = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")

@@ -19,7 +19,8 @@ import tokenizers
 import eptc
 from eptc import lower
 from eptc.checkpoint.base import read_base
-from eptc.pipeline import graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes
+from eptc.run_passes import run_graph_passes
 from eptc.tensors import as_dtype
 
 # Largest difference that the recorded logits allow; the gated T5's reach 39.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from eptc.build import Event
-    from eptc.pipeline import PassRecord
+    from eptc.run_passes import PassRecord
 
 __all__ = [
     "FOLDER",

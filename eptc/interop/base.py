@@ -13,7 +13,7 @@ from eptc.checkpoint import Checkpoint
 from eptc.describe import checkpoint_entry, tool_versions
 from eptc.job import Clock, Progress
 from eptc.options import Options
-from eptc.pipeline import PassRecord
+from eptc.run_passes import PassRecord
 from eptc.tasks import Task
 
 __all__ = ["Folder", "FolderJob", "FolderTarget", "write_provenance"]

@@ -18,7 +18,8 @@ from eptc.ir import AdaptedModel
 from eptc.job import Written
 from eptc.machine import available_memory, release_memory
 from eptc.options import Options
-from eptc.pipeline import PassRecord, adapter_passes, run_adapter_passes
+from eptc.pipeline import adapter_passes
+from eptc.run_passes import PassRecord, run_adapter_passes
 from eptc.tasks import Task
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from eptc.checkpoint import Checkpoint
 from eptc.describe import tool_versions
 from eptc.interop.base import FolderJob
 from eptc.interop.portable import portable_config, portable_tokenizer
-from eptc.pipeline import PassRecord
+from eptc.run_passes import PassRecord
 from eptc.tasks import Task
 
 __all__ = ["write_card", "write_texts"]

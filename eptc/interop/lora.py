@@ -17,7 +17,8 @@ from eptc.interop.base import Folder, FolderJob, FolderTarget, write_provenance
 from eptc.interop.lora_files import low_ranks, write_adapter
 from eptc.ir import AdaptedModel, Float64, singular_values
 from eptc.options import Options
-from eptc.pipeline import PassRecord, factoring_passes, run_adapter_passes
+from eptc.pipeline import factoring_passes
+from eptc.run_passes import PassRecord, run_adapter_passes
 from eptc.runtime.spec import file_name
 from eptc.tensors import unit_roundoff
 

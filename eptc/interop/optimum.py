@@ -147,7 +147,7 @@ def _with_names(directory: Path, manifest: Manifest) -> Manifest:
 def _write_first(directory: Path, manifest: Manifest) -> None:
     """Write the graph of the first step; its weights are where the others' are."""
     from eptc.passes.stable_names import StableNames
-    from eptc.pipeline import run_graph_passes
+    from eptc.run_passes import run_graph_passes
 
     encoder, decoder = (
         onnx_ir.load(directory / manifest.graphs[role].file) for role in ("encoder", "decoder")

@@ -14,8 +14,8 @@ from eptc.interop.base import Folder
 from eptc.interop.triton_config import LABELS, model_config, model_labels
 from eptc.job import Clock, Progress, read_source
 from eptc.options import Options
-from eptc.pipeline import PassRecord
 from eptc.precision import check_target
+from eptc.run_passes import PassRecord
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.spec import file_name
 from eptc.tasks import Task, chosen

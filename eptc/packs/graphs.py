@@ -16,8 +16,9 @@ from eptc.errors import InternalError
 from eptc.fitting import task_config
 from eptc.lower.task_inputs import declare_optional, insert_factors, insert_heads
 from eptc.lower.weights import WeightTensor, bound
-from eptc.pipeline import PassRecord, graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes
 from eptc.precision import OptimizeFor
+from eptc.run_passes import PassRecord, run_graph_passes
 from eptc.runtime.pack_spec import LABELS, HeadSpec, LinearSpec
 from eptc.skeletons import known_parameters, skeleton
 

@@ -22,7 +22,8 @@ from eptc.interop.lora_files import low_ranks
 from eptc.ir import AdaptedModel
 from eptc.ir.folding import folded
 from eptc.job import Progress
-from eptc.pipeline import PassRecord, factoring_passes, run_adapter_passes
+from eptc.pipeline import factoring_passes
+from eptc.run_passes import PassRecord, run_adapter_passes
 from eptc.runtime.manifest import Manifest
 from eptc.runtime.pack_spec import PackTask
 from eptc.runtime.pack_tensors import factor_names

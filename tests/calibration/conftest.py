@@ -17,7 +17,7 @@ from eptc.bundle import write_manifest
 from eptc.calibration import float_values
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import run_graph_passes
+from eptc.run_passes import run_graph_passes
 from eptc.runtime.manifest import load_manifest
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")

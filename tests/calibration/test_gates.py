@@ -14,7 +14,8 @@ from eptc.calibration import observe_gates
 from eptc.job import Job
 from eptc.nn import load_reference
 from eptc.options import Options
-from eptc.pipeline import adapter_passes, run_adapter_passes, run_graph_passes
+from eptc.pipeline import adapter_passes
+from eptc.run_passes import run_adapter_passes, run_graph_passes
 from eptc.runtime import Engine
 
 TEXTS = ("a good film", "the very long and dull film was not good", "bad")

@@ -15,7 +15,7 @@ import pytest
 from eptc.calibration import round_values, simulated
 from eptc.errors import BundleError
 from eptc.passes.cast_half import CastHalf
-from eptc.pipeline import check_graph
+from eptc.run_passes import check_graph
 from eptc.runtime import Engine, load_manifest
 
 Float32 = npt.NDArray[np.float32]

@@ -17,7 +17,7 @@ from eptc.errors import InternalError
 from eptc.ir import Adapter, Branch, Kronecker, Routed, TokenRouter
 from eptc.lower import insert_branches, write
 from eptc.lower.weights import bound
-from eptc.pipeline import check_graph
+from eptc.run_passes import check_graph
 from eptc.tensors import ArrayTensor
 
 Array = np.ndarray[Any, Any]

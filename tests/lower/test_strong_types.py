@@ -8,7 +8,7 @@ import pytest
 
 from eptc.errors import InternalError
 from eptc.lower.strong_types import check_types
-from eptc.pipeline import check_graph
+from eptc.run_passes import check_graph
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]> g '
 FAULTS = {

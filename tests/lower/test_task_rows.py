@@ -21,7 +21,7 @@ from eptc.passes.fold_transposes import FoldTransposes
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stable_names import StableNames
 from eptc.passes.stack_tasks import StackTasks
-from eptc.pipeline import run_graph_passes
+from eptc.run_passes import run_graph_passes
 from eptc.skeletons import skeleton
 from eptc.tensors import Array
 from tests.conftest import Folders

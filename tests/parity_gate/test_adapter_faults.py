@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from eptc import pipeline
+from eptc import run_passes
 from eptc.ir import (
     AdaptedModel,
     Branch,
@@ -438,7 +438,7 @@ def test_in_a_pass_whose_contract_nobody_checks(
     what: str,
 ) -> None:
     """The reference finds by itself what the pipeline's own check would have."""
-    monkeypatch.setattr(pipeline, "_measure", lambda *_: (None, None))
+    monkeypatch.setattr(run_passes, "measure", lambda *_: (None, None))
     subject, faults = recorded("llama-tiny"), {**GATES, **EXPERTS}
     planted = placed(faults[what], subject.read().model, 3, 0)
     plant_in_pass(SpecializeRouter, planted.fault)

@@ -22,7 +22,8 @@ from eptc.lower.strong_types import check_types
 from eptc.lower.weights import WeightTensor
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import check_graph, graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes
+from eptc.run_passes import check_graph, run_graph_passes
 from eptc.tensors import Array, ArrayTensor, unit_roundoff
 
 Half = Literal["float16", "bfloat16"]

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from eptc.passes.clip_integers import ClipIntegers
-from eptc.pipeline import check_graph, run_graph_passes
+from eptc.run_passes import check_graph, run_graph_passes
 
 BOUNDS = "<{0} low = {{-3}}, {0} high = {{2}}>"
 

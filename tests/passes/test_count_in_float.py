@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from eptc.passes.count_in_float import CountInFloat
-from eptc.pipeline import check_graph, run_graph_passes
+from eptc.run_passes import check_graph, run_graph_passes
 
 
 def model(body: str, kind: str = "int64") -> ir.Model:

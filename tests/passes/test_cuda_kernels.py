@@ -16,8 +16,9 @@ import onnx_ir as ir
 import pytest
 
 from eptc.lower.edit import MICROSOFT
-from eptc.pipeline import graph_passes, lossy_passes, run_graph_passes
+from eptc.pipeline import graph_passes, lossy_passes
 from eptc.precision import Precision
+from eptc.run_passes import run_graph_passes
 
 FLOATS = "FLOAT FLOAT16 BFLOAT16"
 ANY = f"{FLOATS} INT32 INT64 BOOL UINT8 INT8"

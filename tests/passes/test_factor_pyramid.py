@@ -22,7 +22,7 @@ from eptc.ir import (
 from eptc.linear_probe import LinearProbe
 from eptc.passes.factor_pyramid import FactorPyramid
 from eptc.passes.specialize_router import SpecializeRouter
-from eptc.pipeline import run_adapter_passes
+from eptc.run_passes import run_adapter_passes
 from eptc.tensors import Array, ArrayTensor
 
 

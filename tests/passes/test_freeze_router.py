@@ -10,7 +10,8 @@ from eptc.ir import AdaptedModel, Constant
 from eptc.ir.numbers import read
 from eptc.passes.freeze_router import FreezeRouter
 from eptc.passes.specialize_router import SpecializeRouter
-from eptc.pipeline import freezing_passes, run_adapter_passes
+from eptc.pipeline import freezing_passes
+from eptc.run_passes import run_adapter_passes
 
 GATES = {"b": [0.625, 0.0, 0.375]}
 SPREAD = {"b": [0.125, 0.0, 0.125]}

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import onnx_ir
 import pytest
 
-from eptc.pipeline import graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes
 from eptc.precision import OptimizeFor
+from eptc.run_passes import run_graph_passes
 
 Arrays = dict[str, npt.NDArray[Any]]
 

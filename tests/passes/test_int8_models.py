@@ -19,7 +19,8 @@ from eptc.passes.pack_projections import PackProjections
 from eptc.passes.quantize_int8_dynamic import QuantizeInt8Dynamic
 from eptc.passes.quantize_int8_static import QuantizeInt8Static
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import check_graph, graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes
+from eptc.run_passes import check_graph, run_graph_passes
 
 MODELS = ["bert", "t5", "gated-t5", "llama", "tied-llama"]
 PASSES: dict[str, Callable[..., LossyPass]] = {

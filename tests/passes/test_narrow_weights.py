@@ -15,7 +15,7 @@ import pytest
 from eptc.lower import bind, write
 from eptc.passes.fold_transposes import FoldTransposes
 from eptc.passes.narrow_weights import NarrowWeights
-from eptc.pipeline import check_graph
+from eptc.run_passes import check_graph
 from eptc.tensors import Array, ArrayTensor, LazyTensor
 
 ROWS, WIDTH = 40, 24

@@ -15,7 +15,7 @@ from eptc.lower.int8 import quantize
 from eptc.lower.weights import bound
 from eptc.lower.write import write
 from eptc.passes.quantize_int8_dynamic import QuantizeInt8Dynamic
-from eptc.pipeline import check_graph
+from eptc.run_passes import check_graph
 from eptc.tensors import ArrayTensor
 
 # What each graph becomes when ONNX Runtime loads it.

@@ -15,7 +15,7 @@ import pytest
 from eptc.errors import OptionError
 from eptc.lower.quantizable import quantized_inputs
 from eptc.passes.quantize_int8_static import QuantizeInt8Static
-from eptc.pipeline import check_graph
+from eptc.run_passes import check_graph
 
 # What each graph becomes when ONNX Runtime loads it.
 FUSED: dict[str, dict[str, int]] = {

@@ -22,7 +22,8 @@ from eptc.lower.quantizable import quantized_inputs
 from eptc.lower.weights import WeightTensor
 from eptc.passes.quantize_qdq import QuantizeQdq
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import Step, check_graph, graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes
+from eptc.run_passes import Step, check_graph, run_graph_passes
 
 NUMBERS: list[Any] = ["int8", "fp8"]
 DTYPES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}

@@ -21,8 +21,9 @@ from eptc.lower.blocks import Blocks
 from eptc.lower.weights import WeightTensor, bound
 from eptc.passes.quantize_weights import QuantizeWeights
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes
 from eptc.precision import OptimizeFor
+from eptc.run_passes import run_graph_passes
 from eptc.tensors import ArrayTensor
 
 Arrays = dict[str, npt.NDArray[Any]]

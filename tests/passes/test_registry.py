@@ -19,17 +19,16 @@ from eptc.linear_probe import LinearProbe
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.pipeline import (
     adapter_passes,
-    check_graph,
     factoring_passes,
     freezing_passes,
     graph_passes,
     lossy_passes,
-    run_adapter_passes,
     stacking_passes,
 )
 from eptc.precision import SCHEMES, OptimizeFor, Precision
 from eptc.precision_plan import PrecisionPlan
 from eptc.registry import PASSES, find_pass, passes_table
+from eptc.run_passes import check_graph, run_adapter_passes
 from eptc.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from eptc.linear_probe import LinearProbe
 from eptc.passes.fold_pyramid import FoldPyramid
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.stack_tasks import StackTasks
-from eptc.pipeline import run_adapter_passes
+from eptc.run_passes import run_adapter_passes
 
 
 @pytest.mark.parametrize("path", ["a", "b"])

@@ -10,7 +10,7 @@ from eptc.linear_probe import LinearProbe
 from eptc.passes.factor_pyramid import FactorPyramid
 from eptc.passes.specialize_router import SpecializeRouter
 from eptc.passes.truncate_rank import TruncateRank
-from eptc.pipeline import run_adapter_passes
+from eptc.run_passes import run_adapter_passes
 from eptc.tensors import ArrayTensor
 
 

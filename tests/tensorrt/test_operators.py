@@ -12,7 +12,7 @@ import pytest
 from eptc.errors import OptionError
 from eptc.lower.edit import insert, replace
 from eptc.pass_base import Contract, GraphPass
-from eptc.pipeline import run_graph_passes
+from eptc.run_passes import run_graph_passes
 from eptc.tensorrt.operators import check_graphs, listed, parse_version
 
 NEWEST = parse_version(None)

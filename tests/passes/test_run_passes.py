@@ -1,4 +1,4 @@
-"""The pipeline: what it checks after every pass, whom it blames, what it records."""
+"""Running passes: what is checked after every pass, who is blamed, what is recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from eptc.ir import AdaptedModel, Constant
 from eptc.linear_probe import LinearProbe
 from eptc.pass_base import AdapterPass, Contract, GraphPass
 from eptc.passes.fold_pyramid import FoldPyramid
-from eptc.pipeline import adapter_passes, check_graph, run_adapter_passes, run_graph_passes
+from eptc.pipeline import adapter_passes
+from eptc.run_passes import check_graph, run_adapter_passes, run_graph_passes
 from eptc.tensors import ArrayTensor
 
 GRAPH = (
