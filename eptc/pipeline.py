@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from eptc.lower.blocks import PRECISIONS, Method
 from eptc.pass_base import AdapterPass, GraphPass, QuantizingPass

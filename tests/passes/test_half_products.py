@@ -23,7 +23,8 @@ from eptc.lower.weights import WeightTensor
 from eptc.passes.cast_half import CastHalf
 from eptc.passes.quantize_qdq import QuantizeQdq
 from eptc.passes.stable_names import StableNames
-from eptc.pipeline import check_graph, graph_passes, run_graph_passes
+from eptc.pipeline import graph_passes
+from eptc.run_passes import check_graph, run_graph_passes
 
 NUMBERS: list[Any] = ["int8", "fp8"]
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
