@@ -53,10 +53,10 @@ def _broken(node: ir.Node) -> str | None:
         return f"has a scale of {scale.dtype}, expected float32"
     if not isinstance(steps, WeightTensor) and not (steps.numpy() > 0).all():
         return "has a scale that is not above 0"
-    return _wrong_scale(node, x, scale, zero)
+    return _wrong_scale(node, x, scale)
 
 
-def _wrong_scale(node: ir.Node, x: ir.Value, scale: ir.Value, zero: ir.Value) -> str | None:
+def _wrong_scale(node: ir.Node, x: ir.Value, scale: ir.Value) -> str | None:
     """Return why a scale is not that of what is scaled."""
     assert scale.shape is not None
     count = tuple(scale.shape.numpy())

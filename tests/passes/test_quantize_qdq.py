@@ -90,6 +90,16 @@ def test_quantizes(what: str, number: Any, small: Any, run: Any) -> None:
         assert (moved <= bound(small, number, product)).all()
 
 
+def test_weights_in_another_order_than_their_products(small: Any) -> None:
+    """What several products read is rounded before the first of them."""
+    model = small.model("one activation, two weights")
+    weights = model.graph.initializers
+    for name in reversed(list(weights)):
+        weights[name] = weights.pop(name)
+    assert QuantizeQdq(small.ranges)(model).modified
+    check_graph(model)
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_very_numbers(number: Any, small: Any, run: Any) -> None:
     """What ONNX Runtime computes is the product of the numbers that are stored."""
