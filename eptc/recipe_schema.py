@@ -60,7 +60,6 @@ _SAID = {
     "integer": "an integer",
     "number": "a number",
     "boolean": "true or false",
-    "object": "a table",
 }
 
 
@@ -157,15 +156,8 @@ def _schema(hint: Any) -> dict[str, Any]:
             if argument is not type(None) and (found := _schema(argument)) not in choices:
                 choices.append(found)
         return choices[0] if len(choices) == 1 else {"anyOf": choices}
-    if origin is tuple and arguments[-1] is not Ellipsis:
-        return {
-            "type": "array", "prefixItems": [_schema(argument) for argument in arguments],
-            "minItems": len(arguments), "maxItems": len(arguments),
-        }  # fmt: skip
-    if origin in (list, tuple, collections.abc.Sequence):
+    if origin in (list, collections.abc.Sequence):
         return {"type": "array", "items": _schema(arguments[0])}
-    if origin in (dict, collections.abc.Mapping):
-        return {"type": "object", "additionalProperties": _schema(arguments[1])}
     raise TypeError(f"an option of the type {hint} has no form in a recipe")
 
 
@@ -176,9 +168,8 @@ def _said(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_said(choice) for choice in schema["anyOf"])
     if schema["type"] == "array":
-        items = schema.get("items")
-        return "a list" + (f", each item {_said(items)}" if items is not None else "")
-    if schema["type"] == "object" and "required" in schema:
+        return f"a list, each item {_said(schema['items'])}"
+    if schema["type"] == "object":
         return "a table with " + ", ".join(schema["required"])
     return _SAID[schema["type"]]
 

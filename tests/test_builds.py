@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import os
@@ -23,9 +24,11 @@ import eptc
 from eptc.builds import BuildPlan, Outcome
 from eptc.builds.inputs import Inputs, environment
 from eptc.builds.one import run_order
+from eptc.builds.outcome import Report, failed
 from eptc.builds.run import make_orders
 from eptc.builds.state import FOLDER, Place, Record, folder_hashes
-from eptc.errors import BundleError, InputError, OutputError, RecipeError
+from eptc.errors import BundleError, InputError, OutputError, ParityError, RecipeError
+from eptc.passes.factor_pyramid import FactorPyramid
 
 HEAD = 'schema = 1\nout = "engines/{task}-{precision}"\n[defaults]\nckpt = "in/ckpt"\n'
 MATRIX = '[matrix]\ntask = ["tone", "same"]\nprecision = ["fp32", "int8"]\n'
@@ -76,7 +79,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         HEAD + '[matrix]\ntask = ["\u00e9", "e\u0301"]\nprecision = ["fp32"]\n',
         "at one place", "",
     ),
-    "inside one another": (
+    "twice on a Mac, below others": (
         'schema = 1\nout = "e/{task}/{precision}"\n[defaults]\nckpt = "c"\n[matrix]\n'
         'task = ["a"]\nprecision = ["fp32"]\n[[include]]\ntask = "x"\nprecision = "fp32"\n'
         '[[include]]\ntask = "A"\nprecision = "fp32"\n',
@@ -99,10 +102,6 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "included twice": (
         HEAD + MATRIX + '[[include]]\ntask = "same"\nprecision = "int8"\n',
         "builds 4 and 5 (the table 1 of [[include]])", "",
-    ),
-    "one in another": (
-        'schema = 1\nout = "e/{task}"\n[defaults]\nckpt = "c"\n[matrix]\ntask = ["a"]\n'
-        '[[include]]\ntask = "a"\n', "at one place", "",
     ),
     "excluded wrongly": (
         HEAD + MATRIX + '[[exclude]]\ntask = "tine"\n',
@@ -184,6 +183,20 @@ def test_defaults_go_to_the_targets_that_take_them(tmp_path: Path) -> None:
         "lora": {"target": "lora", "max_rank": 4},
         "triton": {"target": "triton"},
     }
+
+
+def test_text_is_for_frozen_routes_at_any_precision(tmp_path: Path) -> None:
+    """They are averages over it; exact routes in float32 need none."""
+    file = tmp_path / "plan.toml"
+    file.write_text(
+        'schema = 1\nout = "e/{routing}-{precision}"\n'
+        '[defaults]\nckpt = "c"\ncalibration = "t.txt"\n'
+        '[matrix]\nprecision = ["fp32", "int8-static"]\nrouting = ["exact", "frozen"]\n'
+    )
+    builds = BuildPlan.read(file).builds
+    assert {b.name for b in builds if "calibration" in b.recipe.options} == {
+        "frozen-fp32", "exact-int8-static", "frozen-int8-static",
+    }  # fmt: skip
 
 
 def _plan(root: Path, *lines: str, head: str = 'base = "in/base"\n') -> Path:
@@ -390,7 +403,9 @@ def test_what_is_kept(case: str, built: Path, tmp_path: Path, cli: Any) -> None:
     assert _states(plan) == {"tone-fp32": "kept"}
 
 
-def test_every_option_and_every_file_counts(built: Path, tmp_path: Path) -> None:
+def test_every_option_and_every_file_counts(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also what only a file says; not where it lies."""
     (tmp_path / "d.jsonl").write_text("1")
     text = 'data = "d.jsonl"\n[matrix]\nprecision = ["int8"]\ntask = ["tone"]'
@@ -408,6 +423,9 @@ def test_every_option_and_every_file_counts(built: Path, tmp_path: Path) -> None
     assert key() != first
     (tmp_path / "e.jsonl").write_text("1")
     assert key() == first
+    with monkeypatch.context() as changed:
+        changed.setattr("eptc.builds.inputs.environment", lambda: "another")
+        assert key() != first
     text = "max_drop = 1.0\n" + text
     assert key() != first
     with socket.socket(socket.AF_UNIX) as pipe:
@@ -415,6 +433,35 @@ def test_every_option_and_every_file_counts(built: Path, tmp_path: Path) -> None
     text = text.replace("e.jsonl", "s")
     with pytest.raises(InputError, match="s cannot be read"):
         key()
+
+
+def test_hidden_files_do_not_count(tmp_path: Path) -> None:
+    """What file managers and version control leave beside the others is read by nobody."""
+    (tmp_path / "weights").write_text("one")
+    first = folder_hashes(tmp_path)
+    (tmp_path / ".DS_Store").write_text("")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref")
+    assert list(folder_hashes(tmp_path)) == list(first) == ["weights"]
+
+
+def test_the_exit_code_is_the_worst() -> None:
+    """A wrong engine before a bug before bad input; too little memory is the machine's."""
+    found = {
+        error: failed("a", Path("a"), kind(error))
+        for error, kind in (
+            ("off", ParityError),
+            ("bug", ValueError),
+            ("bad", InputError),
+            ("full", MemoryError),
+        )
+    }
+    assert {error: outcome.exit_code for error, outcome in found.items()} == {
+        "off": 1, "bug": 70, "bad": 2, "full": 2,
+    }  # fmt: skip
+    for errors, code in ((("bad", "bug", "off"), 1), (("bad", "bug"), 70), (("full",), 2)):
+        assert Report([found[error] for error in errors]).exit_code == code
+    assert Report([Outcome("a", Path("a"), "kept")]).exit_code == 0
 
 
 def test_linked_folders_count(tmp_path: Path) -> None:
@@ -435,14 +482,31 @@ def test_linked_folders_count(tmp_path: Path) -> None:
 
 
 def test_what_computes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranges, searches and verdicts are another ONNX Runtime's."""
-    first = environment()
-    environment.cache_clear()
-    monkeypatch.setattr("onnxruntime.__version__", "0")
+    """Ranges, searches and verdicts are another ONNX Runtime's; passes and plugins count too."""
+    code: list[Path] = []
+
+    def hashed(paths: Any) -> str:
+        code.extend(Path(path).resolve() for path in paths)
+        return "one"
+
+    def found() -> str:
+        environment.cache_clear()
+        return environment()
+
+    monkeypatch.setattr("eptc.builds.inputs.code_hash", hashed)
     try:
-        assert environment() != first
+        keys = [found()]
+        monkeypatch.setattr("onnxruntime.__version__", "0")
+        keys.append(found())
+        monkeypatch.setattr("eptc.builds.inputs.installed", lambda group: (f"odd 1.2 of {group}",))
+        keys.append(found())
+        monkeypatch.setattr("eptc.builds.inputs.code_hash", lambda _: "two")
+        keys.append(found())
+        assert len(set(keys)) == 4
     finally:
         environment.cache_clear()
+    for each in (FactorPyramid, Inputs):
+        assert Path(inspect.getfile(each)).resolve() in code
 
 
 @pytest.mark.usefixtures("copy_native")
@@ -580,6 +644,24 @@ def test_a_process_that_is_killed_takes_one_build_with_it(tmp_path: Path) -> Non
     again = eptc.build_all(plan, jobs=2)
     assert {o.name for o in again.outcomes if o.state == "built"} == _NAMES - done
     _nothing_half_written(tmp_path / "engines")
+
+
+@pytest.mark.usefixtures("copy_native")
+def test_a_failure_after_a_bundle_was_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a plan's, though nobody vouches for it: the next run builds it again unasked."""
+    plan = _plan(tmp_path, '[matrix]\nprecision = ["fp32"]\ntask = ["tone"]')
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        eptc.export(*args, **options)
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as changed:
+        changed.setattr("eptc.builds.one.export", interrupted)
+        assert _states(plan) == {"tone-fp32": "failed"}
+    assert (tmp_path / "engines" / "tone-fp32" / "manifest.json").exists()
+    assert _states(plan) == {"tone-fp32": "built"}
 
 
 @pytest.mark.usefixtures("copy_native")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,23 @@ def test_defaults_are_left_out(tmp_path: Path) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(Options)}
     eptc.Recipe(None, None, {**defaults, "passes": [], "top_k": 2, "max_flips": 0.0}).save(file)
     assert eptc.Recipe.read(file).arguments == {"top_k": 2, "max_flips": 0.0}
+
+
+def test_a_number_is_one_however_it_is_written(tmp_path: Path) -> None:
+    """What is built says it in the same digits."""
+    file = tmp_path / "r.toml"
+    for said in ("1", "1.0"):
+        file.write_text(f"schema = 1\nmax_drop = {said}\n")
+        assert json.dumps(eptc.Recipe.read(file).arguments) == '{"max_drop": 1.0}'
+
+
+def test_a_saved_recipe_is_for_all_who_read_files(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        eptc.Recipe(None, None, {"top_k": 2}).save(tmp_path / "r.toml")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "r.toml").stat().st_mode & 0o777 == 0o644
 
 
 def test_paths_begin_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,10 @@ from eptc.tensorrt.engine import load
 from eptc.tensorrt.operators import listed, parse_version
 from eptc.tensorrt.profiles import Range
 from eptc.tensorrt.scripts import SCRIPT, TRTEXEC
-from eptc.tensorrt.target import missing
+from eptc.tensorrt.target import TensorRT, missing
 
 TEXTS = ["the film was good", "bad", "not a very long film and not a dull film"]
+TOO_LONG = "film " * 500
 FILES = {PROFILES, SCRIPT, TRTEXEC}
 CONTROL = {"If", "Loop", "Scan"}
 GOLDEN = ("t5-tiny", "t5-gated-tiny", "llama-tiny")
@@ -235,18 +236,19 @@ def test_several_tasks(small_native: Any, tmp_path: Path) -> None:
 
 
 def test_text_tells_the_shapes(small_native: Any, tmp_path: Path) -> None:
-    """Lengths of --probe, and what --profile says before them."""
-    probe = tmp_path / "probe.jsonl"
-    probe.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    """Lengths of --probe, cut as an engine cuts them, and what --profile says before them."""
+    probe, texts = tmp_path / "probe.jsonl", [*TEXTS, TOO_LONG]
+    probe.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     built = eptc.export(
         small_native.ckpt, base=small_native.base, task="tone", target="tensorrt", probe=probe,
         profile=["batch=2:4:6"], out=tmp_path / "out", verify=True,
     )  # fmt: skip
     sizes = shapes(built)["dimensions"]
     with built.load(providers=["cpu"]) as engine:
-        lengths = sorted(int(row.sum()) for row in engine.tokenize(TEXTS)["attention_mask"])
+        mask = engine.tokenize(texts, truncate=True)["attention_mask"]
+    lengths = sorted(int(row.sum()) for row in mask)
     assert sizes["batch"] == {"min": 2, "opt": 4, "max": 6, "from": "given"}
-    assert sizes["sequence"] == {"min": 1, "opt": lengths[1], "max": 16, "from": "probe"}
+    assert sizes["sequence"] == {"min": 1, "opt": lengths[2], "max": lengths[3], "from": "probe"}
 
 
 def test_every_precision(small_native: Any, small_rows: Any, tmp_path: Path) -> None:
@@ -419,6 +421,14 @@ def test_build_without_a_gpu(tmp_path: Path, cli: Any) -> None:
     assert done.code == 2
     assert "--build was given, and engines cannot be built here: " in done.stderr
     assert "run build_engine.py of the bundle" in done.stderr
+
+
+def test_an_engine_is_published_with_its_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eptc.tensorrt.target.missing", lambda: None)
+    options = Options(target="tensorrt", build=True)
+    assert TensorRT().told(options).build
+    with pytest.raises(OptionError, match="together with --no-verify"):
+        TensorRT().told(dataclasses.replace(options, verify=False))
 
 
 # ---- the proof of an engine, with ONNX Runtime in the place of TensorRT

@@ -90,5 +90,4 @@ def _check_place(plan: BuildPlan, build: Build, force: bool) -> None:
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    path, folder = path.resolve(), folder.resolve()
-    return folder in (path, *path.parents)
+    return folder.resolve() in path.resolve().parents

@@ -87,7 +87,7 @@ class BuildPlan:
         _refuse_out(file, "defaults", defaults)
         defaults = read_values(file, defaults, table="defaults")
         builds: list[Build] = []
-        places = _Places()
+        places: dict[str, int] = {}  # all are equally deep: none is inside another
         for number, (given, table) in enumerate(_chosen(file)):
             values = _taken(defaults, given) | given
             if values.get("ckpt") is None:
@@ -95,8 +95,7 @@ class BuildPlan:
                     f"{file.path} names no checkpoint", expected="ckpt in the table [defaults]"
                 )
             name = pattern.name(values)
-            same = places.taken(name, number)
-            if same is not None:
+            if (same := places.setdefault(_alike(name), number)) != number:
                 raise RecipeError(
                     f"{file.path}: builds {same + 1} and {number + 1} ({table}) would be at "
                     f"one place: {builds[same].name} and {name}",
@@ -177,22 +176,9 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-class _Places:
-    """The places of builds: each its own on any file system, and none inside another."""
-
-    def __init__(self) -> None:
-        self._at: dict[Path, int] = {}
-        self._around: dict[Path, int] = {}
-
-    def taken(self, name: str, number: int) -> int | None:
-        """Take a place for a build; return instead the number of the one that is in its way."""
-        path = Path(unicodedata.normalize("NFC", name).lower())
-        for other in (self._around.get(path), *map(self._at.get, (path, *path.parents))):
-            if other is not None:
-                return other
-        self._at[path] = number
-        self._around |= dict.fromkeys(path.parents, number)
-        return None
+def _alike(name: str) -> str:
+    """Return what names that some file system takes for one have in common."""
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def _table(file: TomlFile, key: str) -> Mapping[str, Any]:

@@ -154,7 +154,7 @@ def _hashes(folder: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
 def whole(folder: Path, record: Record) -> bool:
     """Whether a folder holds what was recorded, to the byte, and nothing else."""
     try:
-        return bool(record.files) and folder_hashes(folder) == dict(record.files)
+        return folder_hashes(folder) == dict(record.files)
     except OSError:
         return False
 

@@ -20,7 +20,9 @@ from eptc.runtime import Engine
 from eptc.runtime.graph import DTYPE_OF_ORT, Graph, NumpyArray, element_type
 from eptc.runtime.loading import open_tokenizer
 from eptc.runtime.manifest import load_manifest
+from eptc.runtime.row_tasks import check_task_ids
 from eptc.runtime.spec import TASK_IDS, GraphSpec, TensorSpec
+from eptc.tasks import Task
 from eptc.tensorrt.build_engine import BuildError, machine, package
 from eptc.tensorrt.cuda import Device, Memory
 from eptc.tensorrt.record import Here, read_record
@@ -76,7 +78,7 @@ def load(directory: str | Path, device: int = 0) -> Engine:
     digests = {role: sha256(folder / graph.file) for role, graph in manifest.graphs.items()}
     files, gpu = built.check_files(folder, digests), Device(device)
     graphs = {
-        role: Graph(role, spec, Session(files[role], spec, gpu, len(manifest.tasks)))
+        role: Graph(role, spec, Session(files[role], spec, gpu, manifest.tasks))
         for role, spec in manifest.graphs.items()
     }
     return Engine(folder, manifest, graphs, open_tokenizer(folder, manifest))
@@ -98,13 +100,13 @@ class Session:
         path: the serialized engine.
         spec: the graph's interface.
         device: the GPU.
-        tasks: how many tasks rows may name; 0 where they name none.
+        tasks: those that rows may name; none where they name none.
 
     Raises:
         BundleError: TensorRT cannot read it, or its interface is another one.
     """
 
-    def __init__(self, path: Path, spec: GraphSpec, device: Device, tasks: int) -> None:
+    def __init__(self, path: Path, spec: GraphSpec, device: Device, tasks: Sequence[Task]) -> None:
         import tensorrt as trt
 
         self._spec, self._device, self._tasks = spec, device, tasks
@@ -155,7 +157,8 @@ class Session:
 
     def _run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         if TASK_IDS in feeds:
-            self._check_tasks(np.asarray(feeds[TASK_IDS]))
+            # TensorRT's Gather refuses no place.
+            check_task_ids(np.asarray(feeds[TASK_IDS]), self._tasks)
         with self._lock, self._device.memory() as memory:
             self._device.use()
             kept = [self._feed(memory, tensor, feeds[tensor.name]) for tensor in self._spec.inputs]
@@ -169,14 +172,6 @@ class Session:
             for value, address in outputs.values():
                 memory.get(address, value.data_ptr(), _bytes(value))
         return {name: value for name, (value, _) in outputs.items()}
-
-    def _check_tasks(self, ids: NumpyArray) -> None:
-        """Refuse the place of no task: TensorRT's Gather does not."""
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._tasks:
-            raise InputError(
-                f"a row is of task {int(ids.min())} to {int(ids.max())}",
-                expected=f"0 to {self._tasks - 1}",
-            )
 
     def _feed(self, memory: Memory, tensor: TensorSpec, value: Any) -> Any:
         import onnxruntime

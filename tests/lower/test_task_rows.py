@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 
 from eptc import checkpoint, lower
+from eptc.errors import CheckpointError
 from eptc.fitting import task_config
 from eptc.ir import AdaptedModel
 from eptc.lower import insert_tasks
@@ -23,7 +24,7 @@ from eptc.passes.stable_names import StableNames
 from eptc.passes.stack_tasks import StackTasks
 from eptc.run_passes import run_graph_passes
 from eptc.skeletons import skeleton
-from eptc.tensors import Array
+from eptc.tensors import Array, LazyTensor
 from tests.conftest import Folders
 
 PASSES = [FoldTransposes(), StableNames()]
@@ -58,14 +59,19 @@ def alone(source: checkpoint.Checkpoint, task_id: int, folder: Path) -> Sessions
     return _written(graphs, folder)
 
 
-def together(source: checkpoint.Checkpoint, task_ids: Sequence[int], folder: Path) -> Sessions:
-    """Return the graphs of several tasks."""
+def together(
+    source: checkpoint.Checkpoint,
+    task_ids: Sequence[int],
+    folder: Path,
+    own: Mapping[str, LazyTensor] | None = None,
+) -> Sessions:
+    """Return the graphs of several tasks, `own` being each one's beside its head."""
     model = StackTasks(tuple(task_ids)).rewrite(source.model)
     model.validate()
     tasks = [source.contents.tasks[task_id] for task_id in task_ids]
     widest = max(task_ids, key=lambda t: source.contents.tasks[t].num_outputs)
     graphs = _skeleton(source, widest)
-    heads = [source.contents.heads.get(task.name, {}) for task in tasks]
+    heads = [{**source.contents.heads.get(task.name, {}), **(own or {})} for task in tasks]
     lower.bind(graphs, {**model.weights, **heads[list(task_ids).index(widest)]})
     for graph in graphs.values():
         insert_tasks(graph, model.adapters, heads, task_ids)
@@ -108,6 +114,17 @@ def test_a_task_that_is_not_there_is_an_error(
     feeds = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ones)
     with pytest.raises(Exception, match="indices element out of data bounds"):
         session.run(None, {**feeds, "task_ids": np.array([0, place])})
+
+
+def test_an_adapted_linear_whose_bias_is_each_task_s_own_is_refused(
+    small_native: Folders, tmp_path: Path
+) -> None:
+    """What the tasks add stands before its bias, which is not left out unsaid."""
+    source = _read(small_native)
+    name = "bert.encoder.layer.0.attention.self.query.bias"
+    assert name.removesuffix(".bias") in source.model.adapters
+    with pytest.raises(CheckpointError, match=f"each task has its own {name}"):
+        together(source, [0, 1], tmp_path / "all", {name: source.model.weights[name]})
 
 
 @pytest.mark.parametrize("name", ["t5-tiny", "t5-gated-tiny"])

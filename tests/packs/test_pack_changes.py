@@ -149,6 +149,12 @@ def test_another_tokenizer_is_refused(packed: Packed, copy_native: Folders) -> N
              base=copy_native.base)  # fmt: skip
 
 
+def test_another_chat_template_is_refused(packed: Packed, copy_native: Folders) -> None:
+    (copy_native.base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    _refused(packed, CheckpointError, "chat_template.jinja differs", task="same",
+             base=copy_native.base)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["weights.bin", "model.onnx", "tokenizer.json"])
 def test_a_pack_whose_files_changed_is_refused(packed: Packed, name: str) -> None:
     path = packed.path / name
@@ -326,6 +332,8 @@ def test_a_lost_file_of_another_task_harms_no_change(packed: Packed) -> None:
     eptc.remove_task(packed.path, "tone")
     assert list(packed.manifest()["tasks"]) == ["score", "same"]
     assert any("score.onnx_adapter" in said for said in eptc.verify(packed.path).problems)
+    eptc.remove_task(packed.path, "score")
+    assert eptc.verify(packed.path).ok
 
 
 @pytest.mark.parametrize(

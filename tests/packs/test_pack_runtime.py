@@ -262,6 +262,13 @@ def test_verify_finds_what_is_wrong(packed: Packed) -> None:
     assert problem.startswith("folded.model.onnx: has SHA-256")
 
 
+def test_a_linear_that_no_graph_has_an_input_for(packed: Packed) -> None:
+    manifest = packed.manifest()
+    manifest["linears"]["x"] = next(iter(manifest["linears"].values()))
+    (packed.path / "pack.json").write_text(json.dumps(sealed(manifest)))
+    assert verify(packed.path).problems == ("graph 'model': x.A is no optional input",)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -289,6 +296,12 @@ def test_verify_finds_what_is_wrong(packed: Packed) -> None:
         (lambda m: m["tasks"]["tone"].update(checkpoint={}), "no 'format'"),
         (lambda m: m.update(base={}), "base has no 'sha256'"),
         (lambda m: next(iter(m["linears"].values())).update(offset=10**9), "begins at byte"),
+        (
+            lambda m: next(iter(m["linears"].values())).update(
+                offset=m["files"]["weights.bin"]["size"] - 4
+            ),
+            "begins at byte",
+        ),
         (lambda m: m.update(weights="model.onnx"), "begins at byte"),
         (lambda m: m.update(schema_version=1), "schema version 1"),
         (lambda m: _moved(m, 4), "where that of .* ends"),
@@ -344,6 +357,24 @@ def test_a_manifest_that_was_changed_later(
     for use in (Pack.load, verify):
         with pytest.raises(BundleError, match=r"was changed after|has no 'manifest_sha256'"):
             use(packed.path)
+
+
+def test_an_engine_says_every_pass(built_pack: Path) -> None:
+    """Those over the task, then those over the graphs that all tasks share."""
+    manifest = read_pack(built_pack)
+    shared = [entry["name"] for entry in manifest.passes]
+    names = [entry["name"] for entry in manifest.engine("tone").passes]
+    assert shared
+    assert names[-len(shared) :] == shared
+    assert "factor-pyramid" in names[: -len(shared)]
+
+
+def test_no_engine_of_a_folded_task_is_kept(built_pack: Path, tmp_path: Path) -> None:
+    """TensorRT would find it again for another task: the weights are in no file."""
+    requests = [("TensorrtExecutionProvider", {"cache": tmp_path / "engines"})]
+    pack = Pack(built_pack, read_pack(built_pack), requests, 1)
+    with pytest.raises(OptionError, match="a folded task cannot be kept"):
+        pack.engine("tone", folded=True)
 
 
 def test_a_manifest_comes_back_as_it_was(built_pack: Path) -> None:

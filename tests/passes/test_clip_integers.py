@@ -30,6 +30,7 @@ def operators(found: ir.Model) -> dict[str, int]:
     ("body", "want"),
     [
         ("y = Clip(x, low, high)", {"Max": 1, "Min": 1}),
+        ("y = Clip(x, high, low)", {"Max": 1, "Min": 1}),  # the upper bound wins
         ("y = Clip(x, low)", {"Max": 1}),
         ("y = Clip(x, , high)", {"Min": 1}),
         (
@@ -55,6 +56,12 @@ def test_integers(body: str, want: dict[str, int], kind: str) -> None:
     np.testing.assert_array_equal(*answers)
     check_graph(after)
     assert ClipIntegers().rewrite(after) == 0
+
+
+def test_shapes_stay_known() -> None:
+    found = model("y = Clip(x, low, high)")
+    ClipIntegers().rewrite(found)
+    assert [str(node.outputs[0].shape) for node in found.graph] == ["[n]", "[n]"]
 
 
 @pytest.mark.parametrize(

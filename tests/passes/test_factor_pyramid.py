@@ -115,6 +115,20 @@ def test_one_plain_low_rank_is_left_alone(fixed: AdaptedModel) -> None:
     assert FactorPyramid().rewrite(factored) is factored
 
 
+@pytest.mark.parametrize(("gate", "scale"), [(2.0, 1.0), (1.0, 2.0)])
+def test_one_low_rank_that_is_scaled_is_not_plain(gate: float, scale: float) -> None:
+    """What reads its factors alone would lose the factor."""
+    low = LowRank(_tensor(_random(3, 8)), _tensor(_random(12, 3, seed=1)), 12, 8)
+    model = _of(low)
+    branch = Branch(low, Constant(gate), scale)
+    model = model.replace(adapters={"a": Adapter("a", (branch,))})
+    (found,) = FactorPyramid("float64").rewrite(model).adapters["a"].branches
+    assert (found.gate, found.scale) == (Constant(1.0), 1.0)
+    assert isinstance(found.delta, LowRank)
+    u, v = found.delta.factors()
+    np.testing.assert_allclose(u @ v, model.adapters["a"].delta(None), atol=1e-12)
+
+
 def test_gates_that_are_not_constant_are_left_alone(model: AdaptedModel) -> None:
     assert FactorPyramid().rewrite(model) is model
 

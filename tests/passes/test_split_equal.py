@@ -63,6 +63,10 @@ def test_splits(body: str) -> None:
     assert not SplitEqual()(m).modified
 
 
+def test_splits_from_the_first_version_without_a_kernel() -> None:
+    assert SplitEqual()(model("y = Equal(a, b)", 19)).modified
+
+
 @pytest.mark.parametrize(("body", "opset", "reason"), LEAVES.values(), ids=LEAVES)
 def test_leaves(body: str, opset: int, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)

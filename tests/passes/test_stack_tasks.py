@@ -60,6 +60,11 @@ def test_a_model_of_one_task_is_left_alone(model: AdaptedModel) -> None:
     assert StackTasks((0, 1)).rewrite(fixed) is fixed
 
 
+def test_a_gate_that_reads_the_input_is_left_alone(routed: AdaptedModel) -> None:
+    found = StackTasks((0, 1)).rewrite(routed)
+    assert found.adapters["b"] is routed.adapters["b"]
+
+
 @pytest.mark.parametrize("task_id", [0, 1])
 def test_the_pipeline_measures_each_task(model: AdaptedModel, task_id: int) -> None:
     _, (record,) = run_adapter_passes(

@@ -5,15 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import eptc
 from eptc.errors import OptionError
+from eptc.parity_gate.outputs import WRITTEN
+from eptc.parity_gate.probes import Probe
+from eptc.planning import Plan
 from eptc.runtime.manifest import Manifest, load_manifest
 from eptc.runtime.spec import GenerationSpec, GraphSpec, TensorSpec
+from eptc.tensorrt.build import check_plan, fits
 from eptc.tensorrt.profiles import Range, check_given, parse_profiles, profiles, ranges
+from eptc.tensorrt.scripts import trtexec
 
 
 def test_given() -> None:
@@ -169,6 +175,48 @@ def test_sizes_agree(
     assert shapes["past_key_values.0.key"]["min"][2] == 0
     if positions is not None and past is None:
         assert shapes["past_key_values.0.key"]["max"][2] < positions
+
+
+def test_what_a_probe_needs(manifest: Manifest) -> None:
+    """The prompt and all that is written after it; of a decoder what it is fed."""
+    ids = np.ones((2, 5), np.int64)
+    probe, writer = Probe("p", ids, ids), decoder(manifest, None)
+    new = min(WRITTEN, 20)
+    found = {
+        "batch": Range(1, 1, 2), "sequence": Range(1, 1, 5 + new),
+        "past_sequence": Range(0, 1, 5 + new),
+    }  # fmt: skip
+    assert fits(probe, writer, found)
+    for name, short in (("batch", 1), ("sequence", 5), ("past_sequence", 5)):
+        assert not fits(probe, writer, {**found, name: Range(0, 1, short)})
+    assert not fits(probe, writer, {**found, "batch": Range(3, 3, 3)})
+    translator = dataclasses.replace(writer, kind="encoder-decoder")
+    found["sequence"] = Range(1, 1, 5)
+    for answer, fed in ((None, new), (np.ones((2, 7), np.int64), 6)):
+        own = dataclasses.replace(probe, answer=answer)
+        sizes = {**found, "decoder_sequence": Range(1, 1, fed), "past_sequence": Range(0, 1, fed)}
+        assert fits(own, translator, sizes)
+        sizes["decoder_sequence"] = Range(1, 1, fed - 1)
+        assert not fits(own, translator, sizes)
+
+
+@pytest.mark.parametrize("how", ["whole model", "block by block"])
+def test_a_reference_that_is_too_large(how: Any) -> None:
+    plan = Plan("fp32", 1, 1, how, 1, False, 1, 1.0, None)
+    if how == "whole model":
+        check_plan(plan)
+        return
+    with pytest.raises(OptionError, match="block by block"):
+        check_plan(plan)
+
+
+@pytest.mark.parametrize(("version", "said"), [((10, 15), True), ((11, 0), False)])
+def test_strong_types_are_asked_for(
+    manifest: Manifest, version: tuple[int, int], said: bool
+) -> None:
+    """From TensorRT 11 on there is no other kind, and no such flag."""
+    shapes = profiles(manifest.graphs, ranges(manifest, [], {}))
+    assert ("--stronglyTyped" in trtexec(manifest, shapes, version)) == said
 
 
 def test_prompts_before_the_text(manifest: Manifest) -> None:
