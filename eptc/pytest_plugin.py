@@ -23,7 +23,7 @@ _PATHS = {
     "data": "JSON lines file with labelled examples to score on",
     "task-spec": "JSON file with prompts and labels of tasks that are not the published ones",
 }
-# Of the configuration file, by what they are in `eptc.checks.Limits`: each with the most it can be.
+# Of the configuration file, by what they are in `eptc.checks.Limits`, each with its largest value.
 _LIMITS = {
     "relative": (
         "eptc_tolerance",
