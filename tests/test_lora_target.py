@@ -689,15 +689,43 @@ def test_nothing_is_predicted_of_what_is_no_engine(native: Any) -> None:
         eptc.plan(ckpt, base=base, target="lora", task="tone")
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "eptc.json", "Tone"])
-def test_names_that_are_no_folders(native: Any, tmp_path: Path, name: str) -> None:
-    ckpt, base = native("bert")
+def _rename_score(ckpt: Path, name: str) -> None:
     described = json.loads((ckpt / "ept_config.json").read_text())
     described["tasks"][2]["name"] = name
     (ckpt / "ept_config.json").write_text(json.dumps(described))
     tensors = safetensors.numpy.load_file(ckpt / "ept_model.safetensors")
     tensors = {n.replace("heads.score.", f"heads.{name}."): t for n, t in tensors.items()}
     safetensors.numpy.save_file(tensors, ckpt / "ept_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("how good", "how%20good"), ("a/b", "a%2Fb"), ("gut für", "gut%20f%C3%BCr")],
+)
+def test_names_that_folders_have_in_other_letters(
+    native: Any, tmp_path: Path, name: str, folder: str
+) -> None:
+    """PEFT loads what is there; the folder says whose it is, and is known again."""
+    ckpt, base = native("bert")
+    _rename_score(ckpt, name)
+    out = tmp_path / "out"
+    given: dict[str, Any] = {"base": base, "target": "lora", "task": "all", "out": out}
+    built = eptc.export(ckpt, **given)
+    assert built.tasks == ("tone", "topic", name)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [PROVENANCE, folder, "tone", "topic"]
+    )
+    said = json.loads((out / folder / PROVENANCE).read_text())
+    assert [task["name"] for task in said["tasks"]] == [name]
+    model = peft.PeftModel.from_pretrained(load(base, num_labels=1), out / folder).eval()
+    agree(ask(model), answers(ckpt, base, name))
+    eptc.export(ckpt, **given, verify=False, force=True)
+
+
+@pytest.mark.parametrize("name", ["..", ".a", "~", "eptc.json", "Tone", 80 * "ü"])
+def test_names_that_are_no_folders(native: Any, tmp_path: Path, name: str) -> None:
+    ckpt, base = native("bert")
+    _rename_score(ckpt, name)
     with pytest.raises(TaskError, match="export this task by itself"):
         eptc.export(ckpt, base=base, target="lora", task="all", out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
