@@ -195,18 +195,26 @@ class Job:
 
 
 def _check_tokenizer(options: Options, source: checkpoint.Checkpoint) -> None:
-    """Refuse to freeze routers whose gates no text can show.
+    """Refuse what has to be seen on text where no text can be read.
 
     Raises:
         OptionError: neither the checkpoint nor its base has a tokenizer.
     """
-    if options.routing == "frozen" and not has_tokenizer(source.path, source.base.path):
-        raise OptionError(
-            "--routing frozen replaces gates by what they are on text, and neither "
-            f"{source.path} nor its base {source.base.path} has a tokenizer",
-            expected="the files of the tokenizer it was trained with, such as tokenizer.json",
-            fix="put them beside the base model, or leave --routing out",
+    if not options.calibrated or has_tokenizer(source.path, source.base.path):
+        return
+    why, instead = (
+        ("--routing frozen replaces gates by what they are on text", "leave --routing out")
+        if options.routing == "frozen"
+        else (
+            f"--precision {options.precision} follows from ranges that are seen on text",
+            "choose a --precision that needs none, such as int8",
         )
+    )
+    raise OptionError(
+        f"{why}, and neither {source.path} nor its base {source.base.path} has a tokenizer",
+        expected="the files of the tokenizer it was trained with, such as tokenizer.json",
+        fix=f"put them beside the base model, or {instead}",
+    )
 
 
 class Clock:

@@ -6,6 +6,7 @@ loads nothing but itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,24 @@ _PATHS = {
     "data": "JSON lines file with labelled examples to score on",
     "task-spec": "JSON file with prompts and labels of tasks that are not the published ones",
 }
-# Of the configuration file, by what they are in `eptc.checks.Limits`.
+# Of the configuration file, by what they are in `eptc.checks.Limits`, each with its largest value.
 _LIMITS = {
-    "relative": ("eptc_tolerance", "how far an output may be off, of its largest element"),
-    "cosine": ("eptc_min_cosine", "smallest cosine between an output and the reference's"),
-    "max_drop": ("eptc_max_drop", "points of the metric that may be lost on --eptc-data"),
-    "max_flips": ("eptc_max_flips", "share of --eptc-data, such as 1%, whose label may change"),
+    "relative": (
+        "eptc_tolerance",
+        "how far an output may be off, of its largest element",
+        math.inf,
+    ),
+    "cosine": (
+        "eptc_min_cosine",
+        "smallest cosine between an output and the reference's",
+        math.inf,
+    ),
+    "max_drop": ("eptc_max_drop", "points of the metric that may be lost on --eptc-data", 100.0),
+    "max_flips": (
+        "eptc_max_flips",
+        "share of --eptc-data, such as 1%, whose label may change",
+        1.0,
+    ),
 }
 
 
@@ -40,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--eptc-top-k", type=int, metavar="N", help="experts a task uses")
     group.addoption("--eptc-format", metavar="NAME", help="format of the checkpoint")
     group.addoption("--eptc-allow-pickle", action="store_true", help="read .bin files")
-    for key, what in _LIMITS.values():
+    for key, what, _ in _LIMITS.values():
         parser.addini(key, f"eptc: {what}; without it, what the bundle was built with")
 
 
@@ -87,7 +100,7 @@ def pytest_collection_modifyitems(
 def _limits(config: pytest.Config) -> dict[str, float]:
     """Return what the configuration file allows, by its name in `eptc.checks.Limits`."""
     found = {}
-    for name, (key, _) in _LIMITS.items():
+    for name, (key, _, most) in _LIMITS.items():
         text = str(config.getini(key) or "").strip()
         if not text:
             continue
@@ -95,6 +108,7 @@ def _limits(config: pytest.Config) -> dict[str, float]:
             found[name] = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         except ValueError:
             raise pytest.UsageError(f"{key} is {text!r}; expected a number") from None
-        if not found[name] >= 0:
-            raise pytest.UsageError(f"{key} is {text!r}; expected a number of 0 or more")
+        if not (0 <= found[name] <= most and math.isfinite(found[name])):  # NaN is not either
+            wanted = "of 0 or more" if math.isinf(most) else f"from 0 to {most:g}"
+            raise pytest.UsageError(f"{key} is {text!r}; expected a number {wanted}")
     return found

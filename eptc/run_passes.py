@@ -15,6 +15,7 @@ from eptc.errors import EptcError, InternalError, PluginError
 from eptc.ir import AdaptedModel
 from eptc.linear_probe import LinearProbe
 from eptc.lower.strong_types import check_types
+from eptc.lower.weights import to_proto
 from eptc.node_makers import sign
 from eptc.pass_base import AdapterPass, GraphPass
 from eptc.passes.stable_names import StableNames
@@ -264,6 +265,6 @@ def check_graph(model: onnx_ir.Model) -> None:
         )
         light.graph.inputs.append(value)
     try:
-        onnx.checker.check_model(onnx_ir.to_proto(light), full_check=True)
+        onnx.checker.check_model(to_proto(light), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InternalError(f"the graph is not valid ONNX: {error}") from error

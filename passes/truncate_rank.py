@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from eptc.ir import AdaptedModel, Adapter, Branch, Constant, Float64, LowRank
+from eptc.ir.numbers import rounded
 from eptc.pass_base import AdapterPass, Contract
-from eptc.tensors import Array, ComputedTensor, cast
+from eptc.tensors import Array, ComputedTensor
 
 __all__ = ["TruncateRank"]
 
@@ -54,7 +55,7 @@ class TruncateRank(AdapterPass):
         a, b = (
             ComputedTensor(
                 old.name, self.dtype, shape,
-                functools.partial(_rounded, delta, factor, self.max_rank, index, self.dtype),
+                functools.partial(self._factor, adapter.target, delta, factor, index),
             )
             for old, index, shape in (
                 (delta.A, 1, (self.max_rank, delta.in_features)),
@@ -64,9 +65,9 @@ class TruncateRank(AdapterPass):
         low = LowRank(a, b, delta.out_features, delta.in_features)
         return dataclasses.replace(adapter, branches=(Branch(low, Constant(1.0), 1.0),))
 
-
-def _rounded(delta: LowRank, factor: float, rank: int, index: int, dtype: str) -> Array:
-    return cast(_nearest(delta, factor, rank)[index], dtype)
+    def _factor(self, path: str, delta: LowRank, factor: float, index: int) -> Array:
+        found = _nearest(delta, factor, self.max_rank)[index]
+        return rounded(found, self.dtype, f"what the experts of {path} add, its rank cut,")
 
 
 def _nearest(delta: LowRank, factor: float, rank: int) -> tuple[Float64, Float64]:

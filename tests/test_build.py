@@ -341,6 +341,31 @@ def test_no_tokenizer_at_all(copy_native: Any, cli: Any) -> None:
     assert "tokenizer" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"precision": "fp16"},
+            "fp16 follows from ranges that are seen on text.*--precision that",
+        ),
+        ({"precision": "int8-static", "calibration": "rows"}, "int8-static follows from ranges"),
+        ({"routing": "frozen"}, "replaces gates by what they are on text.*leave --routing out"),
+    ],
+)
+def test_what_is_seen_on_text_needs_a_tokenizer(
+    small_routed: Any, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    """Said before anything is read of the weights, with what can be done about it."""
+    ignore = shutil.ignore_patterns("*token*")
+    base = Path(shutil.copytree(small_routed.base, tmp_path / "base", ignore=ignore))
+    out = tmp_path / "out"
+    with pytest.raises(OptionError, match=f"(?s){words}") as refused:
+        eptc.export(small_routed.ckpt, base=base, task="tone", out=out, **options)
+    for part in (small_routed.ckpt, base, "has a tokenizer", "beside the base model"):
+        assert str(part) in str(refused.value)
+    assert not out.exists()
+
+
 # ---- what Python callers get
 
 

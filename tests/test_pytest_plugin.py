@@ -251,7 +251,13 @@ def test_routes_that_depend_on_the_input(
         ({"reference": None}, "", "--eptc-bundle needs --eptc-reference"),
         ({"base": "nowhere"}, "", "--eptc-base is nowhere, which does not exist"),
         ({}, "eptc_max_flips = many", "eptc_max_flips is 'many'; expected a number"),
-        ({}, "eptc_max_drop = -1", "expected a number of 0 or more"),
+        ({}, "eptc_tolerance = inf", "eptc_tolerance is 'inf'; expected a number of 0 or more"),
+        ({}, "eptc_tolerance = nan", "eptc_tolerance is 'nan'; expected a number of 0 or more"),
+        ({}, "eptc_tolerance = -1e-3", "expected a number of 0 or more"),
+        ({}, "eptc_min_cosine = 1e999%", "eptc_min_cosine is '1e999%'; expected a number of 0"),
+        ({}, "eptc_max_drop = -1", "eptc_max_drop is '-1'; expected a number from 0 to 100"),
+        ({}, "eptc_max_drop = 101", "eptc_max_drop is '101'; expected a number from 0 to 100"),
+        ({}, "eptc_max_flips = 5", "eptc_max_flips is '5'; expected a number from 0 to 1"),
     ],
 )
 def test_bad_usage(

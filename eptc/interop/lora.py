@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["Lora", "serving_notes"]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Characters of a folder's name: file systems take some more.
+_LONGEST = 200
 # What vLLM's --max-lora-rank may be, and is where nobody says.
 _VLLM_RANKS, _VLLM_DEFAULT = (8, 16, 32, 64, 128, 256, 320, 512), 16
 
@@ -38,7 +41,7 @@ class Lora(FolderTarget):
 
     For a fixed task an EPT adds a low rank to each linear, so the adapter is exact up to one
     rounding of its factors. One task is written into the folder itself, several into a folder
-    for each.
+    for each, called after it: spaces and signs in its name are percent-encoded.
     """
 
     name: ClassVar[str] = "lora"
@@ -116,23 +119,25 @@ def _folders(job: FolderJob, directory: Path) -> dict[int, Path]:
     taken: dict[str, str] = {}
     folders = {}
     for task_id, task in zip(job.task_ids, job.tasks, strict=True):
+        # As the records of builds are called: spaces and signs percent-encoded.
+        name = urllib.parse.quote(task.name, safe="")
         # Some file systems do not tell upper case from lower.
-        lower = task.name.lower()
+        lower = name.lower()
         other = taken.setdefault(lower, task.name)
-        if not _names_a_folder(task.name) or other != task.name or lower == bundle.PROVENANCE:
+        if not _names_a_folder(name) or other != task.name or lower == bundle.PROVENANCE:
             raise TaskError(
                 f"no folder beside the others can be called {task.name!r}"
                 + (f": there is {other!r}" if other != task.name else ""),
                 fix="export this task by itself, into a folder of your choice",
             )
-        folders[task_id] = directory / task.name
+        folders[task_id] = directory / name
         folders[task_id].mkdir()
     return folders
 
 
-def _names_a_folder(name: str) -> bool:
+def _names_a_folder(quoted: str) -> bool:
     try:
-        return bool(file_name(name, "a task"))
+        return len(quoted) <= _LONGEST and bool(file_name(quoted.replace("%", "_"), "a task"))
     except BundleError:
         return False
 

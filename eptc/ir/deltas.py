@@ -46,11 +46,6 @@ class Delta(abc.ABC):
         d[: rows.shape[0], : rows.shape[1]] = rows
         return d
 
-    def apply(self, x: Float64) -> Float64:
-        """Return D x for rows x [..., in]: [..., out]."""
-        u, v = self.factors()
-        return np.asarray((x @ v.T) @ u.T)
-
     @property
     @abc.abstractmethod
     def rank_bound(self) -> int:

@@ -10,8 +10,8 @@ import numpy as np
 
 from eptc.ir.deltas import CellScaledLowRank, Delta, Kronecker, LowRank
 from eptc.ir.model import Adapter
-from eptc.ir.numbers import Float64, eliminate, product, read
-from eptc.tensors import Array, ComputedTensor, cast
+from eptc.ir.numbers import Float64, eliminate, product, read, rounded
+from eptc.tensors import Array, ComputedTensor
 
 __all__ = ["low_rank", "minimal_factors", "singular_values"]
 
@@ -31,7 +31,11 @@ def low_rank(adapter: Adapter, task_id: int | None, dtype: str, name: str) -> Lo
         name: what the factors are called, before `.A` and `.B`.
 
     Returns:
-        None where the branches cancel.
+        None where the branches cancel. Computing a factor raises CheckpointError where it
+        overflows `dtype`.
+
+    Raises:
+        CheckpointError: a factor overflows float64.
     """
     rank = minimal_factors(adapter, task_id)[0].shape[1]
     if rank == 0:
@@ -40,7 +44,7 @@ def low_rank(adapter: Adapter, task_id: int | None, dtype: str, name: str) -> Lo
     out, columns = first.out_features, first.in_features
 
     def factor(index: int) -> Array:
-        return cast(minimal_factors(adapter, task_id)[index], dtype)
+        return rounded(minimal_factors(adapter, task_id)[index], dtype, _what(adapter))
 
     # Computed anew for each: kept, those of all linears would be as large as the model.
     a = ComputedTensor(f"{name}.A", dtype, (rank, columns), functools.partial(factor, 1))
@@ -63,6 +67,7 @@ def minimal_factors(adapter: Adapter, task_id: int | None) -> tuple[Float64, Flo
         cancel.
 
     Raises:
+        CheckpointError: a factor overflows float64.
         InternalError: a gate depends on the input, or on the task and none is given.
     """
     weighed = [
@@ -76,8 +81,14 @@ def minimal_factors(adapter: Adapter, task_id: int | None) -> tuple[Float64, Flo
     groups: dict[object, list[tuple[float, Delta]]] = collections.defaultdict(list)
     for factor, delta in weighed:
         groups[_shared(delta)].append((factor, delta))
-    left, right, sizes = zip(*(_sum(members) for members in groups.values()), strict=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        left, right, sizes = zip(*(_sum(members) for members in groups.values()), strict=True)
+    rounded(np.asarray(sizes), "float64", _what(adapter))  # an infinite one has no singular values
     return _minimal(np.hstack(left), np.vstack(right), sum(sizes))
+
+
+def _what(adapter: Adapter) -> str:
+    return f"what the experts of {adapter.target} add, as a low rank,"
 
 
 def singular_values(u: Float64, v: Float64) -> Float64:

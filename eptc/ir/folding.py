@@ -6,9 +6,9 @@ import functools
 
 import numpy as np
 
-from eptc.errors import CheckpointError
 from eptc.ir.model import Adapter
-from eptc.tensors import Array, ComputedTensor, LazyTensor, cast, numpy_dtype
+from eptc.ir.numbers import rounded
+from eptc.tensors import Array, ComputedTensor, LazyTensor, numpy_dtype
 
 __all__ = ["folded"]
 
@@ -33,19 +33,17 @@ def folded(base: LazyTensor, adapter: Adapter, dtype: str) -> ComputedTensor:
 
 
 def _fold(base: LazyTensor, adapter: Adapter, dtype: str) -> Array:
-    weight, delta = base.numpy(), adapter.delta_reader(None)
+    weight = base.numpy()
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        delta = adapter.delta_reader(None)
+    what = f"folding the experts of {adapter.target} into its weight"
     total = np.empty(weight.shape, numpy_dtype(dtype))
     # A few rows at a time: their float64 sums stay in the processor's cache.
     step = max(1, _BLOCK // max(1, 8 * weight.shape[1]))
     for start in range(0, len(weight), step):
         stop = min(start + step, len(weight))
-        rows = delta(start, stop)
-        np.add(rows, weight[start:stop], out=rows, dtype=np.float64)
-        with np.errstate(over="ignore"):
-            total[start:stop] = cast(rows, dtype)
-        if not np.isfinite(total[start:stop]).all():
-            raise CheckpointError(
-                f"folding the experts of {adapter.target} into its weight overflows {dtype}",
-                fix="the checkpoint's kernels or alpha are beyond what it can have trained with",
-            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows = delta(start, stop)
+            np.add(rows, weight[start:stop], out=rows, dtype=np.float64)
+        total[start:stop] = rounded(rows, dtype, what)
     return total

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from eptc.tensors import LazyTensor
+from eptc.errors import CheckpointError
+from eptc.tensors import Array, LazyTensor, cast
 
-__all__ = ["Float64", "eliminate", "kron", "product", "read", "sigmoid", "softmax"]
+__all__ = ["Float64", "eliminate", "kron", "product", "read", "rounded", "sigmoid", "softmax"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -18,6 +19,27 @@ Float64 = npt.NDArray[np.float64]
 def read(tensor: LazyTensor) -> Float64:
     """Return a tensor's numbers in float64."""
     return tensor.numpy().astype(np.float64)
+
+
+def rounded(array: Float64, dtype: str, what: str) -> Array:
+    """Round numbers that are made of a checkpoint's once.
+
+    Args:
+        array: the numbers.
+        dtype: what they are rounded to.
+        what: what makes them and of which linear, for the message.
+
+    Raises:
+        CheckpointError: a number is beyond `dtype`, or none.
+    """
+    with np.errstate(over="ignore"):
+        found = cast(array, dtype)
+    if not np.isfinite(found).all():
+        raise CheckpointError(
+            f"{what} overflows {dtype}",
+            fix="the checkpoint's kernels or alpha are beyond what it can have trained with",
+        )
+    return found
 
 
 def product(u: Float64, v: Float64) -> Float64:

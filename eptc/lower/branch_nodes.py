@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from eptc.ir import Float64
+from eptc.ir.numbers import rounded
 from eptc.lower.calls import Call
 from eptc.lower.edit import constant
 from eptc.lower.weights import WeightTensor
-from eptc.tensors import Array, cast
+from eptc.tensors import Array
 
 __all__ = ["BranchNodes"]
 
@@ -102,10 +103,12 @@ class BranchNodes:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
 
-        def rounded() -> Array:
-            return cast(np.ascontiguousarray(compute()), "float32")
+        def computed() -> Array:
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below
+                found = np.ascontiguousarray(compute())
+            return rounded(found, "float32", f"what the experts of {self.call.path} add")
 
-        tensor = WeightTensor(rounded, ir.DataType.FLOAT, shape, ("branch", key), name)
+        tensor = WeightTensor(computed, ir.DataType.FLOAT, shape, ("branch", key), name)
         value = ir.Value(name=name, const_value=tensor)
         value.dtype, value.shape = tensor.dtype, ir.Shape(shape)
         self.graph.register_initializer(value)

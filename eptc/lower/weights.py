@@ -8,8 +8,10 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
+from eptc.errors import EptcError
 from eptc.tensors import Array, LazyTensor, as_dtype, numpy_dtype
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "derive",
     "join",
     "split",
+    "to_proto",
 ]
 
 # Between the names of the parts in the name of a packed weight: no parameter's name has it.
@@ -174,6 +177,24 @@ def split(
         )
         for number, piece in enumerate(pieces)
     )
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """Return a model's protobuf, with the numbers of every weight that is not in another file.
+
+    Raises:
+        EptcError: what computing a weight raised, which onnx_ir hides in an error of its own.
+        MemoryError: likewise.
+    """
+    try:
+        return ir.to_proto(model)
+    except ir.serde.SerdeError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, ir.serde.SerdeError):
+            cause = cause.__cause__
+        if isinstance(cause, EptcError | MemoryError):
+            raise cause from cause.__cause__
+        raise
 
 
 # Bytes. Pieces up to this stay: they lie in the graph itself, which is written last.

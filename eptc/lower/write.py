@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from eptc.errors import InternalError
-from eptc.lower.weights import WeightTensor
+from eptc.lower.weights import WeightTensor, to_proto
 from eptc.tensors import Array
 
 __all__ = ["IN_FLIGHT", "WEIGHTS", "WeightsFile", "write"]
@@ -240,7 +240,7 @@ def _serialize(model: ir.Model, slots: Mapping[Hashable, _Slot], outside: frozen
                 shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
             )
-        proto = ir.to_proto(model)
+        proto = to_proto(model)
     finally:
         for value, tensor in inside.items():
             value.const_value = tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eptc.errors import BaseModelError, CheckpointError, OptionError
-from eptc.nn import losses, native, released
+from eptc.nn import losses, native
 from eptc.nn.adapted import ReferenceModel, Undecided
 from eptc.nn.base import base_sha256, is_classifier
 from eptc.nn.config import EptConfig
@@ -259,35 +259,6 @@ class EptModel(ReferenceModel):
             BaseModelError: the base cannot be used, or is another than the recorded one.
         """
         return cls.restore(native.read(Path(directory)), Path(base_dir))
-
-    @classmethod
-    def load_released(
-        cls,
-        directory: str | Path,
-        base_dir: str | Path,
-        *,
-        top_k: int | None,
-        tasks: Sequence[str | Task] | None,
-        allow_pickle: bool = False,
-    ) -> EptModel:
-        """Return a folder the authors' training script wrote on its base, in eval mode.
-
-        Args:
-            directory: the folder with `adapter_config.json`.
-            base_dir: the base model's folder.
-            top_k: how many experts a task uses; the folder does not say.
-            tasks: tasks in the order of their ids; the folder does not say.
-            allow_pickle: whether `adapter_model.bin` may be read.
-
-        Raises:
-            OptionError: `top_k` or `tasks` is None or does not fit.
-            CheckpointError: the checkpoint is damaged or does not fit the base.
-            BaseModelError: the base cannot be used.
-        """
-        stored = released.read(
-            Path(directory), top_k=top_k, tasks=tasks, allow_pickle=allow_pickle
-        )
-        return cls.restore(stored, Path(base_dir))
 
     @classmethod
     def restore(cls, stored: Stored, base_dir: Path, base: MetaBase | None = None) -> EptModel:

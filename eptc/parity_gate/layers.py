@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eptc.errors import ParityError
+from eptc.errors import CheckpointError, ParityError
 from eptc.ir import AdaptedModel, Float64
 from eptc.linear_probe import LinearOutput, LinearProbe
 from eptc.nn.adapted import ReferenceModel
@@ -49,6 +49,9 @@ def layer_outputs(
         reference: the unfolded model.
         task_id: the task.
         loaded: has a module's parameters in memory for a while.
+
+    Raises:
+        CheckpointError: the experts of a linear overflow float32, in which the reference runs.
     """
     probe = LinearProbe()
     wanted = {}
@@ -62,6 +65,11 @@ def layer_outputs(
                 branch = layer.delta(rows.float(), task_id).double()
             parts = torch.split(layer.weight, max(1, _ELEMENTS // layer.in_features))
             total = torch.cat([rows @ part.double().T for part in parts], dim=1) + branch
+        if not total.isfinite().all():
+            raise CheckpointError(
+                f"what the experts of {path} add overflows float32",
+                fix="the checkpoint's kernels or alpha are beyond what it can have trained with",
+            )
         wanted[path] = total.numpy(), float(branch.abs().max())
     return LayerOutputs(task_id, wanted)
 

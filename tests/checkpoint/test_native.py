@@ -93,7 +93,6 @@ def test_formula(
     source = checkpoint.read(written.ckpt, written.base)
 
     assert source.contents.kernel_sizes == sizes
-    rng = np.random.default_rng(1)
     for path, adapter in source.contents.adapters.items():
         for task_id in range(3):
             want = _closed_form(written, path, task_id)
@@ -101,9 +100,7 @@ def test_formula(
         for branch in adapter.branches:
             dense = branch.delta.dense()
             u, v = branch.delta.factors()
-            x = rng.standard_normal((3, dense.shape[1]))
             np.testing.assert_allclose(u @ v, dense, rtol=0, atol=1e-12)
-            np.testing.assert_allclose(branch.delta.apply(x), x @ dense.T, rtol=0, atol=1e-10)
             assert np.linalg.matrix_rank(dense) <= branch.delta.rank_bound
 
 

@@ -66,16 +66,13 @@ def test_recorded_weights(golden: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_factors_and_apply_agree_with_dense(golden: Path, name: str) -> None:
-    rng = np.random.default_rng(0)
+def test_factors_agree_with_dense(golden: Path, name: str) -> None:
     adapters = _read_golden(golden, name).contents.adapters
     for adapter in (adapters[path] for path in sorted(adapters)[::5]):
         for branch in adapter.branches:
             dense = branch.delta.dense()
             u, v = branch.delta.factors()
-            x = rng.standard_normal((3, 2, dense.shape[1]))
             np.testing.assert_allclose(u @ v, dense, rtol=0, atol=1e-14)
-            np.testing.assert_allclose(branch.delta.apply(x), x @ dense.T, rtol=0, atol=1e-12)
             assert np.linalg.matrix_rank(dense) <= branch.delta.rank_bound <= u.shape[1]
 
 
@@ -130,11 +127,9 @@ def test_formula(
         want = _closed_form(written, LINEAR, 16 / 3, k, task_id)
         np.testing.assert_allclose(adapter.delta(task_id), want, rtol=0, atol=1e-11)
         assert np.abs(want).max() > 0
-    x = np.random.default_rng(1).standard_normal((4, columns))
     for branch in adapter.branches:
         u, v = branch.delta.factors()
         np.testing.assert_allclose(u @ v, branch.delta.dense(), rtol=0, atol=1e-13)
-        np.testing.assert_allclose(branch.delta.apply(x), x @ (u @ v).T, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("count", [5, 6])

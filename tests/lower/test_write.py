@@ -17,9 +17,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from eptc.errors import InternalError
+from eptc.errors import CheckpointError, InternalError
 from eptc.lower import WeightsFile, bind, write
 from eptc.lower.weights import derive
+from eptc.run_passes import check_graph
 from eptc.tensors import Array, ArrayTensor, ComputedTensor, LazyTensor
 
 
@@ -193,6 +194,24 @@ def test_an_error_ends_it(tmp_path: Path) -> None:
     assert len(computed) < 20
 
 
+@pytest.mark.parametrize("error", [CheckpointError("w overflows"), MemoryError("w is large")])
+@pytest.mark.parametrize("shape", [(2, 2), (64, 64)], ids=["in the graph", "outside"])
+def test_what_computing_a_weight_raises(
+    tmp_path: Path, shape: tuple[int, ...], error: Exception
+) -> None:
+    """It comes out as it is, from wherever the numbers go."""
+
+    def refuse() -> Array:
+        raise error from ZeroDivisionError()
+
+    model = model_of("w", shape=shape)
+    bind({"model": model}, {"w": ComputedTensor("w", "float32", shape, refuse)})
+    with pytest.raises(type(error), match=r"^w ") as raised:
+        write({"model": model}, tmp_path)
+    assert raised.value is error
+    assert isinstance(error.__cause__, ZeroDivisionError)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.int8, ml_dtypes.int4])
 def test_other_types(tmp_path: Path, dtype: Any) -> None:
     """What a later pass casts or quantizes a weight to."""
@@ -239,3 +258,15 @@ def test_tied_embedding_is_written_once(lowered: Callable[[str], Any]) -> None:
     size = (directory / "weights.bin").stat().st_size
     assert size < sum(stored.values()) + 4096 * len(stored)
     assert {name for name in stored if "embed" in name or "lm_head" in name} == set()
+
+
+def test_a_check_that_reads_a_weight_says_why_it_cannot() -> None:
+    """Small weights are read for shape inference."""
+
+    def refuse() -> Array:
+        raise CheckpointError("w overflows")
+
+    model = model_of("w", shape=(2, 2))
+    bind({"model": model}, {"w": ComputedTensor("w", "float32", (2, 2), refuse)})
+    with pytest.raises(CheckpointError, match=r"^w overflows$"):
+        check_graph(model)

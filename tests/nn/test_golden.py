@@ -135,9 +135,7 @@ def test_the_pickle_is_the_same_checkpoint(golden: Path) -> None:
     folder = golden / "ept" / "t5-tiny"
     names = json.loads((folder / "meta.json").read_text())["tasks"]
     one, two = (
-        EptModel.load_released(
-            folder / name, folder / "base", top_k=2, tasks=names, allow_pickle=True
-        )
+        load_reference(folder / name, folder / "base", top_k=2, tasks=names, allow_pickle=True)
         for name in ("adapter", "adapter_bin")
     )
     state = two.state_dict()

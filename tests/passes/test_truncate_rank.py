@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from eptc.errors import CheckpointError
 from eptc.ir import AdaptedModel, Adapter, Branch, Constant, LowRank
 from eptc.linear_probe import LinearProbe
 from eptc.passes.factor_pyramid import FactorPyramid
@@ -56,3 +59,13 @@ def test_the_pipeline_measures_what_is_lost(low: AdaptedModel) -> None:
     assert record.contract == "lossy"
     assert record.error is not None
     assert record.error > 1.0
+
+
+def test_factors_that_overflow_are_refused(low: AdaptedModel) -> None:
+    """The low rank itself may be float64."""
+    adapter = low.adapters["a"]
+    (branch,) = adapter.branches
+    huge = dataclasses.replace(adapter, branches=(dataclasses.replace(branch, scale=1e90),))
+    delta = TruncateRank(2).rewrite(low.replace(adapters={"a": huge})).adapters["a"].branches[0]
+    with pytest.raises(CheckpointError, match="experts of a add, its rank cut, overflows float32"):
+        delta.delta.factors()

@@ -2,6 +2,6 @@
 
 from eptc.nn.tucka.linear import Routing, TuckaLinear
 from eptc.nn.tucka.model import TuckaModel
-from eptc.nn.tucka.stored import CONFIG, StoredTucka, is_tucka, read
+from eptc.nn.tucka.stored import CONFIG, StoredTucka, read
 
-__all__ = ["CONFIG", "Routing", "StoredTucka", "TuckaLinear", "TuckaModel", "is_tucka", "read"]
+__all__ = ["CONFIG", "Routing", "StoredTucka", "TuckaLinear", "TuckaModel", "read"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from eptc.errors import CheckpointError
 from eptc.nn.stored import name_some, read_json, read_pickle, read_safetensors
 
-__all__ = ["CONFIG", "StoredTucka", "is_tucka", "read"]
+__all__ = ["CONFIG", "StoredTucka", "read"]
 
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -45,12 +45,6 @@ class StoredTucka:
     router: str
     centroids: Tensor
     parameters: Mapping[str, Tensor]
-
-
-def is_tucka(directory: Path) -> bool:
-    """Whether a folder's adapter configuration says that it is a TuckA adapter."""
-    path = directory / CONFIG
-    return path.is_file() and read_json(path).get("peft_type") == "TUCKA"
 
 
 def read(directory: Path, *, allow_pickle: bool = False) -> StoredTucka:
