@@ -30,7 +30,10 @@ __all__ = ["parity", "verify"]
 @click.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--reference", type=FOLDER, required=True, help="The checkpoint it was made from.")
-@click.option("--task", help="Of a pack: the task that is compared.")
+@click.option(
+    "--task",
+    help="Of a pack: the task that is compared; a report without it has all of the checkpoint's.",
+)
 @source_options
 @click.option("--data", type=FOLDER, help="JSON lines file with labelled examples to score on.")
 @provider_options

@@ -11,7 +11,7 @@ import torch
 
 from eptc.architectures import Kind
 from eptc.nn.adapted import ReferenceModel
-from eptc.parity_gate.compare import FP32
+from eptc.parity_gate.compare import FP32, Bound
 from eptc.parity_gate.interface import position_limit
 from eptc.parity_gate.outputs import Decision, decide
 from eptc.parity_gate.probes import Example, Probe, builtin_examples, synthetic, text_batches
@@ -108,11 +108,19 @@ def logits(model: Any, probe: Probe, kind: Kind) -> npt.NDArray[np.float32]:
     return array
 
 
-def choices(probe: str, got: Any, want: Any, kind: Kind) -> list[Decision]:
-    """Return the labels, or the tokens after a sequence, that both sides choose."""
+def choices(probe: str, got: Any, want: Any, kind: Kind, bound: Bound = FP32) -> list[Decision]:
+    """Return the labels, or the tokens after a sequence, that both sides choose.
+
+    Args:
+        probe: name of the batch.
+        got: logits of what is proven.
+        want: the reference's.
+        kind: of model.
+        bound: what float32 may move logits by; margins up to twice that may go either way.
+    """
     if want.shape[-1] < 2:
         return []
     if kind != "encoder-classifier":
         got, want = got[:, -1], want[:, -1]
-    noise = 2 * float(FP32.absolute(np.abs(want).max()))
+    noise = 2 * float(bound.absolute(np.abs(want).max()))
     return [decide(probe, row, 0, got[row], want[row], noise) for row in range(len(want))]

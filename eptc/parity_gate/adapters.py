@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from eptc.parity_gate.layers import LayerGate, layer_outputs
 from eptc.parity_gate.memory import verified_by_block
 from eptc.parity_gate.reference import load_reference, stream_reference
 from eptc.parity_gate.report import ParityReport, furthest
+from eptc.parity_gate.sensitivity import compare_beside_rounding
 from eptc.tasks import Task, resolve
 
 __all__ = ["AdapterGate"]
@@ -157,10 +159,14 @@ class AdapterGate:
         flips = 0
         for probe in adapter_probes(reference, described, kind, tokenizer):
             progress(f"parity: {probe.name}")
+            answer = functools.partial(logits, reference.hf, probe, kind)
             with torch.no_grad(), reference.task(task):
-                want, got = logits(reference.hf, probe, kind), logits(adapter.hf, probe, kind)
-            found = compare(f"logits, {probe.name}", got, want, report.bound)
-            chosen = choices(probe.name, got, want, kind)
+                want, got = answer(), logits(adapter.hf, probe, kind)
+                found, bound = compare_beside_rounding(
+                    f"logits, {probe.name}", got, want, report.bound,
+                    model=reference.hf, again=answer,
+                )  # fmt: skip
+            chosen = choices(probe.name, got, want, kind, FP32 if bound is _CUT else bound)
             flips += sum(choice.flipped for choice in chosen)
             report = with_outcomes(
                 report, probe, [found, *([] if report.bound is _CUT else chosen)]

@@ -90,6 +90,7 @@ class Comparison:
         least_cosine: the smallest that passes.
         left_out: rows that were not compared, since the reference's own routes through them are
             within rounding of others.
+        why: the reason of a bound that is not the report's; empty where it is.
     """
 
     what: str
@@ -102,6 +103,7 @@ class Comparison:
     cosine: float
     least_cosine: float = -1.0
     left_out: int = 0
+    why: str = ""
 
     @property
     def passed(self) -> bool:

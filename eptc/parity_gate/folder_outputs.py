@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from eptc.architectures import Kind
@@ -13,14 +15,16 @@ from eptc.errors import ParityError
 from eptc.nn.adapted import ReferenceModel
 from eptc.nn.base import refusing
 from eptc.parity_gate.adapter_probes import choices, logits
-from eptc.parity_gate.compare import FP32, Comparison, compare
+from eptc.parity_gate.compare import FP32, Comparison
 from eptc.parity_gate.outputs import Decision
 from eptc.parity_gate.probes import Example, Probe, odd_examples
+from eptc.parity_gate.sensitivity import compare_beside_rounding
 from eptc.tasks import Task, fill
 from eptc.text import TrainingTokenizer
 
 __all__ = ["check_folder_outputs", "check_folder_tokenizer", "load_folder"]
 
+Float32 = npt.NDArray[np.float32]
 _BUG = "this is a bug in eptc: report it with the base's configuration files"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -113,9 +117,14 @@ def check_folder_outputs(
         kind: of model.
         probe: the batch.
     """
-    with torch.no_grad():
-        got = logits(model, probe, kind)
-        with reference.task(task.name):
-            want = logits(reference.hf, probe, kind)
-    yield compare(f"logits, {probe.name}", got, want, FP32)
-    yield from choices(probe.name, got, want, kind)
+
+    def answer() -> Float32:
+        return logits(reference.hf, probe, kind)
+
+    with torch.no_grad(), reference.task(task.name):
+        got, want = logits(model, probe, kind), answer()
+        comparison, bound = compare_beside_rounding(
+            f"logits, {probe.name}", got, want, FP32, model=reference.hf, again=answer
+        )
+    yield comparison
+    yield from choices(probe.name, got, want, kind, bound)

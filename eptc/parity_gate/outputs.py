@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 
 from eptc.nn.adapted import ReferenceModel, Undecided
-from eptc.parity_gate.compare import FP32, Bound, Comparison, compare
+from eptc.parity_gate.compare import Bound, Comparison
 from eptc.parity_gate.mixed import MixedModel
 from eptc.parity_gate.probes import Ints, Probe
-from eptc.parity_gate.sensitivity import disturbed, widened
+from eptc.parity_gate.sensitivity import compare_beside_rounding
 from eptc.runtime import Engine
 
 __all__ = ["WRITTEN", "Decision", "check_outputs", "decide"]
@@ -76,7 +76,7 @@ def check_outputs(
         "decoder-only": _decoder_only,
     }[kind]
     with torch.no_grad(), reference.undecided() as undecided:
-        judge = _Judge(probe, bound, undecided, reference.hf)
+        judge = _Judge(probe, bound, undecided, reference)
         if isinstance(task, str):
             with reference.task(task):
                 yield from check(engine, reference.hf, judge)
@@ -95,13 +95,13 @@ class _Judge:
         probe: the batch.
         bound: what they may be off by.
         undecided: rows that are left out.
-        model: whose answers are wanted; its own rounding is looked at where they are off.
+        reference: whose answers are wanted; its own rounding is looked at where they are off.
     """
 
     probe: Probe
     bound: Bound
     undecided: Undecided
-    model: torch.nn.Module
+    reference: ReferenceModel
 
     def compare(
         self,
@@ -135,13 +135,11 @@ class _Judge:
         sizes = None
         if self.probe.task_ids is not None:
             sizes = _sizes(want, where, self.probe.task_ids)
-        found = compare(what, got, want, bound, where, sizes=sizes)
-        if not found.passed and got.shape == want.shape and bound == FP32:
-            with disturbed(self.model):
-                wider = widened(bound, want, again(), where)
-            closer = compare(what, got, want, wider, where, sizes=sizes)
-            if closer.passed:
-                found, bound = closer, wider
+        # Routes that are close under disturbance alone leave out no row.
+        with self.reference.undecided():
+            found, bound = compare_beside_rounding(
+                what, got, want, bound, where, sizes=sizes, model=self.reference.hf, again=again
+            )
         noise = np.full(len(want), 2 * found.bound)
         if sizes is not None:
             noise = 2 * bound.absolute(sizes.reshape(len(want)))

@@ -266,6 +266,7 @@ def _entry(comparison: Comparison) -> dict[str, Any]:
         "worst": list(comparison.worst),
         "cosine": _digits(comparison.cosine, 6),
         "passed": comparison.passed,
+        **({"why": comparison.why} if comparison.why else {}),
     }
 
 
