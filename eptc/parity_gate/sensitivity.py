@@ -2,8 +2,8 @@
 
 Attention that is nearly a choice, or many layers of large numbers, carry the last digits far: two
 sound float32 programs then differ by more than they do on ordinary models. That shows in the
-reference alone, which is run once more with its last digits disturbed. An ordinary
-model moves by a tenth of the bound or less: nothing is wider there.
+reference alone, which is run once more with its last digits disturbed. Where that
+moves it by less than a quarter of the bound, nothing is wider.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["compare_beside_rounding", "disturbed", "widened"]
 Float32 = npt.NDArray[np.float32]
 # Half a unit in the last place of a row's largest element: what one rounding may do to it.
 _ROUNDING = 2.0**-24
-# Sums have more roundings than the one that is disturbed, and on two sides. Sound engines were off
-# by 1.8 times it at most, with scores up to thirty times the usual.
+# Sums have more roundings than the one that is disturbed, and on two sides. A sound engine of a T5
+# was off by 1.8 times it at most, with scores of one to thirty times the usual.
 _TIMES = 4
 # What is further off is taken for a fault, whatever the model: faults start at twice that.
 _MOST = 5e-4
