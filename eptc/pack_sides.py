@@ -39,20 +39,14 @@ class PackSides(BothSides):
     def pairs(self) -> dict[str, Pair | EptcError]:
         """Each task beside the checkpoint, or why it is not."""
         found: dict[str, Pair | EptcError] = {}
-        options = dict(self._options)
-        data = options.pop("data", None) if len(self.names) > 1 else options.get("data")
-        examples = {} if len(self.names) == 1 or data is None else self._examples(Path(data))
+        options, several = dict(self._options), len(self.names) > 1
+        data = options.pop("data", None) if several else None
+        examples = {} if data is None else self._examples(Path(data))
         first: Pair | None = None
         for name in self.names:
             try:
-                if first is None:
-                    pair = Pair.open(self.folder, **{**options, "task": name})
-                    first = pair
-                else:
-                    pair = first
-                if len(self.names) > 1:
-                    pair = pair.of_packed(name, examples.get(name))
-                found[name] = pair
+                first = first or Pair.open(self.folder, **{**options, "task": name})
+                found[name] = first.of_packed(name, examples.get(name)) if several else first
             except EptcError as error:
                 found[name] = error
         return found
