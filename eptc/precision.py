@@ -70,8 +70,15 @@ class Scheme:
         return self.half is not None
 
 
-_EIGHT_BIT_FLOATS: Final = "8-bit floating point is for TensorRT, which reads standard operators"
-_BOTH: Final = "8 bits between 16-bit values are for TensorRT, which reads standard operators"
+_BETWEEN_HALVES: Final = Scheme(
+    quantized=True,
+    calibrated=True,
+    half="float16",
+    runs_on=("any",),
+    why_not="8 bits between 16-bit values are for TensorRT, which reads standard operators",
+    for_tensorrt=True,
+    targets=("onnx", TENSORRT),
+)
 
 SCHEMES: Final[dict[Precision, Scheme]] = {
     "fp32": Scheme(lossy=False, for_tensorrt=True),
@@ -95,30 +102,12 @@ SCHEMES: Final[dict[Precision, Scheme]] = {
         calibrated=True,
         number="fp8",
         runs_on=("any",),
-        why_not=_EIGHT_BIT_FLOATS,
+        why_not="8-bit floating point is for TensorRT, which reads standard operators",
         for_tensorrt=True,
         targets=("onnx", TENSORRT),
     ),
-    "int8-fp16": Scheme(
-        quantized=True,
-        calibrated=True,
-        number="int8",
-        half="float16",
-        runs_on=("any",),
-        why_not=_BOTH,
-        for_tensorrt=True,
-        targets=("onnx", TENSORRT),
-    ),
-    "fp8-fp16": Scheme(
-        quantized=True,
-        calibrated=True,
-        number="fp8",
-        half="float16",
-        runs_on=("any",),
-        why_not=_BOTH,
-        for_tensorrt=True,
-        targets=("onnx", TENSORRT),
-    ),
+    "int8-fp16": dataclasses.replace(_BETWEEN_HALVES, number="int8"),
+    "fp8-fp16": dataclasses.replace(_BETWEEN_HALVES, number="fp8"),
     "int8-weights": Scheme(
         quantized=True,
         runs_on=("cpu", "cuda"),

@@ -156,16 +156,22 @@ def test_a_plan_is_built_whoever_dies(cluster: str, small_native: Any, tmp_path:
         assert _files(engines / name) == _files(tmp_path / "local" / name)
 
 
-def test_a_build_that_always_dies_is_given_up(
-    cluster: str, small_native: Any, tmp_path: Path
-) -> None:
-    """After a few times; it is the cluster that failed, and nothing is left of it."""
-    (tmp_path / "in").symlink_to(small_native.root / "in")
-    plan = tmp_path / "plan.toml"
+def _one_build(native: Any, folder: Path) -> Path:
+    """Write the plan of a single build; return its file."""
+    (folder / "in").symlink_to(native.root / "in")
+    plan = folder / "plan.toml"
     plan.write_text(
         'schema = 1\nout = "out/{task}"\n[defaults]\nckpt = "in/ckpt"\nbase = "in/base"\n'
         '[matrix]\ntask = ["tone"]\n'
     )
+    return plan
+
+
+def test_a_build_that_always_dies_is_given_up(
+    cluster: str, small_native: Any, tmp_path: Path
+) -> None:
+    """After a few times; it is the cluster that failed, and nothing is left of it."""
+    plan = _one_build(small_native, tmp_path)
     process = _start("-c", _COMMAND, "build", plan, "--json", "--ray", cluster)
     end = time.monotonic() + _PATIENCE
     while process.poll() is None:
@@ -274,12 +280,7 @@ def test_requests_outlive_a_replica(
 def test_no_cluster_is_said_at_once(
     address: str, small_native: Any, tmp_path: Path, cli: Any
 ) -> None:
-    (tmp_path / "in").symlink_to(small_native.root / "in")
-    plan = tmp_path / "plan.toml"
-    plan.write_text(
-        'schema = 1\nout = "out/{task}"\n[defaults]\nckpt = "in/ckpt"\nbase = "in/base"\n'
-        '[matrix]\ntask = ["tone"]\n'
-    )
+    plan = _one_build(small_native, tmp_path)
     done = cli("build", plan, "--ray", address)
     assert done.code == 2
     assert f"there is no Ray cluster at {address}" in done.stderr

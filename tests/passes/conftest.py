@@ -27,6 +27,7 @@ from eptc.ir import (
     TaskRouter,
     TokenRouter,
 )
+from eptc.lower.quantizable import quantized_inputs
 from eptc.lower.weights import bound
 from eptc.lower.write import write
 from eptc.tasks import Task
@@ -382,3 +383,35 @@ def first_step() -> Callable[..., dict[str, Array]]:
         return found
 
     return run
+
+
+@pytest.fixture(scope="session")
+def seen_ranges(first_step: Any) -> Callable[[Graphs, Path], dict[str, Any]]:
+    """Return a function that gives, by graph, the ranges of what `quantized_inputs` names."""
+
+    def observe(graphs: Graphs, folder: Path) -> dict[str, Any]:
+        taps = {key: quantized_inputs(model.graph) for key, model in graphs.items()}
+        new = {
+            key: [n for n in names if n not in {o.name for o in graphs[key].graph.outputs}]
+            for key, names in taps.items()
+        }
+        seen = first_step(graphs, folder, new)
+        return {
+            key: {n: (seen[f"{key}:{n}"].min(), seen[f"{key}:{n}"].max()) for n in names}
+            for key, names in taps.items()
+        }
+
+    return observe
+
+
+@pytest.fixture
+def stop_fusing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function after which sessions fuse nothing: ONNX Runtime takes fp8 for int8."""
+    session_options = onnxruntime.SessionOptions
+
+    def unfused() -> Any:
+        options = session_options()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        return options
+
+    return lambda: monkeypatch.setattr(onnxruntime, "SessionOptions", unfused)

@@ -16,7 +16,6 @@ from eptc.errors import InternalError, OptionError
 from eptc.lower import write
 from eptc.lower.element_types import element_types
 from eptc.lower.explicit_quantization import check_explicit
-from eptc.lower.quantizable import quantized_inputs
 from eptc.lower.sharing import is_scaling, sharing
 from eptc.lower.strong_types import check_types
 from eptc.lower.weights import WeightTensor
@@ -240,8 +239,8 @@ def test_faults(fault: Callable[[ir.Model], None], small: Any) -> None:
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("name", ["bert", "t5", "gated-t5", "llama", "tied-llama"])
 def test_whole_models(
-    name: str, number: Any, whole_model: Any, first_step: Any, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, number: Any, whole_model: Any, first_step: Any, seen_ranges: Any, stop_fusing: Any,
+    tmp_path: Path,
 ) -> None:  # fmt: skip
     """The answers of the exact engine but for noise, by TensorRT's rules, strongly typed.
 
@@ -253,27 +252,9 @@ def test_whole_models(
         run_graph_passes(graphs, graph_passes("any"))
         return graphs
 
-    plain = exact()
-    taps = {key: quantized_inputs(model.graph) for key, model in plain.items()}
-    new = {
-        key: [n for n in names if n not in {o.name for o in plain[key].graph.outputs}]
-        for key, names in taps.items()
-    }
-    seen = first_step(plain, tmp_path / "taps", new)
-    ranges = {
-        key: {n: (seen[f"{key}:{n}"].min(), seen[f"{key}:{n}"].max()) for n in names}
-        for key, names in taps.items()
-    }
+    ranges = seen_ranges(exact(), tmp_path / "taps")
     want = first_step(exact(), tmp_path / "exact")
-    basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session_options = onnxruntime.SessionOptions
-
-    def unfused() -> Any:
-        options = session_options()
-        options.graph_optimization_level = basic
-        return options
-
-    monkeypatch.setattr(onnxruntime, "SessionOptions", unfused)
+    stop_fusing()
     graphs = exact()
     for key, model in graphs.items():
         halved(model, ranges[key], number, ranges={})

@@ -18,7 +18,6 @@ import pytest
 from eptc.errors import InternalError, OptionError
 from eptc.lower import write
 from eptc.lower.explicit_quantization import check_explicit
-from eptc.lower.quantizable import quantized_inputs
 from eptc.lower.weights import WeightTensor
 from eptc.passes.quantize_qdq import QuantizeQdq
 from eptc.passes.stable_names import StableNames
@@ -356,36 +355,17 @@ def exact(whole_model: Any) -> Callable[[str], dict[str, ir.Model]]:
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models(
-    name: str, number: Any, exact: Any, first_step: Any, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, number: Any, exact: Any, first_step: Any, seen_ranges: Any, stop_fusing: Any,
+    tmp_path: Path,
 ) -> None:  # fmt: skip
     """The answers of the exact engine but for noise, the same bytes again, by the rules.
 
     Noise of a part in 127, or in 16, of each factor in no common direction leaves a cosine near
     1; one wrong scale or weight does not.
     """
-    plain = exact(name)
-    taps = {key: quantized_inputs(model.graph) for key, model in plain.items()}
-    new = {
-        key: [n for n in names if n not in {o.name for o in plain[key].graph.outputs}]
-        for key, names in taps.items()
-    }
-    found = first_step(plain, tmp_path / "taps", new)
-    ranges = {
-        key: {n: (found[f"{key}:{n}"].min(), found[f"{key}:{n}"].max()) for n in names}
-        for key, names in taps.items()
-    }
+    ranges = seen_ranges(exact(name), tmp_path / "taps")
     want = first_step(exact(name), tmp_path / "exact")
-    # ONNX Runtime's fusions take fp8 for int8.
-    basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session_options = onnxruntime.SessionOptions
-
-    def unfused() -> Any:
-        options = session_options()
-        options.graph_optimization_level = basic
-        return options
-
-    monkeypatch.setattr(onnxruntime, "SessionOptions", unfused)
+    stop_fusing()
     steps: list[Step] = [
         {key: QuantizeQdq(found, number) for key, found in ranges.items()},
         StableNames(),
